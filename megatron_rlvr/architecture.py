@@ -1,0 +1,151 @@
+"""The shape of a model, read from a Hugging Face ``config.json`` with nothing but json.
+
+    Architecture.from_folder("Qwen/Qwen3-0.6B").check_layout(tp=2, pp=2, vpp=1)
+
+What the framework does not compute exactly is refused here, by name, before any process starts.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+from megatron_rlvr.config import ConfigError, rule
+
+Family = Literal["qwen2", "qwen3"]
+
+# Megatron cuts the vocabulary evenly over the ranks; 128 columns a rank keep the matrix kernels aligned.
+VOCAB_MULTIPLE = 128
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """A dense decoder.
+
+    Architecture(family="qwen3", num_layers=28, hidden_size=1024, num_heads=16, num_kv_heads=8, head_dim=128,
+                 ffn_size=3072, vocab_size=151936, tied=True, qk_norm=True, qkv_bias=False, rope_theta=1e6,
+                 rms_eps=1e-6, max_positions=40960)
+    """
+
+    family: Family
+    num_layers: int
+    hidden_size: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    ffn_size: int
+    vocab_size: int
+    tied: bool  # the output layer is the embedding
+    qk_norm: bool  # RMSNorm over each query and key head
+    qkv_bias: bool
+    rope_theta: float
+    rms_eps: float
+    max_positions: int
+
+    @staticmethod
+    def from_folder(path: str | Path) -> Architecture:
+        """Read ``path/config.json``. Raises ConfigError where it is absent, malformed or of a model we do not run."""
+        source = Path(path) / "config.json"
+        rule(Path(path).is_dir(), f"model.path={str(path)!r} is not a folder: give a local Hugging Face model folder")
+        rule(source.is_file(), f"model.path={str(path)!r} holds no config.json: give a Hugging Face model folder")
+        try:
+            tree = json.loads(source.read_text())
+        except ValueError as error:
+            raise ConfigError(f"{source} is not valid JSON: {error}") from error
+        rule(isinstance(tree, dict), f"{source} must hold a JSON object")
+        return _from_tree(tree, source)
+
+    def check_layout(self, tp: int, pp: int, vpp: int) -> None:
+        """Whether the policy can be cut into tp x pp x vpp. Raises ConfigError."""
+        parts = {"attention heads": self.num_heads, "key-value heads": self.num_kv_heads, "feed-forward columns": self.ffn_size}
+        for what, size in parts.items():
+            rule(size % tp == 0, f"parallel.tp={tp} must divide the model's {size} {what}")
+        stages = f"parallel.pp={pp}" + (f" x parallel.vpp={vpp} = {pp * vpp} stages" if vpp > 1 else "")
+        rule(self.num_layers % (pp * vpp) == 0, f"{stages} must divide the model's {self.num_layers} layers")
+
+    def check_engine_layout(self, tp: int) -> None:
+        """Whether the rollout engine can be cut into tp ranks. Raises ConfigError."""
+        name = f"the rollout engine's tp={tp} (rollout.tp, or parallel.tp where that is 0)"
+        rule(self.num_heads % tp == 0, f"{name} must divide the model's {self.num_heads} attention heads")
+        rule(self.ffn_size % tp == 0, f"{name} must divide the model's {self.ffn_size} feed-forward columns")
+        rule(
+            self.num_kv_heads % tp == 0 or tp % self.num_kv_heads == 0,
+            f"{name} must divide the model's {self.num_kv_heads} key-value heads, or be a multiple of them",
+        )
+
+    def check_length(self, tokens: int) -> None:
+        """Whether a sequence of ``tokens`` fits the positions the model knows. Raises ConfigError."""
+        rule(
+            tokens <= self.max_positions,
+            f"data.max_prompt_length + rollout.max_response_length = {tokens} tokens, but the model's positions end at "
+            f"{self.max_positions} (max_position_embeddings in its config.json): shorten one of the two",
+        )
+
+    def padded_vocab(self, tp: int) -> int:
+        """Vocabulary rows in Megatron: the next multiple of 128 * tp; rows from vocab_size on are never a token."""
+        multiple = VOCAB_MULTIPLE * tp
+        return -(-self.vocab_size // multiple) * multiple
+
+    @property
+    def query_size(self) -> int:
+        return self.num_heads * self.head_dim
+
+    @property
+    def kv_size(self) -> int:
+        return self.num_kv_heads * self.head_dim
+
+
+def _from_tree(tree: dict[str, Any], source: Path) -> Architecture:
+    family = tree.get("model_type")
+    supported = get_args(Family)
+    rule(family in supported, f"{source}: model_type {family!r} is not supported; supported: {', '.join(supported)}")
+
+    def need(key: str) -> int:
+        value = tree.get(key)
+        rule(isinstance(value, int) and value > 0, f"{source}: {key} must be a positive integer, not {value!r}")
+        return value
+
+    heads, hidden = need("num_attention_heads"), need("hidden_size")
+    rule(bool(tree.get("head_dim")) or hidden % heads == 0, f"{source}: {heads} heads must divide hidden_size {hidden}")
+    kv_heads = tree.get("num_key_value_heads") or heads
+    rule(heads % kv_heads == 0, f"{source}: {kv_heads} key-value heads must divide the {heads} attention heads")
+    _refuse_variants(tree, source)
+    return Architecture(
+        family=family,
+        num_layers=need("num_hidden_layers"),
+        hidden_size=hidden,
+        num_heads=heads,
+        num_kv_heads=kv_heads,
+        head_dim=tree.get("head_dim") or hidden // heads,
+        ffn_size=need("intermediate_size"),
+        vocab_size=need("vocab_size"),
+        tied=bool(tree.get("tie_word_embeddings", False)),
+        qk_norm=family == "qwen3",
+        qkv_bias=family == "qwen2",
+        rope_theta=float(_rope(tree).get("rope_theta") or tree.get("rope_theta") or 10000.0),
+        rms_eps=float(tree.get("rms_norm_eps", 1e-6)),
+        max_positions=need("max_position_embeddings"),
+    )
+
+
+def _rope(tree: dict[str, Any]) -> dict[str, Any]:
+    """transformers 5 writes ``rope_parameters``, earlier ones ``rope_theta`` and ``rope_scaling``."""
+    return tree.get("rope_parameters") or tree.get("rope_scaling") or {}
+
+
+def _refuse_variants(tree: dict[str, Any], source: Path) -> None:
+    rope = _rope(tree)
+    kind = rope.get("rope_type") or rope.get("type") or "default"
+    rule(kind == "default", f"{source}: rope scaling {kind!r} is not supported, only 'default' (no scaling)")
+    layers = set(tree.get("layer_types") or ["full_attention"])
+    rule(
+        not tree.get("use_sliding_window") and layers == {"full_attention"},
+        f"{source}: sliding-window attention is not supported: set use_sliding_window to false",
+    )
+    rule(tree.get("hidden_act", "silu") == "silu", f"{source}: hidden_act {tree.get('hidden_act')!r} is not supported, only 'silu'")
+    rule(
+        not (tree["model_type"] == "qwen3" and tree.get("attention_bias")),
+        f"{source}: attention_bias is not supported for qwen3",
+    )

@@ -1,0 +1,209 @@
+"""Metrics -> small SVG charts, drawn by matplotlib and coloured by the page that holds them.
+
+matplotlib draws in placeholder colours, which become CSS variables: one drawing serves light and dark pages alike.
+"""
+
+from __future__ import annotations
+
+import io
+import math
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from fnmatch import fnmatch
+from html import escape
+from typing import Any, Literal
+
+import numpy as np
+from matplotlib import rc_context
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import FuncFormatter, MaxNLocator
+
+WINDOW = 20  # steps of the smoothed line
+MOST_POINTS = 400  # per line; longer runs are drawn as the means of as many equal spans
+COLOURS = [f"#f0000{place}" for place in range(1, 7)]  # placeholders of --c1 .. --c6
+GRID, TEXT = "#f00007", "#f00008"
+VARIABLES = dict(
+    zip([*COLOURS, GRID, TEXT], ["--c1", "--c2", "--c3", "--c4", "--c5", "--c6", "--grid", "--muted"], strict=True)
+)
+RC: dict[Any, Any] = {"svg.fonttype": "none", "svg.hashsalt": "chart", "font.size": 10.5, "font.family": "DejaVu Sans"}
+
+
+@dataclass(frozen=True)
+class Chart:
+    """What one chart shows.
+
+    Chart("Held-out answers", "share of right answers", "points", {"eval/pass@*": ""}, percent=True): every metric that
+    matches a pattern, oldest name first; an empty label stands for the metric's name after the slash.
+
+    trend: one metric, each step faint and its running mean bold; lines: metrics by step; points: metrics that only
+    some steps have; stack: metrics that add up, what is missing to the ``whole`` on top.
+    """
+
+    title: str
+    note: str
+    kind: Literal["trend", "lines", "points", "stack"]
+    metrics: dict[str, str]
+    percent: bool = False
+    log: bool = False
+    whole: str = ""
+
+
+@dataclass(frozen=True)
+class Drawing:
+    """A chart drawn: inline SVG, and its legend as (label, CSS variable); one line needs no legend."""
+
+    svg: str
+    legend: list[tuple[str, str]]
+
+
+@dataclass(frozen=True)
+class Line:
+    """A metric's finite values and their steps, [n] each."""
+
+    name: str
+    label: str
+    steps: np.ndarray
+    values: np.ndarray
+
+
+def draw(chart: Chart, rows: Sequence[dict]) -> Drawing | None:
+    """The chart over the rows of metrics.jsonl, or None where no row has what it shows."""
+    lines = read_lines(chart, rows)
+    if not lines:
+        return None
+    with rc_context(RC):
+        figure = Figure(figsize=(4.8, 2.5))
+        axes = figure.add_axes((0.125, 0.185, 0.855, 0.775))  # equal in every chart, so that columns of charts align
+        legend = _DRAW[chart.kind](axes, lines, chart, rows)
+        _style(axes, chart)
+        buffer = io.StringIO()
+        figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None})
+    return Drawing(_embed(buffer.getvalue(), chart, lines), legend)
+
+
+def read_lines(chart: Chart, rows: Sequence[dict]) -> list[Line]:
+    """The chart's metrics that have a finite value in some row."""
+    names = sorted({name for row in rows for name in row}, key=_by_number)
+    found = []
+    for pattern, label in chart.metrics.items():
+        for name in (name for name in names if fnmatch(name, pattern)):
+            pairs = [(row["step"], row[name]) for row in rows if is_number(row.get(name))]
+            if pairs:
+                steps, values = np.array(pairs, dtype=float).T
+                found.append(Line(name, label or name.rpartition("/")[2], steps, values))
+    return found
+
+
+def is_number(value: object) -> bool:
+    """Whether a value of metrics.jsonl is a finite number; true and false are not."""
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def running_mean(values: np.ndarray, window: int = WINDOW) -> np.ndarray:
+    """[n] -> [n]: the mean of the window around each value, fewer at the ends; centred, so that it does not lag behind."""
+    total = np.concatenate([[0.0], np.cumsum(values)])
+    place = np.arange(len(values))
+    start, end = np.maximum(0, place - window // 2), np.minimum(len(values), place + window // 2)
+    return (total[end] - total[start]) / (end - start)
+
+
+def thin(values: np.ndarray, reduce: Callable[[np.ndarray], float] = np.mean, most: int = MOST_POINTS) -> np.ndarray:
+    """[n] -> [min(n, most)]: each of equal spans reduced to one value, so that a long run's page stays small."""
+    if len(values) <= most:
+        return values
+    return np.array([reduce(span) for span in np.array_split(values, most)])
+
+
+def _trend(axes: Axes, lines: list[Line], chart: Chart, rows: Sequence[dict]) -> list[tuple[str, str]]:
+    steps, values = lines[0].steps, lines[0].values
+    axes.plot(thin(steps), thin(values), color=COLOURS[0], linewidth=0.9, alpha=0.45)
+    axes.plot(thin(steps), thin(running_mean(values)), color=COLOURS[0], linewidth=1.9)
+    return []
+
+
+def _lines(axes: Axes, lines: list[Line], chart: Chart, rows: Sequence[dict]) -> list[tuple[str, str]]:
+    for line, colour in zip(lines, COLOURS, strict=False):
+        marker = "o" if chart.kind == "points" else ""
+        values = thin(line.values, np.max if line.name.endswith("_max") else np.mean)
+        axes.plot(thin(line.steps), values, color=colour, linewidth=1.5, marker=marker, markersize=3.5)
+    return _legend([line.label for line in lines])
+
+
+def _stack(axes: Axes, lines: list[Line], chart: Chart, rows: Sequence[dict]) -> list[tuple[str, str]]:
+    whole = read_lines(Chart("", "", "lines", {chart.whole: "other"}), rows)
+    steps = whole[0].steps if whole else lines[0].steps
+    parts = [np.interp(steps, line.steps, line.values) for line in lines]
+    labels = [line.label for line in lines]
+    if whole:
+        parts.append(np.maximum(0.0, whole[0].values - sum(parts)))
+        labels.append("other")
+    axes.stackplot(thin(steps), [thin(part) for part in parts], colors=COLOURS[: len(parts)], linewidth=0)
+    # A first step that warms up can take ten times as long as the rest: it leaves the picture instead of flattening it.
+    axes.set_ylim(0, float(np.percentile(np.sum(parts, axis=0), 98)) or 1.0)
+    return _legend(labels)
+
+
+_DRAW = {"trend": _trend, "lines": _lines, "points": _lines, "stack": _stack}
+
+
+def _legend(labels: list[str]) -> list[tuple[str, str]]:
+    return (
+        [(label, VARIABLES[colour]) for label, colour in zip(labels, COLOURS, strict=False)] if len(labels) > 1 else []
+    )
+
+
+def _style(axes: Axes, chart: Chart) -> None:
+    for side in ("top", "left", "right"):
+        axes.spines[side].set_visible(False)
+    axes.spines["bottom"].set_color(GRID)
+    axes.tick_params(length=0, labelcolor=TEXT, pad=5)
+    axes.grid(axis="y", color=GRID, linewidth=0.7)
+    axes.set_axisbelow(True)
+    axes.set_xlabel("step", color=TEXT, labelpad=2)
+    axes.margins(x=0.02)
+    axes.xaxis.set_major_locator(MaxNLocator(6, steps=[1, 2, 5, 10], integer=True))
+    if chart.log and 0 < axes.dataLim.minposy < math.inf:
+        _log_scale(axes)
+        return
+    low, high = axes.get_ylim()
+    locator = MaxNLocator(5, steps=[1, 2, 5, 10])
+    ticks = locator.tick_values(min(low, 0.0) if axes.dataLim.ymin < 0 else 0.0, high)
+    axes.set_ylim(ticks[0], ticks[-1])  # from a labelled line to a labelled line
+    axes.yaxis.set_major_locator(locator)
+    scale, unit = (100, "%") if chart.percent else (1, "")
+    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value * scale:,.6g}{unit}"))
+
+
+def _log_scale(axes: Axes) -> None:
+    """Whole powers of ten below and above the data: at least two labelled lines, whatever the range."""
+    axes.set_yscale("log", nonpositive="mask")
+    low, high = math.floor(math.log10(axes.dataLim.minposy)), math.ceil(math.log10(axes.dataLim.ymax))
+    axes.set_ylim(10.0**low, 10.0 ** max(high, low + 1))
+    axes.yaxis.set_major_formatter(
+        FuncFormatter(lambda value, _: f"{value:.0e}".replace("e-0", "e-").replace("e+0", "e"))
+    )
+    axes.minorticks_off()
+
+
+def _embed(svg: str, chart: Chart, lines: list[Line]) -> str:
+    """matplotlib's file as a part of an HTML page: no header, no metadata, no page-wide style, no repeated ids."""
+    first, last = lines[0].values[0], lines[0].values[-1]
+    label = escape(f"{chart.title}: {lines[0].label or lines[0].name} from {first:.4g} to {last:.4g}", quote=True)
+    svg = re.sub(r"\s*<(metadata|style)\b.*?</\1>", "", svg[svg.index("<svg") :], flags=re.DOTALL)
+    svg = re.sub(r'<g id="[^"]*"', "<g", svg)
+    svg = re.sub(
+        r'<svg [^>]*viewBox="([^"]*)"[^>]*>', rf'<svg viewBox="\1" role="img" aria-label="{label}">', svg, count=1
+    )
+    prefix = re.sub(r"\W+", "-", chart.title.lower())
+    svg = re.sub(r'((?:xlink:)?href="#|url\(#|\bid=")', rf"\g<1>{prefix}-", svg)
+    for colour, variable in VARIABLES.items():
+        svg = svg.replace(colour, f"var({variable})")
+    return svg.strip()
+
+
+def _by_number(name: str) -> tuple[str, int, str]:
+    """pass@4 before pass@16."""
+    stem, _, count = name.partition("@")
+    return stem, int(count) if count.isdigit() else 0, name

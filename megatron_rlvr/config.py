@@ -1,0 +1,370 @@
+"""The configuration: a tree of dataclasses, read from YAML, changed by dotted overrides, checked before anything starts.
+
+    config = load_config("examples/countdown_cpu/config.yaml", ["parallel.tp=2", "exploration.lp_reg.rho=0.05"])
+
+Every mistake is a ConfigError that names the key, the rule, the value and the way out.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import types
+import typing
+from dataclasses import dataclass, field, fields, is_dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+
+
+class ConfigError(ValueError):
+    """A configuration that cannot run; the message is meant for the person who wrote it."""
+
+
+@dataclass
+class ModelConfig:
+    path: str = ""  # a Hugging Face folder: config.json, tokenizer, safetensors
+    random_init: bool = False  # take the shape from config.json and draw the weights from `seed`
+    dtype: Literal["float32", "bfloat16"] = "bfloat16"
+    recompute: Literal["none", "selective", "full"] = "none"  # activations recomputed in the backward pass
+    dropout: float = 0.0
+
+
+@dataclass
+class ParallelConfig:
+    tp: int = 1  # tensor-parallel ranks
+    pp: int = 1  # pipeline stages
+    vpp: int = 1  # virtual stages (model chunks) per pipeline stage
+    dp: int = 1  # data-parallel replicas; tp * pp * dp ranks in all
+    sequence_parallel: bool = False  # shard norms and dropout over the tensor-parallel ranks
+
+
+@dataclass
+class DataConfig:
+    path: str = ""  # .jsonl, .parquet or a folder of arrow files
+    eval_path: str = ""  # held-out prompts; empty: no evaluation
+    prompt_field: str = ""  # empty: detected from the first row
+    answer_field: str = ""
+    template: Literal["chat", "raw"] = "chat"  # raw: the prompt's text as it is
+    max_prompt_length: int = 1024  # tokens
+    strict: bool = False  # stop at the first row that cannot be used, instead of counting and dropping it
+    shuffle: bool = True
+
+
+@dataclass
+class RewardConfig:
+    scale: Literal["verifier", "signed"] = "verifier"  # signed: 0..1 mapped to -1..+1
+    workers: int = 2  # verifier processes per scoring rank
+    deadline: float = 10.0  # seconds per answer
+    max_error_share: float = 0.1  # of a step's verdicts; above it the run stops
+
+
+@dataclass
+class RolloutConfig:
+    prompts_per_step: int = 32
+    responses_per_prompt: int = 8
+    max_response_length: int = 1024  # tokens
+    temperature: float = 1.0
+    tp: int = 0  # tensor-parallel ranks of the engine; 0: as many as the policy's
+    kv_cache_mib: int = 64  # on the CPU; a GPU takes `gpu_memory_utilization`
+    gpu_memory_utilization: float = 0.5
+    max_running: int = 256  # sequences that the engine decodes together
+
+
+@dataclass
+class AlgorithmConfig:
+    advantage: Literal["grpo", "grpo_no_std"] = "grpo"
+    loss: Literal["ppo", "plain_clip"] = "ppo"
+    clip_low: float = 0.2  # ratio clipped to [1 - clip_low, 1 + clip_high]
+    clip_high: float = 0.2
+    dual_clip: float = 0.0  # bound c > 1 on the ratio where A < 0; 0: off
+    reduction: Literal["token_mean", "sequence_mean", "microbatch_token_mean"] = "token_mean"
+
+
+@dataclass
+class OptimizerConfig:
+    lr: float = 1e-6
+    min_lr: float = 0.0
+    schedule: Literal["constant", "linear", "cosine"] = "constant"
+    warmup_steps: int = 0  # optimizer updates
+    weight_decay: float = 0.0  # on matrices only
+    betas: list[float] = field(default_factory=lambda: [0.9, 0.999])
+    eps: float = 1e-8
+    clip_grad: float = 1.0
+    distributed: bool = True  # optimizer state sharded over the data-parallel ranks
+
+
+@dataclass
+class TrainerConfig:
+    num_steps: int = 100  # rollouts; each is followed by `updates_per_rollout` optimizer updates
+    updates_per_rollout: int = 1  # 1: on-policy
+    microbatch_tokens: int = 8192  # packed tokens per microbatch, prompt and response
+    eval_every: int = 0  # steps; 0: never
+    eval_responses: int = 16  # per held-out prompt
+    save_every: int = 0  # steps; 0: only at the end
+    log_rollouts: int = 8  # responses written to rollouts.jsonl per step
+
+
+@dataclass
+class RunConfig:
+    dir: str = ""  # empty: runs/NAME
+    resume: Literal["never", "auto", "must"] = "never"
+    overwrite: bool = False  # replace an earlier run in the same folder
+    port: int = 0  # where the ranks of one machine meet; 0: a free one
+
+
+@dataclass
+class LoggingConfig:
+    tensorboard: bool = True
+    wandb_project: str = ""  # empty: off
+    progress: Literal["auto", "bar", "lines", "none"] = "auto"
+
+
+@dataclass
+class Config:
+    name: str = "run"
+    seed: int = 0
+    prepare: str = ""  # a Python script that makes `model.path` and `data.path`; run once where model.path is missing
+    verifier: str = ""
+    model: ModelConfig = field(default_factory=ModelConfig)
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    reward: RewardConfig = field(default_factory=RewardConfig)
+    rollout: RolloutConfig = field(default_factory=RolloutConfig)
+    algorithm: AlgorithmConfig = field(default_factory=AlgorithmConfig)
+    exploration: dict[str, dict] = field(default_factory=dict)  # method name -> its own options
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    trainer: TrainerConfig = field(default_factory=TrainerConfig)
+    run: RunConfig = field(default_factory=RunConfig)
+    logging: LoggingConfig = field(default_factory=LoggingConfig)
+
+    @property
+    def run_dir(self) -> Path:
+        return Path(self.run.dir or f"runs/{self.name}")
+
+    @property
+    def rollout_tp(self) -> int:
+        return self.rollout.tp or self.parallel.tp
+
+    @property
+    def world_size(self) -> int:
+        return self.parallel.tp * self.parallel.pp * self.parallel.dp
+
+
+def load_config(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -> Config:
+    """YAML file plus ``key.sub=value`` overrides -> a checked Config.
+
+    Raises ConfigError: a missing or malformed file, an unknown key (with the closest known one), a value of the
+    wrong type, or a broken rule between keys.
+    """
+    try:
+        text = Path(path).read_text()
+    except OSError as error:
+        raise ConfigError(f"cannot read the config {path}: {error.strerror}") from error
+    try:
+        tree = yaml.safe_load(text) or {}
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{path} is not valid YAML: {error}") from error
+    if not isinstance(tree, dict):
+        raise ConfigError(f"{path} must hold a mapping of keys to values, not a {type(tree).__name__}")
+    for override in overrides:
+        _apply_override(tree, override)
+    config = from_dict(Config, tree)
+    check(config)
+    return config
+
+
+def _apply_override(tree: dict, override: str) -> None:
+    key, separator, text = override.partition("=")
+    if not separator or not key:
+        raise ConfigError(f"override {override!r} must look like key.sub=value")
+    node = tree
+    *parents, leaf = key.split(".")
+    for parent in parents:
+        node = node.setdefault(parent, {})
+        if node is None or not isinstance(node, dict):
+            raise ConfigError(f"override {override!r}: {parent!r} holds a value, not keys")
+    try:
+        node[leaf] = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise ConfigError(f"override {override!r}: {text!r} is not a YAML value") from error
+
+
+def from_dict(cls: type, tree: Any, path: str = "") -> Any:
+    """A mapping -> a dataclass of type ``cls``; ``path`` is what errors call it ("exploration.lp_reg")."""
+    if tree is None:
+        tree = {}
+    if not isinstance(tree, dict):
+        raise ConfigError(f"{path or 'the config'} must be a mapping of keys to values, not {tree!r}")
+    hints = typing.get_type_hints(cls)
+    known = [item.name for item in fields(cls)]
+    values = {}
+    for key, value in tree.items():
+        name = f"{path}.{key}" if path else str(key)
+        if key not in known:
+            raise ConfigError(f"unknown key {name!r}{_closest(str(key), known, path)}")
+        values[key] = _convert(hints[key], value, name)
+    return cls(**values)
+
+
+def _closest(key: str, known: list[str], path: str) -> str:
+    close = difflib.get_close_matches(key, known, n=1, cutoff=0.0)
+    prefix = f"{path}." if path else ""
+    return f"; did you mean {prefix + close[0]!r}?" if close else f"; {path} takes no keys"
+
+
+def _convert(hint: Any, value: Any, name: str) -> Any:
+    origin, arguments = typing.get_origin(hint), typing.get_args(hint)
+    if is_dataclass(hint):
+        return from_dict(typing.cast(type, hint), value, name)
+    if origin is Literal:
+        if value not in arguments:
+            raise ConfigError(f"{name} must be one of {', '.join(map(repr, arguments))}, not {value!r}")
+        return value
+    if origin in (typing.Union, types.UnionType):
+        return _convert_union(arguments, value, name)
+    if origin is list:
+        if not isinstance(value, list):
+            raise ConfigError(f"{name} must be a list, not {value!r}")
+        return [_convert(arguments[0], item, f"{name}[{index}]") for index, item in enumerate(value)]
+    if origin is dict:
+        if not isinstance(value, dict):
+            raise ConfigError(f"{name} must be a mapping, not {value!r}")
+        return {key: {} if item is None else item for key, item in value.items()}
+    return _convert_scalar(hint, value, name)
+
+
+def _convert_union(arguments: tuple, value: Any, name: str) -> Any:
+    problems = []
+    for argument in arguments:
+        if argument is type(None):
+            if value is None:
+                return None
+            continue
+        try:
+            return _convert(argument, value, name)
+        except ConfigError as error:
+            problems.append(str(error))
+    raise ConfigError("; or ".join(problems))
+
+
+def _convert_scalar(hint: Any, value: Any, name: str) -> Any:
+    if hint is float and isinstance(value, str):  # YAML 1.1 reads 1e-6 as text
+        try:
+            return float(value)
+        except ValueError:
+            pass
+    if hint is float and isinstance(value, int) and not isinstance(value, bool):
+        return float(value)
+    if not isinstance(value, hint) or (hint is int and isinstance(value, bool)):
+        raise ConfigError(f"{name} must be of type {hint.__name__}, not {value!r}")
+    return value
+
+
+def to_dict(config: Any) -> dict:
+    """The config as plain values, ready for YAML."""
+    return dataclasses.asdict(config)
+
+
+def dump(config: Config, path: Path) -> None:
+    """Write the resolved config, byte for byte the same for the same values."""
+    path.write_text(yaml.safe_dump(to_dict(config), sort_keys=False, allow_unicode=True))
+
+
+def rule(condition: bool, message: str) -> None:
+    """Raise ConfigError(message) unless the rule holds."""
+    if not condition:
+        raise ConfigError(message)
+
+
+def check(config: Config) -> None:
+    """Every rule between keys that needs nothing but the config. Raises ConfigError."""
+    _check_ranges(config)
+    _check_batch(config)
+    parallel, world = config.parallel, config.world_size
+    rule(
+        world % config.rollout_tp == 0,
+        f"rollout.tp={config.rollout_tp} must divide the number of ranks tp*pp*dp={world}: "
+        f"each engine replica takes that many ranks",
+    )
+    rule(parallel.vpp == 1 or parallel.pp > 1, f"parallel.vpp={parallel.vpp} needs parallel.pp > 1: one stage has nothing to interleave")
+    rule(
+        not parallel.sequence_parallel or parallel.tp > 1,
+        "parallel.sequence_parallel needs parallel.tp > 1: it shards over the tensor-parallel ranks",
+    )
+    rule(bool(config.verifier), "verifier is not set: name the one that scores the responses, for example verifier=math")
+    rule(bool(config.model.path), "model.path is not set: give a Hugging Face folder (config.json, tokenizer, safetensors)")
+    rule(bool(config.data.path), "data.path is not set: give the file that holds the prompts")
+
+
+def _check_ranges(config: Config) -> None:
+    at_least_one = {
+        "parallel.tp": config.parallel.tp,
+        "parallel.pp": config.parallel.pp,
+        "parallel.vpp": config.parallel.vpp,
+        "parallel.dp": config.parallel.dp,
+        "rollout.prompts_per_step": config.rollout.prompts_per_step,
+        "rollout.responses_per_prompt": config.rollout.responses_per_prompt,
+        "rollout.max_response_length": config.rollout.max_response_length,
+        "trainer.updates_per_rollout": config.trainer.updates_per_rollout,
+        "trainer.num_steps": config.trainer.num_steps,
+        "reward.workers": config.reward.workers,
+        "data.max_prompt_length": config.data.max_prompt_length,
+    }
+    for name, value in at_least_one.items():
+        rule(value >= 1, f"{name} must be at least 1, not {value}")
+    rule(config.rollout.temperature > 0, f"rollout.temperature must be above 0, not {config.rollout.temperature}: greedy decoding has no log-probs to learn from")
+    rule(0 <= config.model.dropout < 1, f"model.dropout must be in [0, 1), not {config.model.dropout}")
+    rule(config.optimizer.lr > 0, f"optimizer.lr must be above 0, not {config.optimizer.lr}")
+    rule(len(config.optimizer.betas) == 2, f"optimizer.betas must hold two numbers, not {config.optimizer.betas}")
+    rule(
+        config.algorithm.dual_clip == 0 or config.algorithm.dual_clip > 1,
+        f"algorithm.dual_clip must be above 1 (or 0 for off), not {config.algorithm.dual_clip}: it bounds a ratio that is 1 on-policy",
+    )
+    rule(
+        not (config.algorithm.loss == "plain_clip" and config.algorithm.dual_clip),
+        "algorithm.dual_clip has no effect with algorithm.loss=plain_clip, which already bounds the ratio: drop one of them",
+    )
+    rule(0 <= config.algorithm.clip_low <= 1, f"algorithm.clip_low must be in [0, 1], not {config.algorithm.clip_low}: a ratio is never negative")
+
+
+def _check_batch(config: Config) -> None:
+    rollout, updates, dp = config.rollout, config.trainer.updates_per_rollout, config.parallel.dp
+    rule(
+        rollout.prompts_per_step % updates == 0,
+        f"trainer.updates_per_rollout={updates} must divide rollout.prompts_per_step={rollout.prompts_per_step}: "
+        f"each update takes whole groups",
+    )
+    responses = rollout.prompts_per_step // updates * rollout.responses_per_prompt
+    rule(
+        responses >= dp,
+        f"an update has {responses} responses, fewer than parallel.dp={dp}: every data-parallel rank needs one",
+    )
+    longest = config.data.max_prompt_length + rollout.max_response_length
+    rule(
+        config.trainer.microbatch_tokens >= longest,
+        f"trainer.microbatch_tokens={config.trainer.microbatch_tokens} must hold the longest response with its prompt: "
+        f"data.max_prompt_length + rollout.max_response_length = {longest}",
+    )
+
+
+def batch_table(config: Config) -> list[tuple[str, str, str]]:
+    """(what, value, how it comes about): what each batch size means, printed once at the start of a run."""
+    rollout, trainer, parallel = config.rollout, config.trainer, config.parallel
+    responses = rollout.prompts_per_step * rollout.responses_per_prompt
+    longest = config.data.max_prompt_length + rollout.max_response_length
+    per_update = responses // trainer.updates_per_rollout
+    most = max(1, -(-per_update // parallel.dp) // max(1, trainer.microbatch_tokens // longest))
+    replicas = config.world_size // config.rollout_tp
+    return [
+        ("ranks", f"{config.world_size}", f"tp {parallel.tp} x pp {parallel.pp} x dp {parallel.dp}"),
+        ("engine replicas", f"{replicas}", f"{config.world_size} ranks / rollout.tp {config.rollout_tp}"),
+        ("prompts per step", f"{rollout.prompts_per_step}", "rollout.prompts_per_step"),
+        ("responses per step", f"{responses}", f"prompts x {rollout.responses_per_prompt} responses each"),
+        ("tokens per step", f"<= {responses * longest}", f"responses x (prompt <= {config.data.max_prompt_length} + response <= {rollout.max_response_length})"),
+        ("updates per step", f"{trainer.updates_per_rollout}", "trainer.updates_per_rollout, each over whole groups"),
+        ("responses per update", f"{per_update}", f"over {parallel.dp} data-parallel rank(s)"),
+        ("microbatches per update and rank", f"<= {most}", f"packed to {trainer.microbatch_tokens} tokens each"),
+        ("steps", f"{trainer.num_steps}", f"{trainer.num_steps * trainer.updates_per_rollout} optimizer updates in all"),
+    ]

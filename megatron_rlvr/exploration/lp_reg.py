@@ -1,0 +1,243 @@
+"""Lp-Reg: keep the improbable tokens that the policy itself finds reasonable (arXiv 2510.03222v2 Sec 4, Eq 5-6).
+
+    proxy q:      p restricted to the tokens with p >= kappa * max p (or p >= tau), divided by the kept mass Z
+    regularised:  p(o) among the lowest rho of the update,  A < 0  and  q(o) > 0
+    loss there:   L_t = surrogate_t + beta * D(q, p)
+
+The old policy's forward pass gives ln p(o), ln Z and ln q(o) at once, so the proxy costs no pass of its own.
+
+``preset: paper`` is Eq 6; ``preset: released_code`` is what github.com/CarlanLark/Lp-Reg-dev @33b27e2 runs
+(verl/trainer/ppo/core_algos.py:648-745). An option that is given explicitly wins over the preset. The rest of the
+recipe belongs to the algorithm and is set there:
+
+    paper           algorithm: {loss: plain_clip, clip_low: 1.0, clip_high: 9.0, reduction: token_mean}
+    released_code   algorithm: {loss: ppo, clip_low: 1.0, clip_high: 9.0, reduction: microbatch_token_mean}
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+from torch.distributed import ProcessGroup
+
+from megatron_rlvr import losses as policy_losses
+from megatron_rlvr.config import rule
+from megatron_rlvr.distributed import reduce
+from megatron_rlvr.distributed.groups import ParallelGroups
+from megatron_rlvr.distributed.vocab import TokenStatistics
+from megatron_rlvr.exploration.base import Exploration, Needs, Threshold
+from megatron_rlvr.metrics import Meter
+from megatron_rlvr.types import Batch, Microbatch, Update
+
+log = logging.getLogger(__name__)
+
+PRESETS: dict[str, dict[str, Any]] = {
+    "paper": {
+        "threshold_temperature": 0.0,
+        "proxy_source": "old",
+        "percentile_pool": "all_tokens",
+        "percentile_scope": "update",
+        "min_two": False,
+        "gate": "kept",
+        "divergence": "fwd_kl_full",
+        "k3_clamp": 0.0,
+        "replace_clipped": False,
+    },
+    "released_code": {
+        "threshold_temperature": 1.0,
+        "proxy_source": "old",
+        "percentile_pool": "neg_tokens",
+        "percentile_scope": "microbatch",
+        "min_two": True,
+        "gate": "below_proxy",
+        "divergence": "k3_sampled",
+        "k3_clamp": 10.0,
+        "replace_clipped": True,
+    },
+}
+
+
+@dataclass
+class Config:
+    """None stands for what the preset says."""
+
+    preset: Literal["paper", "released_code"] = "paper"
+    rho: float = 0.01  # share of the tokens that are improbable enough; the paper takes 0.01 (14B) and 0.005 (32B)
+    pos_rho: float = 0.0  # the same for tokens with A > 0; 0: only A < 0 is regularised
+    beta: float = 1.0  # weight of the divergence
+    kappa: float | None = None  # min-p threshold, kept where p >= kappa * max p; 0.02 unless tau is given
+    tau: float | None = None  # fixed threshold instead, kept where p >= tau
+    threshold_temperature: float | None = None  # of the distribution that is thresholded; 0: the sampling temperature
+    proxy_source: Literal["old", "current"] | None = None  # the policy that the proxy is a part of
+    percentile_pool: Literal["all_tokens", "neg_tokens"] | None = None  # neg_tokens: A < 0 (A > 0 for pos_rho)
+    percentile_scope: Literal["update", "microbatch"] | None = None  # update: over every rank, by old log-probs
+    min_two: bool | None = None  # take floor(rho * n) tokens, none if that is fewer than two; else ceil(rho * n)
+    gate: Literal["kept", "below_proxy"] | None = None  # q(o) > 0; below_proxy: also p(o) < q(o)
+    divergence: Literal["fwd_kl_full", "k3_sampled", "k2_sampled"] | None = None
+    k3_clamp: float | None = None  # k3 is cut off here, and with it its gradient; 0: no bound
+    replace_clipped: bool | None = None  # regularised tokens keep -A r instead of the clipped surrogate
+
+    def __post_init__(self) -> None:
+        for option, value in PRESETS[self.preset].items():
+            if getattr(self, option) is None:
+                setattr(self, option, value)
+        self._check()
+        if self.kappa is None and self.tau is None:
+            self.kappa = 0.02
+
+    def _check(self) -> None:
+        name, share = "exploration.lp_reg", "it is a share of the tokens"
+        rule(0 < self.rho < 1, f"{name}.rho must be in (0, 1), not {self.rho}: {share}")
+        rule(0 <= self.pos_rho < 1, f"{name}.pos_rho must be in [0, 1), not {self.pos_rho}: {share}")
+        rule(self.beta >= 0, f"{name}.beta must be at least 0, not {self.beta}: below 0 it would drive p away from q")
+        rule(
+            self.kappa is None or self.tau is None,
+            f"{name}.kappa={self.kappa} and {name}.tau={self.tau} are two thresholds for one proxy: give one of them",
+        )
+        rule(
+            self.kappa is None or 0 < self.kappa <= 1,
+            f"{name}.kappa must be in (0, 1], not {self.kappa}: it is a share of the largest probability",
+        )
+        rule(self.tau is None or 0 < self.tau < 1, f"{name}.tau must be in (0, 1), not {self.tau}: it is a probability")
+        for option in ("threshold_temperature", "k3_clamp"):
+            value = getattr(self, option)
+            rule(value >= 0, f"{name}.{option} must be above 0 (or 0, see its comment), not {value}")
+
+
+def fwd_kl_full(current: TokenStatistics, target: Tensor, clamp: float) -> tuple[Tensor, Tensor]:
+    """KL(q || p) over the vocabulary, q a part of the current policy: -ln Z, with gradient p - q in the logits."""
+    divergence = -current.log_kept_mass
+    return divergence, current.log_prob.exp() * (1 - divergence.exp())
+
+
+def k3_sampled(current: TokenStatistics, target: Tensor, clamp: float) -> tuple[Tensor, Tensor]:
+    """e^x - x - 1 with x = ln q(o) - ln p(o): in expectation over o the gradient of KL(q || p)."""
+    divergence = policy_losses.k3(current.log_prob, target)
+    slope = 1 - policy_losses.ratio(target, current.log_prob)
+    if not clamp:
+        return divergence, slope
+    return divergence.clamp(max=clamp), torch.where(divergence <= clamp, slope, 0.0)
+
+
+def k2_sampled(current: TokenStatistics, target: Tensor, clamp: float) -> tuple[Tensor, Tensor]:
+    """x^2 / 2 with x = ln q(o) - ln p(o)."""
+    return policy_losses.k2(current.log_prob, target), policy_losses.log_ratio(current.log_prob, target)
+
+
+# Each: current statistics, ln q(o) and the bound of k3 -> the divergence [t] with its gradient, and its slope [t] in
+# the sampled token's log-prob (fwd_kl_full: in its logit), for the metrics.
+DIVERGENCES: dict[str, Callable[[TokenStatistics, Tensor, float], tuple[Tensor, Tensor]]] = {
+    "fwd_kl_full": fwd_kl_full,
+    "k3_sampled": k3_sampled,
+    "k2_sampled": k2_sampled,
+}
+
+
+class LpReg(Exploration):
+    order = 20
+    config: Config
+
+    def __init__(self, name: str, config: Config, updates_per_rollout: int = 1) -> None:
+        super().__init__(name, config, updates_per_rollout)
+        self.replaces_loss = bool(config.replace_clipped)
+        self.divergence = str(config.divergence)
+        self._limits: dict[int, Tensor] = {}  # sign of A -> highest ln p(o) that is improbable, of this update
+        if self.divergence == "fwd_kl_full" and config.proxy_source == "old" and updates_per_rollout > 1:
+            self.divergence = "k3_sampled"
+            log.info(
+                "exploration.lp_reg: with %d updates per rollout the proxy is part of an older policy, of which only "
+                "scalars are kept: k3 of the sampled token, the same gradient in expectation, replaces the full KL",
+                updates_per_rollout,
+            )
+
+    def needs(self) -> Needs:
+        config = self.config
+        threshold = Threshold(config.kappa, config.tau, config.threshold_temperature or 0.0)
+        return Needs(old_log_probs=True, threshold=threshold)
+
+    def annotate(self, batch: Batch, old: TokenStatistics) -> dict[str, Tensor]:
+        if self.config.proxy_source == "current":
+            return {}
+        return {"lp_reg/proxy_log_prob": old.proxy_log_prob, "lp_reg/log_kept_mass": old.log_kept_mass}
+
+    def prepare_update(self, batch: Batch, update: Update, groups: ParallelGroups) -> None:
+        if self.config.percentile_scope == "update":
+            whole = batch.microbatch(update.microbatches[0][0], update.microbatches[-1][1])
+            self._limits = self._percentiles(whole, whole.old_log_probs, groups.dp)
+
+    def policy_loss(self, losses: Tensor, micro: Microbatch, current: TokenStatistics, meter: Meter) -> Tensor:
+        log_prob = current.log_prob.detach()
+        proxy, log_kept_mass = self._proxy(micro, current)
+        candidates = self._candidates(micro, log_prob)
+        kept = candidates & proxy.isfinite()  # a filtered token has ln q(o) = -inf
+        selected = kept & (log_prob < proxy) if self.config.gate == "below_proxy" else kept
+
+        target = torch.where(selected, proxy, log_prob)
+        divergence, slope = DIVERGENCES[self.divergence](current, target, self.config.k3_clamp or 0.0)
+        unclipped = -micro.advantages * policy_losses.ratio(current.log_prob, micro.old_log_probs)
+
+        net = unclipped + self.config.beta * slope
+        self._record(micro, candidates, kept, selected, meter)
+        for name, value in {"kept_mass": log_kept_mass.exp(), "divergence": divergence, "net_coefficient": net}.items():
+            meter.add(f"lp_reg/{name}", torch.where(selected, value, 0.0).sum(), selected.sum())
+        if self.replaces_loss:
+            losses = torch.where(selected, unclipped, losses)
+        return losses + self.config.beta * torch.where(selected, divergence, 0.0)
+
+    def _proxy(self, micro: Microbatch, current: TokenStatistics) -> tuple[Tensor, Tensor]:
+        """ln q(o), -inf where o is filtered, and ln Z; both without gradient."""
+        if self.config.proxy_source == "current":
+            return current.proxy_log_prob.detach(), current.log_kept_mass.detach()
+        return micro.extras["lp_reg/proxy_log_prob"], micro.extras["lp_reg/log_kept_mass"]
+
+    def _sides(self) -> list[tuple[int, float]]:
+        """(sign of A, rho) of the tokens that may be regularised; A = 0 never is."""
+        return [(-1, self.config.rho)] + ([(1, self.config.pos_rho)] if self.config.pos_rho else [])
+
+    def _candidates(self, micro: Microbatch, log_prob: Tensor) -> Tensor:
+        """[t] improbable tokens on a regularised side.
+
+        Old log-probs are held against the update's percentile, current ones against the microbatch's: each against the
+        distribution that the percentile was taken over.
+        """
+        ranked = log_prob
+        if self.config.percentile_scope == "microbatch":
+            self._limits = self._percentiles(micro, log_prob, None)
+        else:
+            ranked = micro.old_log_probs
+        candidates = torch.zeros_like(micro.loss_mask)
+        for sign, _ in self._sides():
+            candidates |= micro.loss_mask & (micro.advantages * sign > 0) & (ranked <= self._limits[sign])
+        return candidates
+
+    def _percentiles(self, tokens: Microbatch, log_probs: Tensor, group: ProcessGroup | None) -> dict[int, Tensor]:
+        """Side -> the k-th lowest log-prob of the pool over ``group``, -inf where nothing may be regularised."""
+        limits = {}
+        for sign, rho in self._sides():
+            pool = tokens.loss_mask
+            if self.config.percentile_pool == "neg_tokens":
+                pool = pool & (tokens.advantages * sign > 0)
+            count = int(reduce.all_sum(pool.sum(), group))
+            k = int(rho * count) if self.config.min_two else math.ceil(round(rho * count, 6))
+            enough = k >= (2 if self.config.min_two else 1)
+            # the middle of the k-th of `count` equal shares: no rounding can make it another k
+            limits[sign] = (
+                reduce.lowest_quantile(log_probs, pool, (k - 0.5) / count, group)
+                if enough
+                else log_probs.new_tensor(-math.inf)
+            )
+        return limits
+
+    def _record(self, micro: Microbatch, candidates: Tensor, kept: Tensor, selected: Tensor, meter: Meter) -> None:
+        """Shares of loss tokens, the candidates that survive the filter, and delta, the improbable side's upper end."""
+        count, limit = micro.loss_mask.sum(), self._limits[-1]
+        meter.add("lp_reg/share", selected.sum(), count)
+        meter.add("lp_reg/candidates", candidates.sum(), count)
+        meter.add("lp_reg/survive_share", kept.sum(), candidates.sum())
+        meter.add("lp_reg/delta", limit.exp(), limit.isfinite())

@@ -1,0 +1,106 @@
+"""Attention over packed responses, and the norm that goes with it: the parts of the layer spec that need no Transformer Engine.
+
+megatron-core's own core attention refuses packed sequences (transformer/dot_product_attention.py:153), and its torch
+norm refuses sequence parallelism (transformer/torch_norm.py:32). Both classes run on a CPU and on a GPU alike.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from megatron.core.packed_seq_params import PackedSeqParams
+from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.transformer.module import MegatronModule
+from torch import Tensor
+
+
+@dataclass
+class PackedSequences(PackedSeqParams):
+    """Megatron's description of a packed microbatch, and where each token stands in the padded view of it.
+
+    Two responses of 3 and 2 tokens: cu_seqlens = [0, 3, 5], padded_tokens = [[0, 1, 2], [3, 4, 4]] (the pad repeats
+    a token whose output nobody reads), places = [0, 1, 2, 3, 4].
+    """
+
+    padded_tokens: Tensor | None = None  # [s, L] int64, token index per place
+    places: Tensor | None = None  # [t] int64, place of each token in the flattened [s * L]
+
+    @classmethod
+    def from_cu_seqlens(cls, cu_seqlens: Tensor) -> PackedSequences:
+        """cu_seqlens [s + 1] int32 -> the packed description of t = cu_seqlens[-1] tokens."""
+        lengths = (cu_seqlens[1:] - cu_seqlens[:-1]).long()
+        longest, total = int(lengths.max()), int(cu_seqlens[-1])
+        offsets = torch.arange(longest, device=cu_seqlens.device)
+        padded = (cu_seqlens[:-1].long()[:, None] + offsets).clamp(max=total - 1)
+        places = (offsets < lengths[:, None]).flatten().nonzero().flatten()
+        return cls(
+            qkv_format="thd",
+            cu_seqlens_q=cu_seqlens,
+            cu_seqlens_kv=cu_seqlens,
+            max_seqlen_q=longest,
+            max_seqlen_kv=longest,
+            padded_tokens=padded,
+            places=places,
+        )
+
+
+class PackedAttention(MegatronModule):
+    """Causal attention in which no response sees another: the packed tokens are laid out one response a row.
+
+    A row's padding stands behind its tokens, so causality alone keeps it out of every output that is read.
+    """
+
+    def __init__(
+        self,
+        config: Any,
+        layer_number: int,
+        attn_mask_type: Any,
+        attention_type: str,
+        attention_dropout: float | None = None,
+        softmax_scale: float | None = None,
+        cp_comm_type: str | None = None,
+        pg_collection: ProcessGroupCollection | None = None,
+        **unused: Any,
+    ) -> None:
+        super().__init__(config=config)
+        self.scale = softmax_scale or 1.0 / math.sqrt(config.kv_channels)
+        self.dropout = config.attention_dropout if attention_dropout is None else attention_dropout
+
+    def forward(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attention_mask: Tensor | None,
+        attn_mask_type: Any = None,
+        attention_bias: Tensor | None = None,
+        packed_seq_params: PackedSeqParams | None = None,
+    ) -> Tensor:
+        """query [t, heads, d], key and value [t, kv heads, d] -> [t, heads * d]."""
+        assert isinstance(packed_seq_params, PackedSequences), "every microbatch is packed (PackedSequences)"
+        rows, longest = packed_seq_params.padded_tokens.shape
+        index = packed_seq_params.padded_tokens.flatten()
+
+        def pad(tensor: Tensor) -> Tensor:  # [t, h, d] -> [s, h, L, d]
+            return tensor.index_select(0, index).view(rows, longest, *tensor.shape[1:]).transpose(1, 2)
+
+        repeat = query.shape[1] // key.shape[1]
+        query, key, value = pad(query), pad(key), pad(value)
+        if repeat > 1:
+            key, value = key.repeat_interleave(repeat, dim=1), value.repeat_interleave(repeat, dim=1)
+        output = F.scaled_dot_product_attention(
+            query, key, value, is_causal=True, scale=self.scale, dropout_p=self.dropout if self.training else 0.0
+        )
+        return output.transpose(1, 2).reshape(rows * longest, -1).index_select(0, packed_seq_params.places)
+
+
+class RMSNorm(torch.nn.RMSNorm):
+    """torch's RMSNorm in the signature of megatron's specs; under sequence parallelism its gradient is summed over tp."""
+
+    def __init__(self, config: Any, hidden_size: int, eps: float = 1e-6, **unused: Any) -> None:
+        super().__init__(hidden_size, eps=eps, dtype=config.params_dtype)
+        self.weight.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]

@@ -1,0 +1,135 @@
+"""From a Hugging Face shape to Megatron model chunks: GPTModel with the Transformer Engine spec, or the local one."""
+
+from __future__ import annotations
+
+import functools
+import logging
+
+import torch
+import torch.nn.functional as F
+from megatron.core import parallel_state
+from megatron.core.models.gpt import GPTModel
+from megatron.core.models.gpt.gpt_layer_specs import (
+    get_gpt_layer_local_spec,
+    get_gpt_layer_with_transformer_engine_spec,
+)
+from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
+from megatron.core.transformer import ModuleSpec, TransformerConfig
+from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
+
+from megatron_rlvr import platform
+from megatron_rlvr.architecture import Architecture
+from megatron_rlvr.config import Config
+from megatron_rlvr.distributed.groups import ParallelGroups
+from megatron_rlvr.models.attention import PackedAttention, RMSNorm
+
+log = logging.getLogger(__name__)
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+
+
+def initialize_parallel(config: Config) -> ParallelGroups:
+    """Megatron's process groups and dropout streams for tp x pp x dp; the default group must exist."""
+    parallel = config.parallel
+    with platform.megatron_calls():
+        parallel_state.initialize_model_parallel(
+            tensor_model_parallel_size=parallel.tp,
+            pipeline_model_parallel_size=parallel.pp,
+            virtual_pipeline_model_parallel_size=parallel.vpp if parallel.vpp > 1 else None,
+        )
+        model_parallel_cuda_manual_seed(config.seed)
+    return ParallelGroups.from_megatron()
+
+
+def transformer_config(config: Config, architecture: Architecture) -> TransformerConfig:
+    """The architecture and the layout in Megatron's terms."""
+    parallel, dtype = config.parallel, DTYPES[config.model.dtype]
+    recompute = {"none": None, "selective": "selective", "full": "full"}[config.model.recompute]
+    return TransformerConfig(
+        num_layers=architecture.num_layers,
+        hidden_size=architecture.hidden_size,
+        num_attention_heads=architecture.num_heads,
+        num_query_groups=architecture.num_kv_heads,
+        kv_channels=architecture.head_dim,
+        ffn_hidden_size=architecture.ffn_size,
+        normalization="RMSNorm",
+        layernorm_epsilon=architecture.rms_eps,
+        qk_layernorm=architecture.qk_norm,
+        add_qkv_bias=architecture.qkv_bias,
+        add_bias_linear=False,
+        gated_linear_unit=True,
+        activation_func=F.silu,
+        attention_dropout=config.model.dropout,
+        hidden_dropout=config.model.dropout,
+        params_dtype=dtype,
+        pipeline_dtype=dtype,
+        bf16=dtype == torch.bfloat16,
+        tensor_model_parallel_size=parallel.tp,
+        pipeline_model_parallel_size=parallel.pp,
+        virtual_pipeline_model_parallel_size=parallel.vpp if parallel.vpp > 1 else None,
+        sequence_parallel=parallel.sequence_parallel,
+        # Microbatches differ in length, which Megatron refuses with the default dispatcher even without experts
+        # (transformer_config.py:1829), and which needs one send at a time when stages interleave.
+        variable_seq_lengths=True,
+        moe_token_dispatcher_type="alltoall",
+        batch_p2p_comm=False,
+        overlap_p2p_comm=parallel.vpp > 1,
+        use_cpu_initialization=not platform.has_gpu(),
+        gradient_accumulation_fusion=platform.has_apex_weight_gradient_kernel() or platform.has_transformer_engine(),
+        apply_rope_fusion=platform.has_transformer_engine(),
+        masked_softmax_fusion=False,
+        # The losses divide by their own global denominators: gradients are summed, never averaged.
+        calculate_per_token_loss=True,
+        recompute_granularity=recompute,
+        recompute_method="uniform" if recompute == "full" else None,
+        recompute_num_layers=1 if recompute == "full" else None,
+    )
+
+
+@functools.cache
+def _log_spec_once(name: str) -> None:
+    log.info("layer spec: %s", name)
+
+
+def layer_spec(config: TransformerConfig, architecture: Architecture, vp_stage: int | None) -> ModuleSpec | TransformerBlockSubmodules:
+    """The one place that chooses between Transformer Engine's layers and the local ones."""
+    if platform.has_transformer_engine():
+        _log_spec_once("Transformer Engine")
+        return get_gpt_layer_with_transformer_engine_spec(qk_layernorm=architecture.qk_norm)
+    _log_spec_once("local (no Transformer Engine on this machine)")
+    spec = get_gpt_layer_local_spec(qk_layernorm=architecture.qk_norm, normalization="RMSNorm")
+    layer = spec.submodules
+    layer.input_layernorm = layer.pre_mlp_layernorm = RMSNorm
+    attention = layer.self_attention.submodules
+    attention.core_attention = PackedAttention
+    if architecture.qk_norm:
+        attention.q_layernorm = attention.k_layernorm = RMSNorm
+    layers = get_num_layers_to_build(config, vp_stage=vp_stage)
+    return TransformerBlockSubmodules(layer_specs=[spec] * layers, layer_norm=RMSNorm)
+
+
+def build_chunks(config: Config, architecture: Architecture, groups: ParallelGroups) -> list[GPTModel]:
+    """This rank's model chunks, one per virtual stage, on its device; the weights are still to be loaded."""
+    with platform.megatron_calls():
+        megatron = transformer_config(config, architecture)
+        return [_build_chunk(config, architecture, groups, megatron, stage) for stage in range(config.parallel.vpp)]
+
+
+def _build_chunk(
+    config: Config, architecture: Architecture, groups: ParallelGroups, megatron: TransformerConfig, stage: int
+) -> GPTModel:
+    vp_stage = stage if config.parallel.vpp > 1 else None
+    chunk = GPTModel(
+        config=megatron,
+        transformer_layer_spec=layer_spec(megatron, architecture, vp_stage),
+        vocab_size=architecture.padded_vocab(groups.tp_size),
+        max_sequence_length=architecture.max_positions,
+        pre_process=parallel_state.is_pipeline_first_stage(ignore_virtual=False, vp_stage=vp_stage),
+        post_process=parallel_state.is_pipeline_last_stage(ignore_virtual=False, vp_stage=vp_stage),
+        parallel_output=True,
+        share_embeddings_and_output_weights=architecture.tied,
+        position_embedding_type="rope",
+        rotary_base=architecture.rope_theta,
+        vp_stage=vp_stage,
+    )
+    return chunk.to(platform.device())

@@ -1,0 +1,108 @@
+"""A Megatron model with its gradients, optimizer and schedule: what policy and critic share."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
+from megatron.core.models.gpt import GPTModel
+from megatron.core.optimizer import OptimizerConfig as MegatronOptimizerConfig
+from megatron.core.optimizer import get_megatron_optimizer, get_standard_config_overrides
+from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
+
+from megatron_rlvr import platform
+from megatron_rlvr.config import Config, OptimizerConfig
+from megatron_rlvr.models import schedule
+from megatron_rlvr.models.build import DTYPES
+from megatron_rlvr.types import Microbatch
+
+
+class TrainingDiverged(RuntimeError):
+    """A gradient that is not a number: going on would destroy the model."""
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """One optimizer update: losses of this rank's microbatches (last stage), global gradient norm, learning rate."""
+
+    losses: list[torch.Tensor]
+    grad_norm: float
+    learning_rate: float
+
+
+class Trainable:
+    """DDP over the data-parallel ranks, AdamW (sharded over them when distributed), warm-up and decay."""
+
+    def __init__(self, config: Config, settings: OptimizerConfig, chunks: list[GPTModel]) -> None:
+        self.chunks = chunks
+        with platform.megatron_calls():
+            ddp = DistributedDataParallelConfig(
+                grad_reduce_in_fp32=True, use_distributed_optimizer=settings.distributed, check_for_nan_in_grad=False
+            )
+            self.replicas = [
+                DistributedDataParallel(chunk.config, ddp, chunk, disable_bucketing=index > 0)
+                for index, chunk in enumerate(chunks)
+            ]
+            self.optimizer = self._build_optimizer(config, settings)
+            self.scheduler = self._build_scheduler(config, settings)
+        for chunk in chunks:
+            chunk.config.finalize_model_grads_func = schedule.sum_gradients
+            chunk.config.grad_scale_func = self.optimizer.scale_loss
+
+    def _build_optimizer(self, config: Config, settings: OptimizerConfig):
+        dtype = DTYPES[config.model.dtype]
+        options = MegatronOptimizerConfig(
+            optimizer="adam",
+            lr=settings.lr,
+            min_lr=settings.min_lr,
+            weight_decay=settings.weight_decay,
+            adam_beta1=settings.betas[0],
+            adam_beta2=settings.betas[1],
+            adam_eps=settings.eps,
+            clip_grad=settings.clip_grad,
+            bf16=dtype == torch.bfloat16,
+            params_dtype=dtype,
+            use_distributed_optimizer=settings.distributed,
+        )
+        # Without the overrides, and without the scheduler that multiplies them in, norms and biases decay too.
+        return get_megatron_optimizer(
+            options, self.replicas, config_overrides=get_standard_config_overrides(options)
+        )
+
+    def _build_scheduler(self, config: Config, settings: OptimizerConfig) -> OptimizerParamScheduler:
+        updates = config.trainer.num_steps * config.trainer.updates_per_rollout
+        return OptimizerParamScheduler(
+            self.optimizer,
+            init_lr=0.0,
+            max_lr=settings.lr,
+            min_lr=settings.min_lr,
+            lr_warmup_steps=settings.warmup_steps,
+            lr_decay_steps=max(updates, settings.warmup_steps + 1),
+            lr_decay_style=settings.schedule,
+            start_wd=settings.weight_decay,
+            end_wd=settings.weight_decay,
+            wd_incr_steps=0,
+            wd_incr_style="constant",
+        )
+
+    def train_step(self, microbatches: list[Microbatch], loss: schedule.Consumer) -> StepResult:
+        """Forward, backward and one optimizer update over these microbatches. Raises TrainingDiverged."""
+        with platform.megatron_calls():
+            for replica in self.replicas:
+                replica.train()
+                replica.zero_grad_buffer()
+            self.optimizer.zero_grad()
+            losses = schedule.forward_backward(self.replicas, microbatches, loss)
+            self.scheduler.step(1)  # before the update, so that the first one of a warm-up already moves
+            updated, grad_norm, _ = self.optimizer.step()
+        if not updated or not math.isfinite(grad_norm):
+            raise TrainingDiverged(f"the gradient norm is {grad_norm}: lower optimizer.lr or look for bad rewards in rollouts.jsonl")
+        return StepResult(losses, float(grad_norm), self.optimizer.param_groups[0]["lr"])
+
+    def forward(self, microbatches: list[Microbatch], consume: schedule.Consumer) -> list:
+        """A pass without gradients or dropout; on the last stage what ``consume`` makes of each microbatch."""
+        for replica in self.replicas:
+            replica.eval()
+        return schedule.forward(self.replicas, microbatches, consume)

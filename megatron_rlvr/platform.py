@@ -1,0 +1,182 @@
+"""The one file that knows whether there is a GPU, and the one file that adjusts anybody else's code.
+
+megatron-core 0.16.1 is written for CUDA, yet its dense training path is exact on a CPU once a handful of device
+questions are answered differently. Those answers live here, each with its reason and the upstream line, and only
+for the duration of ``megatron_calls()``: outside of it everybody sees the real torch.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import glob
+import importlib.util
+import os
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+
+
+def has_gpu() -> bool:
+    """Whether this process computes on a CUDA GPU."""
+    return torch.cuda.is_available()
+
+
+def device() -> torch.device:
+    """The device of this rank: its own GPU under torchrun's LOCAL_RANK, else the CPU."""
+    return torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if has_gpu() else torch.device("cpu")
+
+
+def backend() -> str:
+    """The torch.distributed backend that moves tensors of ``device()``."""
+    return "cuda:nccl,cpu:gloo" if has_gpu() else "gloo"
+
+
+def has_transformer_engine() -> bool:
+    """Whether the Transformer Engine layer spec is used; never on a CPU, where importing it raises."""
+    return has_gpu() and importlib.util.find_spec("transformer_engine") is not None
+
+
+def has_apex_weight_gradient_kernel() -> bool:
+    """Whether NVIDIA apex's fused weight-gradient extension is there (megatron/core/tensor_parallel/layers.py:924)."""
+    return has_gpu() and importlib.util.find_spec("fused_weight_gradient_mlp_cuda") is not None
+
+
+def start_rank() -> None:
+    """Settings of a rank's process, before any tensor is made."""
+    if has_gpu():
+        torch.cuda.set_device(device())
+    else:
+        # Two ranks with two threads each on two cores spin against one another and run six times slower.
+        torch.set_num_threads(1)
+        # torch caches the constructors that `with torch.device(...)` covers at the first use. Were that use inside
+        # megatron_calls(), transformers would later build its rotary table from uninitialised memory.
+        torch.utils._device._device_constructors()
+
+
+_CPU = torch.device("cpu")
+_depth = 0
+
+
+@contextlib.contextmanager
+def megatron_calls() -> Iterator[None]:
+    """Run Megatron in here: on a CPU its questions to CUDA are answered, on a GPU nothing changes. Re-entrant."""
+    global _depth
+    if has_gpu():
+        yield
+        return
+    with contextlib.ExitStack() as stack:
+        if _depth == 0:
+            for owner, name, replacement in _cpu_answers():
+                stack.callback(setattr, owner, name, getattr(owner, name))
+                setattr(owner, name, replacement)
+        _depth += 1
+        stack.callback(_leave)
+        yield
+
+
+def _leave() -> None:
+    global _depth
+    _depth -= 1
+
+
+@functools.cache
+def _cpu_answers() -> list[tuple[Any, str, Callable]]:
+    """(owner, attribute, replacement): the smallest set that TP, SP, PP, VPP, DP, recompute and the optimizer need."""
+    import megatron.core.tensor_parallel.random as tensor_parallel_random
+
+    tensor_type = torch.Tensor.type
+
+    def named_as_cuda(self: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        if args or kwargs:
+            return tensor_type(self, *args, **kwargs)
+        return tensor_type(self).replace("torch.", "torch.cuda.")
+
+    return [
+        # `device=torch.cuda.current_device()` all over: layers.py:552, mappings.py:91, param_and_grad_buffer.py:806.
+        (torch.cuda, "current_device", lambda: _CPU),
+        # p2p_communication.py:242 waits for the device after sends of varying length.
+        (torch.cuda, "synchronize", lambda *args, **kwargs: None),
+        # Literal device="cuda": schedules.py:596, 983, 2138; clip_grads.py:103; optimizer.py:473.
+        (torch, "zeros", _on_cpu(torch.zeros)),
+        (torch, "ones", _on_cpu(torch.ones)),
+        (torch, "tensor", _on_cpu(torch.tensor)),
+        # `.cuda()` on tied embeddings over pipeline stages: language_module.py:244.
+        (torch.Tensor, "cuda", lambda self, *args, **kwargs: self),
+        # The optimizer recognises fp32 tensors by the name 'torch.cuda.FloatTensor': clip_grads.py:167,
+        # optimizer.py:671, distrib_optimizer.py:361.
+        (torch.Tensor, "type", named_as_cuda),
+        # The dropout and recompute tracker (random.py:235, 447) keeps CUDA generator states: here the CPU's own.
+        (torch.cuda, "manual_seed", torch.manual_seed),
+        (torch.cuda, "get_rng_state", lambda device="cuda": torch.get_rng_state()),
+        (torch.cuda, "set_rng_state", lambda state, device="cuda": torch.set_rng_state(state)),
+        (
+            tensor_parallel_random,
+            "_get_cuda_rng_state",
+            lambda device="cuda", clone=False, graph_safe=False: torch.get_rng_state(),
+        ),
+        (
+            tensor_parallel_random,
+            "_set_cuda_rng_state",
+            lambda state, device=-1, graph_safe=False: torch.set_rng_state(state),
+        ),
+        # random.py:297 warns when the CPU's generator moves inside a fork: here that generator *is* the tracked one.
+        (tensor_parallel_random.CudaRNGStatesTracker, "fork", _fork_cpu_generator),
+    ]
+
+
+def _on_cpu(factory: Callable) -> Callable:
+    @functools.wraps(factory)
+    def make(*args: Any, **kwargs: Any) -> torch.Tensor:
+        asked = kwargs.get("device")
+        if asked is not None and torch.device(asked).type == "cuda":
+            kwargs["device"] = _CPU
+        return factory(*args, **kwargs)
+
+    return make
+
+
+@contextlib.contextmanager
+def _fork_cpu_generator(self: Any, name: str = "model-parallel-rng") -> Iterator[None]:
+    """Draw from the named stream of the tracker, then go on with the stream that was current before."""
+    before, before_name = torch.get_rng_state(), self._current_state_name
+    torch.set_rng_state(self.states_[name])
+    self._current_state_name = name
+    try:
+        yield
+    finally:
+        self.states_[name] = torch.get_rng_state()
+        torch.set_rng_state(before)
+        self._current_state_name = before_name
+
+
+@contextlib.contextmanager
+def private_shared_memory(job: str) -> Iterator[None]:
+    """Build a vLLM engine in here: its ranks' shared memory bears the name ``job`` and loses it once all have mapped it.
+
+    On a CPU vLLM names the segment after the rendezvous, which under torchrun is always "//" (v1/worker/cpu_worker.py:148,
+    distributed/device_communicators/cpu_communicator.py:237): two jobs on one machine collide, and so does a run with
+    what a killed one left. A mapped segment lives on without its name, and the kernel frees it with its last process.
+    ``job`` must be the same on all ranks and new for each run. On a GPU there is no such segment.
+    """
+    if has_gpu():
+        yield
+        return
+    from vllm.distributed.device_communicators.cpu_communicator import _CPUSHMDistributed as Channel
+
+    name_of, connect = Channel.make_group_name, Channel._init_cpu_shm
+
+    def connect_and_unlink(self: Any) -> int:
+        handle = connect(self)  # ends with a barrier: every rank has mapped every segment
+        for segment in Path("/dev/shm").glob(glob.escape(self.group_name) + "*"):
+            segment.unlink(missing_ok=True)
+        return handle
+
+    Channel.make_group_name = staticmethod(lambda communicator: job + name_of(communicator).replace("/", ""))
+    Channel._init_cpu_shm = connect_and_unlink
+    try:
+        yield
+    finally:
+        Channel.make_group_name, Channel._init_cpu_shm = staticmethod(name_of), connect

@@ -1,0 +1,44 @@
+"""What can be refused before any rank starts: seconds in one process instead of minutes in all of them."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+from megatron_rlvr import verifiers
+from megatron_rlvr.architecture import Architecture
+from megatron_rlvr.config import Config, rule
+from megatron_rlvr.exploration.base import build as build_exploration
+from megatron_rlvr.processes import port_in_use
+
+
+def prepare(config: Config) -> None:
+    """Run the config's ``prepare`` script where its model is still missing. Raises ConfigError when it fails."""
+    if not config.prepare or Path(config.model.path).exists():
+        return
+    rule(Path(config.prepare).is_file(), f"prepare={config.prepare}: there is no such script")
+    print(f"{config.model.path} is not there yet: running {config.prepare}", flush=True)
+    code = subprocess.run([sys.executable, config.prepare], check=False).returncode
+    rule(code == 0, f"{config.prepare} ended with exit code {code}; see its message above")
+
+
+def check(config: Config) -> None:
+    """Model, layout, verifier, methods, data files and port. Raises ConfigError."""
+    architecture = Architecture.from_folder(config.model.path)
+    architecture.check_layout(config.parallel.tp, config.parallel.pp, config.parallel.vpp)
+    architecture.check_layout(config.rollout_tp, 1, 1)
+    longest = config.data.max_prompt_length + config.rollout.max_response_length
+    rule(
+        longest <= architecture.max_positions,
+        f"data.max_prompt_length + rollout.max_response_length = {longest} exceeds the model's "
+        f"{architecture.max_positions} positions: lower one of them",
+    )
+    verifiers.load(config.verifier)
+    build_exploration(config.exploration, config.trainer.updates_per_rollout)
+    for name, path in (("data.path", config.data.path), ("data.eval_path", config.data.eval_path)):
+        rule(not path or Path(path).exists(), f"{name}={path}: there is no such file or folder")
+    rule(
+        not (config.run.port and port_in_use(config.run.port)),
+        f"run.port={config.run.port} is in use: leave it 0 for a free one",
+    )

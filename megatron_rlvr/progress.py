@@ -1,0 +1,118 @@
+"""Where a run stands, for the person who watches it: a bar on a terminal, plain lines in a log file."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections import deque
+from collections.abc import Mapping
+from types import TracebackType
+from typing import Any, Literal, Self
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, TextColumn
+from rich.progress import Progress as RichBar
+
+SECONDS_BETWEEN_LINES = 10.0
+WINDOW = 20  # steps: of the reward's mean, and of the pace that the time left is reckoned from
+
+
+class Progress:
+    """Step and phase, reward with its mean of 20 steps, entropy, tokens per second and the time left.
+
+    with Progress(total=300, mode=config.logging.progress, start=120) as progress:
+        progress.phase("generate")
+        progress.step({"reward/mean": 0.21, "policy/entropy": 0.6, "tokens/per_second": 1800.0})
+
+    ``mode`` auto takes the bar where standard output is a terminal and lines where it is not; none prints nothing and
+    is what every rank but the first takes. ``start``: steps done by an earlier run that this one resumes.
+    Lines come at most every 10 seconds, and for the first and the last step. A metric that a step lacks is left out.
+    """
+
+    def __init__(
+        self,
+        total: int,
+        mode: Literal["auto", "bar", "lines", "none"] = "auto",
+        start: int = 0,
+        console: Console | None = None,
+    ) -> None:
+        self._console = console or Console()
+        self._mode = mode if mode != "auto" else "bar" if self._console.is_terminal else "lines"
+        self._total, self._done = total, start
+        self._rewards: deque[float] = deque(maxlen=WINDOW)
+        self._ends = deque([time.monotonic()], maxlen=WINDOW + 1)  # when each step ended
+        self._printed: float | None = None  # when the last line was
+        self._summary = ""
+        self._bar: RichBar | None = None
+
+    def __enter__(self) -> Self:
+        if self._mode == "bar":
+            columns = (MofNCompleteColumn(), BarColumn(bar_width=20), TextColumn("{task.description}", markup=False))
+            # No refresh thread: the run forks processes, which would inherit its locks. Each call redraws instead.
+            self._bar = RichBar(*columns, console=self._console, auto_refresh=False)
+            self._task = self._bar.add_task("starting", total=self._total, completed=self._done)
+            self._bar.start()
+        self._ends[-1] = time.monotonic()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._bar:
+            self._bar.stop()
+
+    def phase(self, name: str) -> None:
+        """Say what the step is doing now; only the bar shows it."""
+        self._redraw(name)
+
+    def step(self, metrics: Mapping[str, Any]) -> None:
+        """One step is done, with these metrics."""
+        self._done += 1
+        self._ends.append(time.monotonic())
+        if _known(metrics.get("reward/mean")):
+            self._rewards.append(float(metrics["reward/mean"]))
+        self._summary = self._summarise(metrics)
+        self._redraw("done" if self._done == self._total else "")
+        if self._mode == "lines" and self._line_due():
+            self._printed = self._ends[-1]
+            self._console.print(
+                f"step {self._done}/{self._total}  {self._summary}", markup=False, highlight=False, soft_wrap=True
+            )
+
+    def _redraw(self, phase: str) -> None:
+        if self._bar:
+            text = "  ".join(part for part in (self._summary, phase) if part)
+            self._bar.update(self._task, completed=self._done, description=text, refresh=True)
+
+    def _line_due(self) -> bool:
+        last = self._done == self._total
+        return last or self._printed is None or self._ends[-1] - self._printed >= SECONDS_BETWEEN_LINES
+
+    def _summarise(self, metrics: Mapping[str, Any]) -> str:
+        reward, entropy, pace = (metrics.get(name) for name in ("reward/mean", "policy/entropy", "tokens/per_second"))
+        parts = []
+        if _known(reward):
+            parts.append(
+                f"reward {reward:.3f} (last {len(self._rewards)}: {sum(self._rewards) / len(self._rewards):.3f})"
+            )
+        if _known(entropy):
+            parts.append(f"entropy {entropy:.3f}")
+        if _known(pace):
+            parts.append(f"{pace:,.0f} tokens/s")
+        if self._done < self._total:
+            seconds = (self._ends[-1] - self._ends[0]) / (len(self._ends) - 1)
+            parts.append(f"{duration(seconds * (self._total - self._done))} left")
+        return "  ".join(parts)
+
+
+def duration(seconds: float) -> str:
+    """A time span in its two largest units: 42 s, 3 min 05 s, 2 h 07 min, 3 d 04 h."""
+    whole = round(seconds)
+    for size, unit, below, name in ((86400, "d", 3600, "h"), (3600, "h", 60, "min"), (60, "min", 1, "s")):
+        if whole >= size:
+            return f"{whole // size} {unit} {whole % size // below:02d} {name}"
+    return f"{whole} s"
+
+
+def _known(value: Any) -> bool:
+    return isinstance(value, (int, float)) and math.isfinite(value)

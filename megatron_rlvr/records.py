@@ -1,0 +1,76 @@
+"""JSON-lines files that a kill leaves readable and a resumed run continues: metrics.jsonl and rollouts.jsonl."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+
+def read_rows(path: Path) -> list[dict]:
+    """The objects of a JSON-lines file, in order.
+
+    A last line without its newline is still being written, or was cut by a kill: it is left out.
+    Raises ValueError: a whole line that is not a JSON object, with the file and the line.
+    """
+    rows = []
+    with open(path, encoding="utf-8") as file:
+        for number, line in enumerate(file, start=1):
+            if not line.endswith("\n"):
+                break
+            rows.append(_parse(line, path, number))
+    return rows
+
+
+def truncate_after(path: Path, step: int) -> None:
+    """Drop the lines of every step after ``step``, so that a resumed run writes each step exactly once.
+
+    The file only ever grows by ascending steps, so it is cut at one place and what stays is never rewritten.
+    A missing file is left missing.
+    """
+    if not path.exists():
+        return
+    keep = 0
+    with open(path, "rb+") as file:
+        for number, line in enumerate(file, start=1):
+            if not line.endswith(b"\n") or _parse(line, path, number)["step"] > step:
+                break
+            keep += len(line)
+        file.truncate(keep)
+
+
+class JsonLines:
+    """A JSON-lines file that a crash leaves readable: every row is valid JSON and flushed when ``write`` returns."""
+
+    def __init__(self, path: Path, resume_step: int) -> None:
+        truncate_after(path, resume_step)
+        # A lone surrogate, which JSON data may hold, is no UTF-8: it is written as the JSON escape it came from.
+        self._file = open(path, "a", encoding="utf-8", errors="backslashreplace")
+
+    def write(self, row: dict[str, Any]) -> None:
+        self._file.write(json.dumps(finite(row), ensure_ascii=False, allow_nan=False, default=str) + "\n")
+        self._file.flush()
+
+    def close(self) -> None:
+        self._file.close()
+
+
+def finite(value: Any) -> Any:
+    """``value`` with None for every NaN and infinity in it, which JSON cannot hold."""
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, Mapping):
+        return {key: finite(item) for key, item in value.items()}
+    return [finite(item) for item in value] if isinstance(value, (list, tuple)) else value
+
+
+def _parse(line: str | bytes, path: Path, number: int) -> dict:
+    try:
+        row = json.loads(line)
+    except ValueError as error:
+        raise ValueError(f"{path}, line {number} is not JSON: {error}") from error
+    if not isinstance(row, dict) or not isinstance(row.get("step"), int):
+        raise ValueError(f"{path}, line {number} is not an object with a step: {row!r}")
+    return row

@@ -1,0 +1,75 @@
+"""Prompts -> verified rollout groups on every rank: each engine replica samples and judges its share, then all share all."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass, field
+from typing import Any
+
+from megatron_rlvr import verifiers
+from megatron_rlvr.config import Config
+from megatron_rlvr.distributed import reduce
+from megatron_rlvr.distributed.groups import ParallelGroups
+from megatron_rlvr.rollout.engine import Engine, Request, request_seed
+from megatron_rlvr.types import Prompt, Rollout, RolloutGroup
+from megatron_rlvr.verifiers.pool import VerifierPool
+
+
+@dataclass
+class Collected:
+    """Groups in the order of the prompts, and the seconds that this rank spent on each phase."""
+
+    groups: list[RolloutGroup]
+    seconds: dict[str, float] = field(default_factory=dict)
+
+
+class RolloutCollector:
+    """Splits prompts over the engine replicas; the first rank of a replica verifies what the replica sampled."""
+
+    def __init__(
+        self, config: Config, engine: Engine, tokenizer: Any, pool: VerifierPool | None, groups: ParallelGroups
+    ) -> None:
+        self.config, self.engine, self.tokenizer, self.pool, self.groups = config, engine, tokenizer, pool, groups
+        self.replicas = groups.world_size // config.rollout_tp
+        self.replica = groups.rank // config.rollout_tp
+        self.speaks_for_replica = groups.rank % config.rollout_tp == 0
+
+    def collect(self, prompts: list[Prompt], responses: int, *, step: int, attempt: int, policy_version: int) -> Collected:
+        """``responses`` samples of each prompt. What is sampled depends on (seed, step, attempt, prompt, sample) alone."""
+        started = time.perf_counter()
+        share = prompts[self.replica :: self.replicas]
+        samples = iter(self.engine.generate(self._requests(share, responses, step, attempt)))
+        sampled = time.perf_counter()
+        mine = []
+        if self.speaks_for_replica:
+            mine = [RolloutGroup(prompt, self._rollouts(samples, responses, policy_version)) for prompt in share]
+            assert self.pool is not None
+            verifiers.score_groups(mine, self.pool)
+        verified = time.perf_counter()
+        shares = [part for part in reduce.gather_objects(mine, self.groups.world) if part]
+        ordered = [shares[place % self.replicas][place // self.replicas] for place in range(len(prompts))]
+        seconds = {"generate": sampled - started, "verify": verified - sampled, "gather": time.perf_counter() - verified}
+        return Collected(ordered, seconds)
+
+    def _requests(self, prompts: list[Prompt], responses: int, step: int, attempt: int) -> list[Request]:
+        settings = self.config.rollout
+        return [
+            Request(
+                prompt_token_ids=list(prompt.token_ids),
+                seed=request_seed(self.config.seed, step, attempt, prompt.id, sample),
+                max_tokens=settings.max_response_length,
+                temperature=settings.temperature,
+            )
+            for prompt in prompts
+            for sample in range(responses)
+        ]
+
+    def _rollouts(self, samples: Any, responses: int, policy_version: int) -> list[Rollout]:
+        rollouts = []
+        for index in range(responses):
+            sample = next(samples)
+            text = self.tokenizer.decode(sample.response_ids, skip_special_tokens=True)
+            rollouts.append(
+                Rollout(index, sample.response_ids, sample.log_probs, sample.finish_reason, policy_version, text)
+            )
+        return rollouts

@@ -1,0 +1,100 @@
+"""What the step asks of a rollout engine, and the seeds that make its samples independent of where they are drawn."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+from torch import Tensor
+
+from megatron_rlvr.config import ConfigError
+from megatron_rlvr.types import FinishReason
+
+
+@dataclass(frozen=True)
+class Request:
+    """One response to sample.
+
+    Request(prompt_token_ids=[3, 11, 5], seed=8124410934, max_tokens=7, temperature=1.0)
+    """
+
+    prompt_token_ids: list[int]
+    seed: int
+    max_tokens: int
+    temperature: float  # 0: greedy
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One response: the end token included where it was sampled, and the log-prob each token was sampled with.
+
+    Sample(response_ids=[5, 13, 7, 1], log_probs=[-0.4, -1.2, -0.03, -0.1], finish_reason="stop")
+    """
+
+    response_ids: list[int]
+    log_probs: list[float]
+    finish_reason: FinishReason
+
+
+class EngineNotReady(RuntimeError):
+    """The engine's weights are not known to be the policy's: sampling from them would train on somebody else's words."""
+
+
+class Engine(Protocol):
+    """One rank's part of an engine replica; the ranks of a replica call everything together, with equal arguments."""
+
+    ready: bool  # False from the beginning of a weight load until the weights are proven
+    tp_rank: int
+    tp_size: int
+
+    def generate(self, requests: list[Request]) -> list[Sample]:
+        """One sample per request, in order. Raises EngineNotReady."""
+        ...
+
+    def load_weights(self, weights: Iterable[tuple[str, Tensor]]) -> None:
+        """Replace every weight by (Hugging Face name, whole tensor), a stream; forgets what was cached of the old ones."""
+        ...
+
+    def parameter_names(self) -> set[str]:
+        """The engine's own parameters, with its own fused names."""
+        ...
+
+    def held(self, parameter: str, columns: slice) -> Tensor:
+        """What the engine computes with: [rows, columns] of a matrix, all of a vector. Raises KeyError."""
+        ...
+
+    def close(self) -> None:
+        """End the engine; the last act of a run, for the process groups end with it."""
+        ...
+
+
+def request_seed(run_seed: int, step: int, attempt: int, prompt_id: str, sample_index: int) -> int:
+    """A seed in [0, 2^63): the same on every machine and under every batching, unrelated between neighbours."""
+    text = json.dumps([run_seed, step, attempt, prompt_id, sample_index])
+    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "big") >> 1
+
+
+def stop_token_ids(model_path: str | Path) -> list[int]:
+    """The tokens that end a response: those of generation_config.json, else of config.json, and the tokenizer's own.
+
+    Raises ConfigError when none is named: a response could then only end at its length limit.
+    """
+    folder = Path(model_path)
+    named = _read(folder / "generation_config.json").get("eos_token_id")
+    if named is None:
+        named = _read(folder / "config.json").get("eos_token_id")
+    ids = set(named if isinstance(named, list) else [] if named is None else [named])
+    token = _read(folder / "tokenizer_config.json").get("eos_token")
+    text = token.get("content") if isinstance(token, dict) else token
+    ids |= {item["id"] for item in _read(folder / "tokenizer.json").get("added_tokens", []) if item["content"] == text}
+    if not ids:
+        raise ConfigError(f"{folder} names no end token: set eos_token_id in its generation_config.json or config.json")
+    return sorted(ids)
+
+
+def _read(file: Path) -> dict:
+    return json.loads(file.read_text()) if file.exists() else {}

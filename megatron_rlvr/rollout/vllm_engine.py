@@ -1,0 +1,186 @@
+"""vLLM inside the training processes: its ranks are ours, its weights come from the policy, nothing else moves.
+
+The engine starts with made-up weights and refuses to sample until a sync has been proven (weights/weight_sync.py).
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import random
+import uuid
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import numpy
+import torch
+from torch import Tensor
+
+from megatron_rlvr import platform
+from megatron_rlvr.architecture import Architecture
+from megatron_rlvr.config import Config
+from megatron_rlvr.distributed.groups import ParallelGroups
+from megatron_rlvr.distributed.reduce import broadcast_object
+from megatron_rlvr.rollout.engine import EngineNotReady, Request, Sample, stop_token_ids
+
+log = logging.getLogger(__name__)
+
+_SETTINGS = {
+    # In this process, so that tensors reach it by reference and its ranks can be torchrun's.
+    "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+    "VLLM_LOGGING_LEVEL": "ERROR",
+    "VLLM_NO_USAGE_STATS": "1",
+}
+
+
+class VllmEngine:
+    """This rank's part of its replica: rollout.tp neighbouring ranks hold one copy of the model."""
+
+    def __init__(self, config: Config, groups: ParallelGroups) -> None:
+        architecture = Architecture.from_folder(config.model.path)
+        architecture.check_engine_layout(config.rollout_tp)
+        length = config.data.max_prompt_length + config.rollout.max_response_length
+        architecture.check_length(length)
+        self.tp_size, self.tp_rank = config.rollout_tp, groups.rank % config.rollout_tp
+        self.ready = False
+        self._stop_ids = stop_token_ids(config.model.path)
+        job = broadcast_object(f"megatron-rlvr-{uuid.uuid4().hex[:12]}", 0, groups.world)
+        os.environ.update({name: value for name, value in _SETTINGS.items() if name not in os.environ})
+        with _process_unchanged(), platform.private_shared_memory(job):
+            self._llm = _start(config, length)
+        self._model: Any = self._llm.apply_model(lambda model: model)[0]
+        self._modules = dict(self._model.named_modules())
+        self._can_sleep = self._llm.llm_engine.model_config.enable_sleep_mode
+        self._asleep = False
+
+    def generate(self, requests: list[Request]) -> list[Sample]:
+        """One sample per request, in order; collective within the replica. Raises EngineNotReady."""
+        if not self.ready:
+            raise EngineNotReady("the engine's weights are not proven to be the policy's: push them first")
+        if not requests:
+            return []
+        prompts = [{"prompt_token_ids": request.prompt_token_ids} for request in requests]
+        with _process_unchanged():
+            self._wake()
+            outputs = self._llm.generate(prompts, [self._sampling(request) for request in requests], use_tqdm=False)
+            self._sleep()
+        return [_sample(output.outputs[0]) for output in outputs]
+
+    def load_weights(self, weights: Iterable[tuple[str, Tensor]]) -> None:
+        """Stream (Hugging Face name, whole tensor) into the engine, which fuses and cuts them itself; leaves it not ready."""
+        self.ready = False
+        with _process_unchanged():
+            self._wake()
+            self._llm.collective_rpc("reload_weights", kwargs={"weights_iterator": iter(weights)})
+            # Cached prefixes hold keys and values of the old weights, and a reload keeps them.
+            self._llm.reset_prefix_cache()
+
+    def parameter_names(self) -> set[str]:
+        """Every parameter, tied ones under both names."""
+        return {name for name, _ in self._model.named_parameters(remove_duplicate=False)}
+
+    def held(self, parameter: str, columns: slice) -> Tensor:
+        """What the engine computes with: [rows, columns] of a matrix, all of a vector. Raises KeyError.
+
+        On a CPU a linear layer multiplies with a repacked copy that no attribute shows: the product with columns of the
+        identity reads it back, exactly (each sum has one term that is not zero).
+        """
+        path, _, leaf = parameter.rpartition(".")
+        module = self._modules[path]
+        tensor = getattr(module, leaf)
+        kernel = getattr(module, "cpu_linear", None)
+        # The embedding has such a copy too, but looks its rows up in the weight itself.
+        if kernel is None or leaf != "weight" or path.endswith("embed_tokens"):
+            return tensor if tensor.dim() == 1 else tensor[:, columns]
+        identity = torch.zeros(columns.stop - columns.start, self._columns(module), dtype=self._model_dtype)
+        identity[:, columns].fill_diagonal_(1)
+        return kernel(identity, tensor, None).T
+
+    def close(self) -> None:
+        """End vLLM, and with it the default process group: the last act of a run."""
+        self._llm.llm_engine.engine_core.shutdown()
+
+    @property
+    def _model_dtype(self) -> torch.dtype:
+        return self._llm.llm_engine.model_config.dtype
+
+    def _columns(self, module: Any) -> int:
+        return getattr(module, "input_size_per_partition", None) or module.embedding_dim
+
+    def _sampling(self, request: Request) -> Any:
+        from vllm import SamplingParams
+
+        return SamplingParams(
+            seed=request.seed,
+            max_tokens=request.max_tokens,
+            temperature=request.temperature,
+            stop_token_ids=self._stop_ids,
+            ignore_eos=True,  # the end tokens are all in stop_token_ids
+            logprobs=0,  # of the sampled token alone
+            detokenize=False,
+        )
+
+    def _sleep(self) -> None:
+        """Give the accelerator's memory to the training phases; the weights wait in host memory."""
+        if self._can_sleep:
+            self._llm.sleep(level=1)
+            self._asleep = True
+
+    def _wake(self) -> None:
+        if self._asleep:
+            self._llm.wake_up()
+            self._asleep = False
+
+
+def _start(config: Config, length: int) -> Any:
+    from vllm import LLM  # after the settings above, which vLLM reads while it is imported
+    from vllm.platforms import current_platform
+
+    on_cpu = platform.device().type == "cpu"
+    memory = (
+        {"kv_cache_memory_bytes": config.rollout.kv_cache_mib << 20}
+        if on_cpu
+        else {"gpu_memory_utilization": config.rollout.gpu_memory_utilization}
+    )
+    return LLM(
+        model=config.model.path,
+        load_format="dummy",  # every weight comes from the policy, through one door
+        dtype=config.model.dtype,
+        tensor_parallel_size=config.rollout_tp,
+        distributed_executor_backend="external_launcher",
+        max_model_len=length,
+        max_num_seqs=config.rollout.max_running,
+        # Of the distribution that is sampled from, temperature included, as the policy recomputes them.
+        logprobs_mode="processed_logprobs",
+        generation_config="vllm",  # no sampling defaults that hide in the model's folder
+        skip_tokenizer_init=True,
+        enforce_eager=on_cpu,  # compiling takes longer than a small run
+        enable_sleep_mode=current_platform.is_sleep_mode_available(),
+        seed=0,
+        **memory,
+    )
+
+
+def _sample(completion: Any) -> Sample:
+    ids = list(completion.token_ids)
+    log_probs = [step[token].logprob for step, token in zip(completion.logprobs, ids, strict=True)]
+    if completion.finish_reason not in ("stop", "length"):
+        raise RuntimeError(f"the engine ended a response with {completion.finish_reason!r} instead of stop or length")
+    return Sample(ids, log_probs, completion.finish_reason)
+
+
+@contextmanager
+def _process_unchanged() -> Iterator[None]:
+    """vLLM reseeds and draws from the process's random streams and rewrites its environment: undo both."""
+    environment = {name: os.environ.get(name) for name in ("LOCAL_WORLD_SIZE", "LD_PRELOAD")}
+    python_state, numpy_state = random.getstate(), numpy.random.get_state()
+    device = platform.device()
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+        try:
+            yield
+        finally:
+            random.setstate(python_state)
+            numpy.random.set_state(numpy_state)
+            for name, value in environment.items():
+                os.environ.pop(name, None) if value is None else os.environ.update({name: value})

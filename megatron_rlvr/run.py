@@ -1,0 +1,187 @@
+"""A run from its first step to its last: what it logs, how it stops and how it goes on."""
+
+from __future__ import annotations
+
+import json
+import random
+import signal
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import numpy
+import torch
+from rich.console import Console
+
+from megatron_rlvr import platform
+from megatron_rlvr.config import Config, batch_table, dump, to_dict
+from megatron_rlvr.distributed import groups as process_groups
+from megatron_rlvr.distributed import reduce
+from megatron_rlvr.metrics import MetricsWriter, RolloutsWriter
+from megatron_rlvr.models import checkpoint
+from megatron_rlvr.progress import Progress
+from megatron_rlvr.report import build_report
+from megatron_rlvr.run_folder import checkpoints
+from megatron_rlvr.trainer import Trainer
+from megatron_rlvr.types import RolloutGroup
+from megatron_rlvr.weights.convert import save_hf
+
+COLLECTIVE_TIMEOUT = 1800.0  # seconds; a rank that waits longer for its peers fails instead of hanging
+REPORT_EVERY = 50  # steps
+
+
+class Run:
+    """One rank's view of a run; rank 0 writes what the folder keeps."""
+
+    def __init__(self, config: Config, console: Console) -> None:
+        self.config, self.folder, self.console = config, config.run_dir, console
+        self.stop_signal = 0
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, self._ask_to_stop)
+        platform.start_rank()
+        process_groups.init(platform.backend(), COLLECTIVE_TIMEOUT)
+        _seed_everything(config.seed)
+        self.trainer = Trainer(config)
+        self.is_writer = self.trainer.groups.rank == 0
+
+    def _ask_to_stop(self, number: int, frame: FrameType | None) -> None:
+        self.stop_signal = number
+
+    def __call__(self) -> int:
+        """Every step that is left. Returns the signal that ended the run early, or 0."""
+        trainer, last = self.trainer, self.config.trainer.num_steps
+        done = self._resume()
+        trainer.push_weights()
+        stopped = 0
+        with self._records(done) as records, self._progress(done) as progress:
+            for step in range(done + 1, last + 1):
+                figures = trainer.evaluate() if self._due_before(step) else {}
+                metrics, groups = trainer.step(step)
+                records.write(step, metrics | figures, groups)
+                progress.step(metrics)
+                stopped = self._agreed_stop()
+                if stopped or self._due_after(step):
+                    self._save(step)
+                if stopped:
+                    return self._stop_early(step, stopped)
+            final = trainer.evaluate() if trainer.eval_prompts is not None else {}
+        self._finish(final)
+        return 0
+
+    def _due_before(self, step: int) -> bool:
+        """Held-out figures of row N are those of the policy that sampled step N."""
+        every = self.config.trainer.eval_every
+        return bool(every) and self.trainer.eval_prompts is not None and (step - 1) % every == 0
+
+    def _due_after(self, step: int) -> bool:
+        every = self.config.trainer.save_every
+        return step == self.config.trainer.num_steps or bool(every) and step % every == 0
+
+    def _agreed_stop(self) -> int:
+        """The signal that any rank received: all of them stop at the same step."""
+        flag = torch.tensor(float(self.stop_signal), device=platform.device())
+        return int(reduce.all_max(flag, self.trainer.groups.world))
+
+    def _resume(self) -> int:
+        """Steps already done. Restores everything that the next one depends on."""
+        saved = checkpoints(self.folder) if self.config.run.resume != "never" else []
+        if not saved:
+            return 0
+        path, trainer = saved[-1], self.trainer
+        state = checkpoint.load(path, self.config, trainer.policy, trainer.groups)
+        trainer.prompt_position = state["prompt_position"]
+        trainer.policy_version = state["policy_version"]
+        trainer.exploration.load_state_dict(state["exploration"])
+        if self.is_writer:
+            self.console.print(f"resuming {path} after step {state['step']}", highlight=False)
+        return state["step"]
+
+    def _save(self, step: int) -> None:
+        trainer = self.trainer
+        state = {
+            "step": step,
+            "prompt_position": trainer.prompt_position,
+            "policy_version": trainer.policy_version,
+            "exploration": trainer.exploration.state_dict(),
+        }
+        checkpoint.save(self.folder, self.config, trainer.policy, trainer.groups, state)
+
+    def _records(self, done: int) -> Records:
+        return Records(self.config, self.folder, done) if self.is_writer else NoRecords()
+
+    def _progress(self, done: int) -> Progress:
+        mode = self.config.logging.progress if self.is_writer else "none"
+        if self.is_writer and not done:
+            print_batch_table(self.config, self.console)
+        return Progress(self.config.trainer.num_steps, mode, done, self.console)
+
+    def _stop_early(self, step: int, number: int) -> int:
+        if self.is_writer:
+            name = signal.Signals(number).name
+            self.console.print(f"{name}: stopped after step {step}; go on with run.resume=must", highlight=False)
+        return number
+
+    def _finish(self, final: dict[str, float]) -> None:
+        """The model as a Hugging Face folder, the last figures, the report."""
+        target, weights = self.folder / "hf", self.trainer.policy.hf_weights()
+        if not self.is_writer:
+            for _ in weights:  # gathering is collective; the first rank writes
+                pass
+            return
+        save_hf(weights, Path(self.config.model.path), target)
+        (self.folder / "summary.json").write_text(json.dumps({"steps": self.config.trainer.num_steps, **final}, indent=1))
+        for name, value in final.items():
+            self.console.print(f"{name} {value:.3f}", highlight=False)
+        self.console.print(f"model   {target}", highlight=False)
+        self.console.print(f"report  {build_report(self.folder)}", highlight=False)
+
+
+class Records:
+    """metrics.jsonl, rollouts.jsonl, trackers and the report of a run; the report is remade every REPORT_EVERY steps."""
+
+    def __init__(self, config: Config, folder: Path, done: int) -> None:
+        dump(config, folder / "config.yaml")
+        self.folder = folder
+        self.metrics = MetricsWriter(folder, config.logging, config.name, to_dict(config), done)
+        self.rollouts = RolloutsWriter(folder, config.trainer.log_rollouts, done)
+
+    def write(self, step: int, metrics: dict[str, Any], groups: list[RolloutGroup]) -> None:
+        self.metrics.write(step, metrics)
+        self.rollouts.write(step, groups)
+        if step % REPORT_EVERY == 0:
+            build_report(self.folder)
+
+    def __enter__(self) -> Records:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.rollouts.close()
+        self.metrics.close()
+
+
+class NoRecords(Records):
+    """What every rank but the first writes: nothing."""
+
+    def __init__(self) -> None:
+        pass
+
+    def write(self, step: int, metrics: dict[str, Any], groups: list[RolloutGroup]) -> None:
+        pass
+
+    def __exit__(self, *exception: object) -> None:
+        pass
+
+
+def print_batch_table(config: Config, console: Console) -> None:
+    """What each batch size means and comes to."""
+    rows = batch_table(config)
+    name, value = (max(len(row[column]) for row in rows) for column in (0, 1))
+    for row in rows:
+        console.print(f"{row[0]:<{name}}  {row[1]:<{value}}  {row[2]}", highlight=False, soft_wrap=True)
+
+
+def _seed_everything(seed: int) -> None:
+    """The process's own generators; sampling and data order have seeds of their own."""
+    random.seed(seed)
+    numpy.random.seed(seed % 2**32)
+    torch.manual_seed(seed)

@@ -1,0 +1,41 @@
+"""The folder of a run: what it holds, whether a run may start or go on in it.
+
+RUN/config.yaml, metrics.jsonl, rollouts.jsonl, report.html, tensorboard/, checkpoints/step_N/, logs/rank_R.log, summary.json, hf/.
+"""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+from megatron_rlvr.config import Config, ConfigError
+
+RECORDS = ("config.yaml", "metrics.jsonl", "rollouts.jsonl", "report.html", "summary.json", "tensorboard", "checkpoints", "hf", "logs")
+
+
+def prepare_folder(config: Config) -> Path:
+    """The run's folder, ready to be written. Raises ConfigError: it holds a run, or none although it must resume one."""
+    folder, resume = config.run_dir, config.run.resume
+    if resume == "must" and not checkpoints(folder):
+        raise ConfigError(f"run.resume=must, but {folder} holds no checkpoint: start with run.resume=never or auto")
+    if resume == "never" and (folder / "config.yaml").exists():
+        if not config.run.overwrite:
+            raise ConfigError(
+                f"{folder} already holds a run: set another run.dir, go on with run.resume=auto, "
+                f"or replace it with run.overwrite=true"
+            )
+        print(f"replacing the earlier run in {folder}")
+        for name in RECORDS:
+            path = folder / name
+            shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
+    try:
+        (folder / "logs").mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigError(f"cannot make the run's folder {folder}: {error.strerror}; set run.dir") from error
+    return folder
+
+
+def checkpoints(folder: Path) -> list[Path]:
+    """The run's whole checkpoints, oldest first: run.json is written last, so a torn one has none."""
+    found = (folder / "checkpoints").glob("step_*/run.json")
+    return sorted((path.parent for path in found), key=lambda path: int(path.name.removeprefix("step_")))

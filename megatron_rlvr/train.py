@@ -1,0 +1,119 @@
+"""The door: ``python -m megatron_rlvr.train CONFIG key=value ...`` starts the ranks itself; under torchrun it is one of them.
+
+Exit codes: 0 done, 2 a mistake in the config, the data or the command, 1 anything else, 128 + N stopped by signal N.
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import os
+import sys
+import traceback
+from pathlib import Path
+from typing import IO
+
+from megatron_rlvr.config import Config, ConfigError, load_config
+from megatron_rlvr.processes import die_with_parent
+
+LAUNCHED = "MEGATRON_RLVR_LAUNCHED"  # set for ranks whose launcher has already prepared model and folder
+USER_ERROR, FAILURE = 2, 1
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Parse the command, then launch the ranks or be one. Returns the exit code."""
+    arguments = sys.argv[1:] if arguments is None else arguments
+    parser = argparse.ArgumentParser(prog="megatron_rlvr.train", description="Train a policy with verifiable rewards.")
+    parser.add_argument("config", help="YAML file; see examples/")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="dotted overrides, for example parallel.tp=2")
+    parsed = parser.parse_args(arguments)
+    try:
+        config = load_config(parsed.config, parsed.overrides)
+        return be_rank(config) if "RANK" in os.environ else launch(config, arguments)
+    except ConfigError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return USER_ERROR
+
+
+def launch(config: Config, arguments: list[str]) -> int:
+    """Start tp * pp * dp ranks on this machine and see them through."""
+    from megatron_rlvr.launch.local import run_ranks
+
+    _prepare(config)
+    return run_ranks([sys.executable, "-m", "megatron_rlvr.train", *arguments], config.world_size, config.run.port, {LAUNCHED: "1"})
+
+
+def _prepare(config: Config) -> None:
+    """Whatever can be refused is refused here, in one process, before the slow imports of Megatron and vLLM."""
+    from megatron_rlvr import preflight
+    from megatron_rlvr.run_folder import prepare_folder
+
+    preflight.prepare(config)
+    preflight.check(config)
+    prepare_folder(config)
+
+
+def be_rank(config: Config) -> int:
+    """One rank's whole life. Its output goes to RUN/logs/rank_R.log; rank 0 keeps the terminal for progress and errors."""
+    die_with_parent()
+    rank = int(os.environ["RANK"])
+    if int(os.environ["WORLD_SIZE"]) != config.world_size:
+        raise ConfigError(
+            f"{os.environ['WORLD_SIZE']} ranks were started, but parallel.tp * pp * dp = {config.world_size}: set parallel.dp"
+        )
+    if rank == 0 and LAUNCHED not in os.environ:
+        _prepare(config)
+    terminal = _redirect_output(config.run_dir / "logs" / f"rank_{rank}.log")
+    try:
+        return _run(config, terminal)
+    except ConfigError as error:
+        traceback.print_exc()
+        if rank == 0:
+            print(f"error: {error}", file=terminal, flush=True)
+        return USER_ERROR
+    except Exception as error:
+        traceback.print_exc()
+        print(f"error on rank {rank}: {type(error).__name__}: {error}\n  see {config.run_dir}/logs/rank_{rank}.log", file=terminal, flush=True)
+        return FAILURE
+    finally:
+        sys.stdout.flush()
+        sys.stderr.flush()
+
+
+def _redirect_output(path: Path) -> IO[str]:
+    """Send this process's standard output and error, C++ libraries included, to a file; returns the former output."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    terminal = os.fdopen(os.dup(1), "w", buffering=1)
+    log = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os.dup2(log, 1)
+    os.dup2(log, 2)
+    os.close(log)
+    return terminal
+
+
+def _run(config: Config, terminal: IO[str]) -> int:
+    from rich.console import Console
+
+    console = Console(file=terminal)
+    _log_to(terminal)
+    from megatron_rlvr.run import Run
+
+    run = Run(config, console)
+    stopped = run()
+    run.trainer.close()
+    return 128 + stopped if stopped else 0
+
+
+def _log_to(terminal: IO[str]) -> None:
+    """What the package itself has to say goes to the log file, and from rank 0 to the person at the terminal."""
+    package = logging.getLogger("megatron_rlvr")
+    package.setLevel(logging.INFO)
+    package.addHandler(logging.StreamHandler())
+    if os.environ["RANK"] == "0":
+        package.addHandler(logging.StreamHandler(terminal))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

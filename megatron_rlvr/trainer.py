@@ -1,0 +1,221 @@
+"""The RL step, and the run around it.
+
+    groups -> verdicts -> packed batch -> old log-probs -> rewards -> advantages -> updates -> weights to the engine, proven
+
+Every rank runs this same program; what differs between ranks is hidden in the groups, the policy and the engine.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import AutoTokenizer
+
+from megatron_rlvr import platform, verifiers
+from megatron_rlvr.advantages import ESTIMATORS
+from megatron_rlvr.architecture import Architecture
+from megatron_rlvr.config import Config
+from megatron_rlvr.distributed import reduce
+from megatron_rlvr.distributed.vocab import TokenStatistics
+from megatron_rlvr.evaluation import summarise
+from megatron_rlvr.exploration.base import build as build_exploration
+from megatron_rlvr.losses import LOSSES, record, reduction_weights
+from megatron_rlvr.metrics import Meter
+from megatron_rlvr.models.build import initialize_parallel
+from megatron_rlvr.models.policy import Policy
+from megatron_rlvr.packing import pack
+from megatron_rlvr.prompts import PromptSet, load_prompts
+from megatron_rlvr.rollout.collect import RolloutCollector
+from megatron_rlvr.rollout.vllm_engine import VllmEngine
+from megatron_rlvr.types import Batch, Microbatch, RolloutGroup, Update
+from megatron_rlvr.verifiers.pool import VerifierPool
+from megatron_rlvr.weights.weight_sync import WeightSync
+
+log = logging.getLogger(__name__)
+
+MAX_ATTEMPTS = 10  # generations per step while an exploration method turns groups away
+EVALUATION = -1  # the step that evaluation seeds are derived from: the same samples whenever the policy is the same
+
+
+class Trainer:
+    """Policy, engine, verifiers and methods of one run; ``step`` is the algorithm."""
+
+    def __init__(self, config: Config) -> None:
+        self.config = config
+        self.groups = initialize_parallel(config)
+        self.architecture = Architecture.from_folder(config.model.path)
+        self.exploration = build_exploration(config.exploration, config.trainer.updates_per_rollout)
+        self.statistics = self.exploration.needs().statistics(config.rollout.temperature)
+        self.tokenizer = AutoTokenizer.from_pretrained(config.model.path)
+        self.prompts = self._load_prompts(config.data.path)
+        self.eval_prompts = self._load_prompts(config.data.eval_path) if config.data.eval_path else None
+        self.policy = Policy(config, self.architecture, self.groups)
+        self.engine = VllmEngine(config, self.groups)
+        self.weight_sync = WeightSync(self.engine, self.architecture, self.groups)
+        self.collector = RolloutCollector(config, self.engine, self.tokenizer, self._start_verifiers(), self.groups)
+        self.prompt_position = 0  # prompts consumed so far
+        self.policy_version = 0  # optimizer updates that the engine's weights have seen
+        self.seconds: dict[str, float] = {}
+
+    def _load_prompts(self, path: str) -> PromptSet:
+        prompts = load_prompts(path, self.config.data, self.tokenizer, self.config.verifier)
+        for line in prompts.report:
+            log.info("%s", line)
+        return prompts
+
+    def _start_verifiers(self) -> VerifierPool | None:
+        if self.groups.rank % self.config.rollout_tp:
+            return None  # the first rank of each engine replica judges for all of it
+        return VerifierPool(self.config.verifier, self.config.reward.workers, self.config.reward.deadline)
+
+    def step(self, step: int) -> tuple[dict[str, Any], list[RolloutGroup]]:
+        """One step, counted from 1: its metrics, equal on every rank, and its rollouts."""
+        started, self.seconds, meter = time.perf_counter(), {}, Meter()
+        groups = self.rollout(step)
+        batch = self.pack(groups)
+        with self.phase("log_probs"):
+            old = self.policy.fill_log_probs(batch, self.statistics)
+        batch.extras.update(self.exploration.annotate(batch, old))
+        self._measure(batch, meter)
+        with self.phase("train"):
+            rewards = self.exploration.shape_rewards(batch, self.groups, step - 1, meter)
+            batch.advantages = self.advantages(batch, rewards, groups)
+            batch.advantages = self.exploration.shape_advantages(batch, self.groups, step - 1, meter)
+            updates = Meter()
+            for update in batch.updates:
+                self.exploration.prepare_update(batch, update, self.groups)
+                updates.merge(self.policy.update(batch, update, partial(self.loss, update), self.statistics))
+        self.policy_version += len(batch.updates)
+        with self.phase("sync"):
+            sync = self.push_weights()
+        metrics = {**self._rollout_metrics(groups), **reduce.reduce_meter(meter, self.groups).means(), **updates.means()}
+        metrics |= {f"sync/{name}": value for name, value in sync.metrics().items()}
+        return metrics | self._times(time.perf_counter() - started, batch), groups
+
+    def rollout(self, step: int) -> list[RolloutGroup]:
+        """Prompts, responses, verdicts; goes on sampling while a method turns groups away (DAPO's dynamic sampling)."""
+        wanted, groups = self.config.rollout.prompts_per_step, []
+        for attempt in range(MAX_ATTEMPTS):
+            prompts = self.prompts.take(self.prompt_position, wanted - len(groups), self.config.seed, self.config.data.shuffle)
+            self.prompt_position += len(prompts)
+            collected = self.collector.collect(
+                prompts,
+                self.config.rollout.responses_per_prompt,
+                step=step,
+                attempt=attempt,
+                policy_version=self.policy_version,
+            )
+            for phase, seconds in collected.seconds.items():
+                self.seconds[phase] = self.seconds.get(phase, 0.0) + seconds
+            verifiers.check_error_share(
+                [rollout.verdict for group in collected.groups for rollout in group.rollouts],
+                self.config.reward.max_error_share,
+            )
+            groups += [group for group in collected.groups if self.exploration.keep_group(group)]
+            if len(groups) == wanted:
+                return groups
+        raise RuntimeError(
+            f"step {step}: after {MAX_ATTEMPTS} generations only {len(groups)} of {wanted} groups were kept; "
+            f"the exploration method turns away too many prompts, for example because all are solved or none is"
+        )
+
+    def pack(self, groups: list[RolloutGroup]) -> Batch:
+        """This data-parallel rank's share of the groups, on its device."""
+        parallel, scale = self.config.parallel, self.config.reward.scale
+        rewards = [
+            [verifiers.reward_of(item.verdict, scale) if verifiers.is_scored(item.verdict) else None for item in group.rollouts]
+            for group in groups
+        ]
+        batch = pack(
+            groups,
+            rewards,
+            updates=self.config.trainer.updates_per_rollout,
+            microbatch_tokens=self.config.trainer.microbatch_tokens,
+            dp_rank=self.groups.dp_rank,
+            dp_size=self.groups.dp_size,
+            microbatch_multiple=parallel.pp if parallel.vpp > 1 else 1,
+        )
+        return batch.to(platform.device())
+
+    def advantages(self, batch: Batch, rewards: Tensor, groups: list[RolloutGroup]) -> Tensor:
+        """[S] shaped rewards -> [T] advantages, each response's compared with its group's over every rank."""
+        of_step = reduce.gather_by_index(rewards, batch.response_ids, batch.num_step_responses, self.groups.dp)
+        scored = torch.tensor([[verifiers.is_scored(rollout.verdict) for rollout in group.rollouts] for group in groups])
+        estimate = ESTIMATORS[self.config.algorithm.advantage]
+        advantages = estimate(of_step.view(scored.shape), scored.to(of_step.device))
+        return batch.per_token(advantages.flatten()[batch.response_ids])
+
+    def loss(self, update: Update, micro: Microbatch, current: TokenStatistics, meter: Meter) -> Tensor:
+        """The microbatch's share of the global loss, a scalar."""
+        algorithm = self.config.algorithm
+        losses = LOSSES[algorithm.loss](
+            current.log_prob,
+            micro.old_log_probs,
+            micro.advantages,
+            algorithm.clip_low,
+            algorithm.clip_high,
+            algorithm.dual_clip,
+        )
+        record(micro, current.log_prob, losses, meter)
+        losses = self.exploration.policy_loss(losses, micro, current, meter)
+        weights = reduction_weights(micro, update, algorithm.reduction)
+        return torch.where(micro.loss_mask, weights * losses, 0.0).sum()
+
+    def push_weights(self):
+        """The policy's weights into the engine, each tensor proven equal there. Raises WeightSyncError."""
+        return self.weight_sync.push(self.policy.hf_weights(), self.policy_version)
+
+    def evaluate(self) -> dict[str, float]:
+        """eval/* figures over every held-out prompt."""
+        assert self.eval_prompts is not None
+        prompts = self.eval_prompts.take(0, len(self.eval_prompts), seed=0, shuffle=False)
+        responses = self.config.trainer.eval_responses
+        collected = self.collector.collect(
+            prompts, responses, step=EVALUATION, attempt=0, policy_version=self.policy_version
+        )
+        return summarise(collected.groups)
+
+    def close(self) -> None:
+        """End the verifiers and the engine; the engine's end also ends the process group."""
+        if self.collector.pool is not None:
+            self.collector.pool.close()
+        self.engine.close()
+
+    @contextmanager
+    def phase(self, name: str) -> Iterator[None]:
+        started = time.perf_counter()
+        yield
+        self.seconds[name] = time.perf_counter() - started
+
+    def _measure(self, batch: Batch, meter: Meter) -> None:
+        mask = batch.loss_mask
+        gap = (batch.old_log_probs - batch.rollout_log_probs).abs()[mask]
+        meter.add("policy/entropy", batch.entropy[mask].sum(), mask.sum())
+        meter.add("rollout/log_prob_gap_mean", gap.sum(), mask.sum())
+        meter.maximum("rollout/log_prob_gap_max", gap.max() if gap.numel() else 0.0)
+
+    def _rollout_metrics(self, groups: list[RolloutGroup]) -> dict[str, float]:
+        rollouts = [rollout for group in groups for rollout in group.rollouts]
+        rewards = torch.tensor([rollout.verdict.reward for rollout in rollouts if verifiers.is_scored(rollout.verdict)])
+        lengths = torch.tensor([float(len(rollout.response_ids)) for rollout in rollouts])
+        statuses = verifiers.count_statuses([rollout.verdict for rollout in rollouts])
+        return {
+            "reward/mean": float(rewards.mean()) if rewards.numel() else float("nan"),
+            "reward/std": float(rewards.std(correction=0)) if rewards.numel() else float("nan"),
+            "tokens/response_mean": float(lengths.mean()),
+            "tokens/response_max": float(lengths.max()),
+            "rollout/truncated_share": sum(rollout.finish_reason == "length" for rollout in rollouts) / len(rollouts),
+            **{f"verifier/{status}_share": count / len(rollouts) for status, count in statuses.items()},
+        }
+
+    def _times(self, total: float, batch: Batch) -> dict[str, float]:
+        times = {f"time/{phase}": seconds for phase, seconds in self.seconds.items()}
+        tokens = float(reduce.all_sum(torch.tensor(float(batch.num_tokens)), self.groups.dp))
+        return times | {"time/step": total, "tokens/per_second": tokens / total}

@@ -1,0 +1,191 @@
+"""The values that flow through one step, each with a literal example.
+
+Letters: P prompts per step, G responses per prompt, N = P * G responses of the step over all ranks,
+S responses on this data-parallel rank, T packed tokens on this rank.
+
+Every [T] tensor is aligned to the *predicted* token: entry t belongs to the token that the model predicts
+after reading ``token_ids[t]``. The shift happens once, in packing.py; nothing else ever rolls a tensor.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, fields
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from megatron_rlvr.verdict import Verdict
+
+FinishReason = Literal["stop", "length"]
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """One question, already a token sequence.
+
+    Prompt(id="train/17", text="3,5,7=38>", token_ids=(3, 11, 5, 11, 7, 16, 3, 8, 17), verifier="countdown",
+           answer={"numbers": [3, 5, 7], "target": 38})
+    """
+
+    id: str
+    text: str
+    token_ids: tuple[int, ...]
+    verifier: str
+    answer: Any
+
+
+@dataclass
+class Rollout:
+    """One sampled response, with the log-probs that the engine sampled it with.
+
+    Rollout(sample_index=0, response_ids=[5, 13, 7, 12, 3, 1], rollout_log_probs=[-0.4, ...], finish_reason="stop",
+            policy_version=12, text="5*7+3")
+    """
+
+    sample_index: int
+    response_ids: list[int]
+    rollout_log_probs: list[float]
+    finish_reason: FinishReason
+    policy_version: int
+    text: str = ""
+    verdict: Verdict | None = None
+
+
+@dataclass
+class RolloutGroup:
+    """A prompt and its G responses."""
+
+    prompt: Prompt
+    rollouts: list[Rollout]
+
+
+class NotFilledError(AttributeError):
+    """A batch field was read before the phase that fills it."""
+
+
+@dataclass
+class Microbatch:
+    """What one pipeline microbatch holds: a run of whole responses, t tokens and s responses.
+
+    Two responses, 9 + 6 and 9 + 3 tokens: cu_seqlens = [0, 15, 27], t = 27, s = 2.
+    """
+
+    token_ids: Tensor  # [t] int64, prompt and response
+    target_ids: Tensor  # [t] int64, the token after token_ids[t]; 0 behind the last token of a response
+    position_ids: Tensor  # [t] int64, restarts at 0 with each response
+    loss_mask: Tensor  # [t] bool, True where the predicted token belongs to the response
+    response_index: Tensor  # [t] int64, 0 .. s-1
+    rollout_log_probs: Tensor  # [t] fp32, 0 outside loss_mask
+    cu_seqlens: Tensor  # [s + 1] int32
+    response_ids: Tensor  # [s] int64, place of the response in the step: prompt index * G + sample index
+    rewards: Tensor  # [s] fp32
+    response_lengths: Tensor  # [s] int64, predicted response tokens
+    old_log_probs: Tensor | None = None  # [t] fp32
+    entropy: Tensor | None = None  # [t] fp32, of the old policy
+    ref_log_probs: Tensor | None = None  # [t] fp32
+    values: Tensor | None = None  # [t, H] fp32
+    advantages: Tensor | None = None  # [t] fp32
+    returns: Tensor | None = None  # [t] fp32
+    extras: dict[str, Tensor] = field(default_factory=dict)  # name -> [t], from the exploration methods
+
+    FILLED_BY = {
+        "old_log_probs": "policy.fill_log_probs",
+        "entropy": "policy.fill_log_probs",
+        "ref_log_probs": "reference.fill_log_probs",
+        "values": "critic.fill_values",
+        "advantages": "the advantage phase of the step",
+        "returns": "the advantage phase of the step",
+    }
+
+    def __getattribute__(self, name: str) -> Any:
+        value = super().__getattribute__(name)
+        if value is None and name in type(self).FILLED_BY:
+            raise NotFilledError(f"{name} is not filled yet: {type(self).FILLED_BY[name]} fills it")
+        return value
+
+    def has(self, name: str) -> bool:
+        """Whether the phase that fills ``name`` has run."""
+        return object.__getattribute__(self, name) is not None
+
+    @property
+    def num_tokens(self) -> int:
+        return self.token_ids.numel()
+
+    @property
+    def num_responses(self) -> int:
+        return self.response_lengths.numel()
+
+    @property
+    def max_seqlen(self) -> int:
+        return int((self.cu_seqlens[1:] - self.cu_seqlens[:-1]).max())
+
+    def per_token(self, values: Tensor) -> Tensor:
+        """[s] -> [t]: each response's value at each of its tokens."""
+        return values[self.response_index]
+
+    def per_response_sum(self, values: Tensor) -> Tensor:
+        """[t] -> [s]: the sum over the loss tokens of each response."""
+        masked = torch.where(self.loss_mask, values, torch.zeros_like(values))
+        return torch.zeros(self.num_responses, dtype=values.dtype, device=values.device).index_add(
+            0, self.response_index, masked
+        )
+
+
+_PER_RESPONSE = {"response_ids", "rewards", "response_lengths"}
+
+
+@dataclass(frozen=True)
+class Update:
+    """One optimizer step's share of the batch.
+
+    Update(microbatches=((0, 24), (24, 48)), num_tokens=412, num_responses=64): this rank's responses 0-23 and 24-47,
+    while 412 loss tokens and 64 responses are the counts over *every* rank and microbatch of the update.
+    """
+
+    microbatches: tuple[tuple[int, int], ...]
+    num_tokens: int
+    num_responses: int
+
+
+@dataclass
+class Batch(Microbatch):
+    """This data-parallel rank's share of a step: S responses, T tokens, in the order of its updates' microbatches."""
+
+    updates: tuple[Update, ...] = ()
+    num_step_responses: int = 0  # N, over every rank
+    group_size: int = 1  # G
+
+    def microbatch(self, start: int, stop: int) -> Microbatch:
+        """Responses start .. stop-1, as views where that is possible."""
+        low, high = int(self.cu_seqlens[start]), int(self.cu_seqlens[stop])
+        sliced: dict[str, Any] = {}
+        for item in fields(Microbatch):
+            value = object.__getattribute__(self, item.name)
+            if item.name == "extras":
+                sliced["extras"] = {name: tensor[low:high] for name, tensor in value.items()}
+            elif item.name == "cu_seqlens":
+                sliced["cu_seqlens"] = value[start : stop + 1] - low
+            elif item.name == "response_index":
+                sliced["response_index"] = value[low:high] - start
+            elif value is None:
+                sliced[item.name] = None
+            else:
+                sliced[item.name] = value[start:stop] if item.name in _PER_RESPONSE else value[low:high]
+        return Microbatch(**sliced)
+
+    def microbatches(self) -> list[Microbatch]:
+        """Every microbatch of every update, in order: what a forward-only pass runs over."""
+        return [self.microbatch(*bounds) for update in self.updates for bounds in update.microbatches]
+
+    def to(self, device: torch.device) -> Batch:
+        """The same batch with every tensor on ``device``."""
+        moved: dict[str, Any] = {}
+        for item in fields(self):
+            value = object.__getattribute__(self, item.name)
+            if isinstance(value, Tensor):
+                value = value.to(device)
+            elif item.name == "extras":
+                value = {name: tensor.to(device) for name, tensor in value.items()}
+            moved[item.name] = value
+        return Batch(**moved)

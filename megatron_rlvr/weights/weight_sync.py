@@ -1,0 +1,246 @@
+"""The policy's weights into the rollout engine, and the proof that they arrived.
+
+After every sync each tensor is compared, value by value, with what the engine's own kernels then compute with: not with
+what was sent, and cut by a slicer of our own that shares nothing with the engine's loader. Vectors and small matrices are
+compared whole every time; of a large matrix WINDOW columns, all rows, others each time, so that a whole round takes
+columns / WINDOW syncs. A stale, swapped or wrongly cut tensor differs in every window; what a round finds at the latest is a
+lone flipped element.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from megatron_rlvr import platform
+from megatron_rlvr.architecture import Architecture
+from megatron_rlvr.distributed.groups import ParallelGroups
+from megatron_rlvr.distributed.reduce import all_max, gather_objects
+from megatron_rlvr.rollout.engine import Engine
+
+# Reading c columns of a [n, k] kernel back costs n * k * c multiplications: up to this many per tensor and sync.
+FULL_CHECK_WORK = 1 << 25
+WINDOW = 16  # columns of a larger matrix per sync
+
+_EMBEDDING, _HEAD = "model.embed_tokens.weight", "lm_head.weight"
+_ALL = slice(None)
+
+
+class WeightSyncError(RuntimeError):
+    """The engine does not hold the policy's weights; it stays unable to generate."""
+
+
+@dataclass(frozen=True)
+class SyncReport:
+    """SyncReport(verified=True, seconds=0.021, proof_seconds=0.004, bytes=3407872, checked=48, share=1.0)"""
+
+    verified: bool
+    seconds: float  # sync and proof
+    proof_seconds: float
+    bytes: int  # of the whole tensors
+    checked: int  # tensors compared on this rank
+    share: float  # of this rank's elements that were compared
+
+    def metrics(self) -> dict[str, float | bool]:
+        return {"verified": self.verified, "seconds": self.seconds, "proof_seconds": self.proof_seconds, "share": self.share}
+
+
+@dataclass(frozen=True, eq=False)
+class Destination:
+    """Where a part of a Hugging Face tensor must be in this engine rank.
+
+    k_proj of 2 heads of 16 on rank 1 of 2, behind 2 query heads:
+    Destination("model.layers.0.self_attn.qkv_proj.weight", held_rows=slice(32, 48), rows=slice(16, 32), columns=slice(None))
+    """
+
+    parameter: str  # the engine's name
+    held_rows: slice  # within the engine's tensor
+    rows: slice  # of the whole tensor
+    columns: slice
+
+
+class WeightSync:
+    """Pushes weights into one engine; remembers which columns the next proof looks at."""
+
+    def __init__(self, engine: Engine, architecture: Architecture, groups: ParallelGroups) -> None:
+        self.engine, self.architecture, self.groups = engine, architecture, groups
+        vocab_rows = engine.held(_EMBEDDING, slice(0, 1)).shape[0]
+        self.plan = destinations(architecture, engine.tp_rank, engine.tp_size, vocab_rows)
+        self.policy_version: int | None = None  # of the weights that the engine is proven to hold
+        self._syncs = 0
+
+    def push(self, weights: Iterator[tuple[str, Tensor]], policy_version: int) -> SyncReport:
+        """Every weight from ``weights`` into the engine, then the proof; all ranks together.
+
+        Raises WeightSyncError on every rank when a tensor is missing, unknown or different on any; the engine then
+        refuses to generate until a later push succeeds.
+        """
+        started = time.perf_counter()
+        self.engine.ready, self.policy_version = False, None
+        stream = _Stream(weights, self.plan, self.architecture.tied, self._syncs)
+        self._syncs += 1
+        failure, cause = "", None
+        try:
+            self.engine.load_weights(stream)
+            compared = time.perf_counter()
+            failure = stream.missing() or self._unplanned() or self._compare(stream.expected)
+            stream.seconds += time.perf_counter() - compared
+        except Exception as error:  # raised again below, once every rank knows
+            failure, cause = f"{type(error).__name__}: {error}", error
+            for _ in weights:  # its collectives need every rank to the end
+                pass
+        self._agree(failure, cause)
+        self.engine.ready, self.policy_version = True, policy_version
+        return SyncReport(
+            verified=True,
+            seconds=time.perf_counter() - started,
+            proof_seconds=stream.seconds,
+            bytes=stream.bytes,
+            checked=len(stream.expected),
+            share=stream.compared_elements / max(1, stream.elements),
+        )
+
+    def _compare(self, expected: dict[Destination, tuple[slice, Tensor]]) -> str:
+        """The first difference between what must be there and what the engine holds, or nothing."""
+        for source in self.plan:
+            for destination in self.plan[source]:
+                window, wanted = expected[destination]
+                found = self.engine.held(destination.parameter, window)[destination.held_rows]
+                if not _equal(found, wanted):
+                    return f"{source} differs in the engine's {destination.parameter}: {_difference(found, wanted)}"
+        return ""
+
+    def _unplanned(self) -> str:
+        planned = {item.parameter for places in self.plan.values() for item in places}
+        unknown = sorted(self.engine.parameter_names() - planned)
+        return f"the engine holds parameters that no weight of the policy accounts for: {unknown}" if unknown else ""
+
+    def _agree(self, failure: str, cause: Exception | None) -> None:
+        """Raise on every rank what failed on any."""
+        failed = torch.tensor(float(bool(failure)), device=platform.device())
+        if not all_max(failed, self.groups.world):
+            return
+        reports = enumerate(gather_objects(failure, self.groups.world))
+        rank, first = next((rank, text) for rank, text in reports if text)
+        raise WeightSyncError(f"weight sync failed on rank {rank}: {first}; the engine cannot generate") from cause
+
+
+class _Stream:
+    """Passes weights on, and keeps of each what this engine rank must hold afterwards."""
+
+    def __init__(
+        self, weights: Iterator[tuple[str, Tensor]], plan: dict[str, list[Destination]], tied: bool, syncs: int
+    ) -> None:
+        self._weights, self._plan, self._tied, self._syncs = weights, plan, tied, syncs
+        self.expected: dict[Destination, tuple[slice, Tensor]] = {}
+        self._seen: set[str] = set()
+        self.seconds, self.bytes, self.elements, self.compared_elements = 0.0, 0, 0, 0
+
+    def __iter__(self) -> Iterator[tuple[str, Tensor]]:
+        for name, tensor in self._weights:
+            self._keep(name, tensor)
+            yield name, tensor
+            if self._tied and name == _EMBEDDING:
+                # On a CPU the head multiplies with a repacked copy that is only renewed when the head itself is loaded.
+                yield _HEAD, tensor
+
+    def missing(self) -> str:
+        absent = sorted(set(self._plan) - self._seen)
+        return f"the policy sent no {', '.join(absent)}" if absent else ""
+
+    def _keep(self, name: str, tensor: Tensor) -> None:
+        started = time.perf_counter()
+        if name not in self._plan or name in self._seen:
+            raise WeightSyncError(f"the policy sent {name} {'twice' if name in self._seen else 'which the model has not'}")
+        self._seen.add(name)
+        for destination in self._plan[name]:
+            part = tensor[destination.rows]
+            window = _ALL
+            if part.dim() == 2:
+                part = part[:, destination.columns]
+                window = _window(part.shape[0], part.shape[1], self._syncs)
+                self.elements += part.numel()
+                part = part[:, window]
+            self.compared_elements += part.numel()
+            self.elements += part.numel() if part.dim() == 1 else 0
+            self.expected[destination] = (window, part.clone())
+        self.bytes += tensor.nbytes
+        self.seconds += time.perf_counter() - started
+
+
+def _window(rows: int, columns: int, syncs: int) -> slice:
+    """The columns that sync number ``syncs`` compares; consecutive syncs walk through all of them."""
+    if rows * columns * columns <= FULL_CHECK_WORK or columns <= WINDOW:
+        return slice(0, columns)
+    start = syncs % -(-columns // WINDOW) * WINDOW
+    return slice(min(start, columns - WINDOW), min(start, columns - WINDOW) + WINDOW)
+
+
+def _equal(found: Tensor, wanted: Tensor) -> bool:
+    """Same shape and values; a repacked kernel has no sign of zero and, in bf16, no denormals."""
+    if found.shape != wanted.shape:
+        return False
+    found = found.to(wanted.dtype)
+    if torch.equal(found, wanted):
+        return True
+    tiny = torch.finfo(wanted.dtype).tiny
+    return bool(((found == wanted) | ((found.abs() < tiny) & (wanted.abs() < tiny))).all())
+
+
+def _difference(found: Tensor, wanted: Tensor) -> str:
+    if found.shape != wanted.shape:
+        return f"shape {list(found.shape)} instead of {list(wanted.shape)}"
+    if not wanted.isfinite().all():
+        return "the policy's own tensor holds NaN or infinity"
+    gap = (found.float() - wanted.float()).abs()
+    return f"{int((gap > 0).sum())} of {gap.numel()} compared values, by up to {float(gap.max()):.3g}"
+
+
+def destinations(architecture: Architecture, tp_rank: int, tp_size: int, vocab_rows: int) -> dict[str, list[Destination]]:
+    """Hugging Face name -> where its parts must be in engine rank ``tp_rank``; ``vocab_rows`` rows of the vocabulary each.
+
+    Queries, keys and values are stacked in one matrix, gate and up in another; with more ranks than key-value heads,
+    neighbouring ranks hold the same head.
+    """
+    kv_parts = min(tp_size, architecture.num_kv_heads)
+    query = _part(architecture.query_size, tp_rank, tp_size)
+    kv = _part(architecture.kv_size, tp_rank * kv_parts // tp_size, kv_parts)
+    ffn = _part(architecture.ffn_size, tp_rank, tp_size)
+    plan: dict[str, list[Destination]] = {}
+
+    def stack(module: str, fused: str, leaf: str, parts: dict[str, slice]) -> None:
+        start = 0
+        for name, rows in parts.items():
+            stop = start + rows.stop - rows.start
+            plan[f"{module}.{name}.{leaf}"] = [Destination(f"{module}.{fused}.{leaf}", slice(start, stop), rows, _ALL)]
+            start = stop
+
+    def whole(name: str, columns: slice = _ALL) -> None:
+        plan[name] = [Destination(name, _ALL, _ALL, columns)]
+
+    vocab = slice(tp_rank * vocab_rows, max(tp_rank * vocab_rows, min((tp_rank + 1) * vocab_rows, architecture.vocab_size)))
+    held = slice(0, vocab.stop - vocab.start)
+    plan[_EMBEDDING] = [Destination(_EMBEDDING, held, vocab, _ALL)]
+    head = Destination(_HEAD, held, vocab, _ALL)
+    plan[_EMBEDDING if architecture.tied else _HEAD] = [*plan.get(_EMBEDDING, []), head] if architecture.tied else [head]
+    for layer in range(architecture.num_layers):
+        prefix = f"model.layers.{layer}"
+        for leaf in ["weight", "bias"] if architecture.qkv_bias else ["weight"]:
+            stack(f"{prefix}.self_attn", "qkv_proj", leaf, {"q_proj": query, "k_proj": kv, "v_proj": kv})
+        stack(f"{prefix}.mlp", "gate_up_proj", "weight", {"gate_proj": ffn, "up_proj": ffn})
+        whole(f"{prefix}.self_attn.o_proj.weight", query)
+        whole(f"{prefix}.mlp.down_proj.weight", ffn)
+        for norm in ["input_layernorm", "post_attention_layernorm"]:
+            whole(f"{prefix}.{norm}.weight")
+        for norm in ["q_norm", "k_norm"] if architecture.qk_norm else []:
+            whole(f"{prefix}.self_attn.{norm}.weight")
+    whole("model.norm.weight")
+    return plan
+
+
+def _part(size: int, index: int, parts: int) -> slice:
+    return slice(index * size // parts, (index + 1) * size // parts)

@@ -1,0 +1,144 @@
+"""Reductions over ranks equal the same number taken in one process over all values."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from megatron_rlvr.distributed import reduce
+from megatron_rlvr.distributed.groups import ParallelGroups
+from megatron_rlvr.metrics import Meter
+from tests.ranks import run_ranks
+
+WORLD = 3
+
+
+def values_of(seed: int) -> tuple[list[Tensor], list[Tensor]]:
+    """Per rank a different number of values, rounded so that many tie, some of them masked out and poisoned."""
+    generator = torch.Generator().manual_seed(seed)
+    values, masks = [], []
+    for rank in range(WORLD):
+        size = [40, 0, 171][rank] if seed % 2 else 60 + 7 * rank
+        mine = (torch.randn(size, generator=generator) * 4).round(decimals=1)
+        mask = torch.rand(size, generator=generator) < [0.8, 0.5, 0.0][rank - seed % 3]
+        mine[~mask] = [math.nan, -math.inf, 1e30][seed % 3]
+        values.append(mine)
+        masks.append(mask)
+    return values, masks
+
+
+def test_means_deviations_and_quantiles_are_those_of_all_values_together():
+    shares, seeds = (0.001, 0.01, 0.07, 0.25, 0.5, 1.0), range(6)
+
+    def work():
+        found = []
+        for seed in seeds:
+            values, masks = (part[dist.get_rank()] for part in values_of(seed))
+            quantiles = [reduce.lowest_quantile(values, masks, share, dist.group.WORLD).item() for share in shares]
+            mean, std = (f(values, masks, dist.group.WORLD).item() for f in (reduce.masked_mean, reduce.masked_std))
+            found.append((quantiles, mean, std))
+        return found
+
+    for found in run_ranks(WORLD, work):
+        for seed, (quantiles, mean, std) in zip(seeds, found):
+            values, masks = values_of(seed)
+            together = torch.cat([value[mask] for value, mask in zip(values, masks)]).sort().values
+            ranks = [math.ceil(round(share * together.numel(), 6)) for share in shares]
+            assert quantiles == [together[rank - 1].item() for rank in ranks]
+            assert mean == pytest.approx(together.double().mean().item(), rel=1e-6)
+            assert std == pytest.approx(together.double().std().item(), rel=1e-6)
+            lowest = [int((together <= quantile).sum()) for quantile in quantiles]
+            assert all(selected >= rank for selected, rank in zip(lowest, ranks))  # ties may add, never take away
+
+
+def test_a_share_counts_exactly_and_ties_are_all_at_or_below():
+    values, everything = torch.arange(100.0), torch.ones(100, dtype=torch.bool)
+    assert reduce.lowest_quantile(values, everything, 0.07, None).item() == 6.0  # 0.07 * 100 > 7 in floating point
+    assert reduce.lowest_quantile(values, everything, 0.071, None).item() == 7.0
+    assert reduce.lowest_quantile(torch.zeros(10), everything[:10], 0.1, None).item() == 0.0
+    assert reduce.lowest_quantile(values, everything, 0.0, None).item() == -math.inf
+
+
+def test_nothing_masked_in():
+    def work():
+        none = torch.zeros(4, dtype=torch.bool)
+        values, group = torch.full((4,), math.nan), dist.group.WORLD
+        one = torch.arange(4) == (1 if dist.get_rank() == 1 else 9)
+        return (
+            reduce.masked_mean(values, none, group).item(),
+            reduce.masked_std(values, none, group).item(),
+            reduce.lowest_quantile(values, none, 0.5, group).item(),
+            reduce.masked_mean(torch.arange(4.0), one, group).item(),
+            reduce.masked_std(torch.arange(4.0), one, group).item(),
+        )
+
+    assert run_ranks(2, work) == [(0.0, 0.0, -math.inf, 1.0, 0.0)] * 2
+
+
+def test_sums_maxima_and_scattered_values():
+    def work():
+        rank, group = dist.get_rank(), dist.group.WORLD
+        strided = (torch.arange(12.0) * (rank + 1)).view(3, 4).T  # gloo by itself would ignore these strides
+        kept = strided.clone()
+        total, most = reduce.all_sum(strided, group), reduce.all_max(-strided, group)
+        assert torch.equal(strided, kept)
+        index = torch.arange(rank, 7, WORLD)
+        return total, most, reduce.gather_by_index(index * 1.5, index, 7, group)
+
+    base = torch.arange(12.0).view(3, 4).T
+    for total, most, gathered in run_ranks(WORLD, work):
+        assert torch.equal(total, base * 6) and torch.equal(most, -base)
+        assert torch.equal(gathered, torch.arange(7) * 1.5)
+
+
+def test_places_that_are_missing_or_given_twice_are_named():
+    with pytest.raises(ValueError, match="place 1 of 3 is given 0 values"):
+        reduce.gather_by_index(torch.ones(2), torch.tensor([0, 2]), 3, None)
+
+    def work():
+        with pytest.raises(ValueError, match="place 0 of 2 is given 2 values"):
+            reduce.gather_by_index(torch.ones(1), torch.tensor([0]), 2, dist.group.WORLD)
+
+    run_ranks(2, work)
+
+
+def test_alone_every_reduction_is_the_value_itself():
+    values = torch.tensor([1.0, 3.0])
+    assert torch.equal(reduce.all_sum(values, None), values) and torch.equal(reduce.all_max(values, None), values)
+    assert reduce.gather_objects("x", None) == ["x"] and reduce.broadcast_object("x", 0, None) == "x"
+    single = ParallelGroups.single()
+    assert torch.equal(reduce.broadcast_from_last_stage(values, (2,), values.dtype, "cpu", single), values)
+
+
+def test_the_last_stage_speaks_to_all():
+    def work():
+        groups = ParallelGroups.from_grid(pp=2, dp=2)
+        tensor = torch.full((3, 2), float(groups.rank)).T if groups.is_last_stage else None
+        received = reduce.broadcast_from_last_stage(tensor, (2, 3), torch.float32, "cpu", groups)
+        meter = Meter()
+        meter.add("loss", groups.rank + 1.0, 2 + groups.dp_rank)
+        meter.maximum("ratio", torch.tensor(float(groups.rank)))
+        if groups.rank == 3:
+            meter.add("only/here", 5.0)
+        merged = reduce.reduce_meter(meter, groups)
+        ranks = reduce.gather_objects({"rank": groups.rank}, groups.world)
+        objects = ranks, reduce.broadcast_object(groups.rank, 1, groups.pp)
+        return received, merged.sums, merged.maxima, merged.means(), objects
+
+    for rank, (received, sums, maxima, means, objects) in enumerate(run_ranks(4, work)):
+        source = rank % 2 + 2  # ranks 2 and 3 are the last stage of replicas 0 and 1
+        assert torch.equal(received, torch.full((2, 3), float(source)))
+        assert sums == {"loss": (7.0, 5.0), "only/here": (5.0, 1.0)} and maxima == {"ratio": 3.0}
+        assert means == {"loss": 1.4, "only/here": 5.0, "ratio": 3.0}
+        assert objects == ([{"rank": other} for other in range(4)], source)
+
+
+def test_a_last_stage_with_something_else_says_so():
+    with pytest.raises(ValueError, match=r"has \[3\] torch.float32 to broadcast, where the others expect \[2\]"):
+        reduce.broadcast_from_last_stage(torch.zeros(3), (2,), torch.float32, "cpu", ParallelGroups.single())
+    with pytest.raises(ValueError, match="has None"):
+        reduce.broadcast_from_last_stage(None, (2,), torch.float32, "cpu", ParallelGroups.single())

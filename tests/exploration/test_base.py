@@ -1,0 +1,187 @@
+from __future__ import annotations
+
+import sys
+
+import pytest
+import torch
+
+from megatron_rlvr import exploration
+from megatron_rlvr.config import ConfigError
+from megatron_rlvr.distributed.groups import ParallelGroups
+from megatron_rlvr.distributed.vocab import StatisticsOptions
+from megatron_rlvr.exploration.base import Composite, Exploration, Needs, Threshold, build, method_names
+from megatron_rlvr.metrics import Meter
+from megatron_rlvr.types import Prompt, Rollout, RolloutGroup
+from tests.exploration.toy import fill_old, make_batch, make_logits, statistics, update_loss
+
+METHOD = """
+from dataclasses import dataclass
+
+from megatron_rlvr.exploration.base import Exploration, Needs
+
+
+@dataclass
+class Config:
+    factor: float = 2.0
+
+
+class Louder(Exploration):
+    order = {order}
+    seen = 0
+
+    def needs(self):
+        return Needs(entropy=True)
+
+    def keep_group(self, group):
+        return len(group.rollouts) > 1
+
+    def annotate(self, batch, old):
+        return {{self.name + "/entropy": old.entropy}}
+
+    def shape_rewards(self, batch, groups, step, meter):
+        return batch.rewards * self.config.factor
+
+    def shape_advantages(self, batch, groups, step, meter):
+        return batch.advantages + self.config.factor
+
+    def prepare_update(self, batch, update, groups):
+        self.seen += update.num_tokens
+
+    def policy_loss(self, losses, micro, current, meter):
+        return losses * self.config.factor
+
+    def state_dict(self):
+        return {{"seen": self.seen}}
+
+    def load_state_dict(self, state):
+        self.seen = state["seen"]
+"""
+
+
+@pytest.fixture
+def methods_folder(tmp_path, monkeypatch):
+    """A folder whose files are methods too."""
+    monkeypatch.setattr(exploration, "__path__", [*exploration.__path__, str(tmp_path)])
+    yield tmp_path
+    for file in tmp_path.glob("*.py"):
+        sys.modules.pop(f"{exploration.__name__}.{file.stem}", None)
+        vars(exploration).pop(file.stem, None)
+
+
+def test_adding_a_method_is_adding_a_file(methods_folder):
+    assert "louder" not in method_names()
+    (methods_folder / "louder.py").write_text(METHOD.format(order=10))
+    assert {"louder", "lp_reg", "cde", "entropy_bonus"} <= set(method_names())
+    method = build({"louder": {"factor": 3}})
+    batch = make_batch([2, 3])
+    batch.rewards = torch.tensor([1.0, -1.0])
+    assert torch.equal(method.shape_rewards(batch, ParallelGroups.single(), 0, Meter()), torch.tensor([3.0, -3.0]))
+    with pytest.raises(ConfigError, match="exploration.louder.factr.*exploration.louder.factor"):
+        build({"louder": {"factr": 3}})
+
+
+def test_methods_pass_through_each_hook_in_their_declared_order(methods_folder):
+    (methods_folder / "louder.py").write_text(METHOD.format(order=60))
+    (methods_folder / "shifter.py").write_text(
+        METHOD.format(order=40).replace("* self.config.factor", "+ self.config.factor")
+    )
+    method = build({"louder": {"factor": 10.0}, "shifter": {"factor": 1.0}})
+    batch, groups = make_batch([2, 3]), ParallelGroups.single()
+    batch.rewards = torch.tensor([1.0, -1.0])
+    before = batch.advantages.clone()
+    assert torch.equal(method.shape_rewards(batch, groups, 0, Meter()), torch.tensor([20.0, 0.0]))
+    assert torch.allclose(method.shape_advantages(batch, groups, 0, Meter()), before + 11)
+    assert torch.equal(batch.rewards, torch.tensor([1.0, -1.0])) and torch.equal(batch.advantages, before)
+    old = statistics(make_logits(batch), batch.target_ids, method)
+    assert set(method.annotate(batch, old)) == {"louder/entropy", "shifter/entropy"}
+    zeros = torch.zeros(batch.num_tokens)
+    assert torch.equal(method.policy_loss(zeros, batch, old, Meter()), zeros + 10)
+    prompt = Prompt("0", "", (1,), "math", 0)
+    rollouts = [Rollout(place, [1], [0.0], "stop", 0) for place in range(2)]
+    assert method.keep_group(RolloutGroup(prompt, rollouts))
+    assert not method.keep_group(RolloutGroup(prompt, rollouts[:1]))
+
+
+def test_state_survives_a_restart(methods_folder):
+    (methods_folder / "louder.py").write_text(METHOD.format(order=10))
+    method, batch = build({"louder": {}, "cde": {}}), make_batch([2, 3])
+    method.prepare_update(batch, batch.updates[0], ParallelGroups.single())
+    restarted = build({"louder": {}, "cde": {}})
+    restarted.load_state_dict(method.state_dict())
+    assert restarted.state_dict() == {"louder": {"seen": 5}, "cde": {}}
+
+
+def test_no_method_changes_nothing():
+    method = build({})
+    batch = make_batch([3, 1, 2])
+    logits = make_logits(batch)
+    fill_old(batch, logits, method)
+    groups, meter = ParallelGroups.single(), Meter()
+    assert method.needs() == Needs() and method.needs().statistics(0.7) == StatisticsOptions(temperature=0.7)
+    assert method.shape_rewards(batch, groups, 3, meter) is batch.rewards
+    assert method.shape_advantages(batch, groups, 3, meter) is batch.advantages
+    assert batch.extras == {} and method.state_dict() == {}
+    shaped, _, metrics = update_loss(batch, logits, method, "ppo", (0.2, 0.2))
+    expected = -(batch.advantages * batch.loss_mask).sum() / 6
+    assert torch.allclose(shaped, expected.double(), atol=1e-6) and metrics == {}
+
+
+def test_needs_merge():
+    threshold = Threshold(min_p=0.02)
+    merged = Needs(old_log_probs=True).merge(Needs(entropy=True, threshold=threshold)).merge(Needs(threshold=threshold))
+    assert merged == Needs(old_log_probs=True, entropy=True, threshold=threshold)
+    assert merged.statistics(0.6) == StatisticsOptions(temperature=0.6, min_p=0.02, threshold_temperature=0.6)
+    fixed = Needs(threshold=Threshold(tau=0.1, temperature=1.0))
+    assert fixed.statistics(0.6) == StatisticsOptions(temperature=0.6, tau=0.1, threshold_temperature=1.0)
+    with pytest.raises(ConfigError, match="different thresholds.*min_p=0.02.*tau=0.1"):
+        merged.merge(fixed)
+
+
+class Thresholded(Exploration):
+    def needs(self) -> Needs:
+        return Needs(threshold=Threshold(min_p=0.5))
+
+
+class Replacing(Exploration):
+    replaces_loss = True
+
+
+def test_what_cannot_run_together_is_refused_with_the_reason():
+    with pytest.raises(ConfigError, match="one pass over the vocabulary computes one kept mass"):
+        Composite([*build({"lp_reg": {}}).methods, Thresholded("other")])
+    with pytest.raises(ConfigError, match="lp_reg and other cannot run together.*undo the other"):
+        Composite([*build({"lp_reg": {"preset": "released_code"}}).methods, Replacing("other")])
+    assert len(Composite([*build({"lp_reg": {}}).methods, Replacing("other")]).methods) == 2
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"lp_rag": {}}, "unknown exploration method 'lp_rag'; did you mean 'lp_reg'"),
+        ({"base": {}}, "unknown exploration method 'base'"),
+        ({"lp_reg": {"roh": 0.1}}, "unknown key 'exploration.lp_reg.roh'; did you mean 'exploration.lp_reg.rho'"),
+        ({"lp_reg": {"rho": 0}}, r"exploration.lp_reg.rho must be in \(0, 1\), not 0"),
+        ({"lp_reg": {"rho": 1.0}}, r"rho must be in \(0, 1\)"),
+        ({"lp_reg": {"pos_rho": 1.0}}, r"pos_rho must be in \[0, 1\)"),
+        ({"lp_reg": {"beta": -1}}, "beta must be at least 0"),
+        ({"lp_reg": {"kappa": 1.5}}, r"kappa must be in \(0, 1\]"),
+        ({"lp_reg": {"tau": 1.0}}, r"tau must be in \(0, 1\)"),
+        ({"lp_reg": {"tau": 0.02, "kappa": 0.02}}, "two thresholds for one proxy"),
+        ({"lp_reg": {"k3_clamp": -1}}, "k3_clamp must be above 0"),
+        ({"lp_reg": {"preset": "papre"}}, "exploration.lp_reg.preset must be one of 'paper', 'released_code'"),
+        ({"lp_reg": {"gate": "open"}}, "exploration.lp_reg.gate must be one of 'kept', 'below_proxy'"),
+        ({"cde": {"kappa": 0}}, "exploration.cde.kappa must be above 0"),
+        ({"cde": {"alpha": -1}}, "exploration.cde.alpha must be at least 0"),
+        ({"cde": {"omega_0": 3.0}}, r"omega_0 must be in \[0, kappa=3.0\)"),
+        ({"cde": {"schedule": "cosine"}}, "schedule=cosine needs exploration.cde.total_steps"),
+        ({"cde": {"schedule": "staircase"}}, "go together"),
+        ({"cde": {"milestones": [[10, 0.5]]}}, "go together"),
+        ({"cde": {"schedule": "staircase", "milestones": [[10]]}}, r"pairs \[step, multiplier"),
+        ({"cde": {"schedule": "staircase", "milestones": [[10, 2]]}}, r"pairs \[step, multiplier"),
+        ({"cde": {"schedule": "staircase", "milestones": [[10, 0.5], [10, 0]]}}, "in the order of their steps"),
+        ({"entropy_bonus": {"coefficient": -0.1}}, "entropy_bonus.coefficient must be at least 0"),
+    ],
+)
+def test_bad_options_name_the_option_and_the_rule(settings, message):
+    with pytest.raises(ConfigError, match=message):
+        build(settings)

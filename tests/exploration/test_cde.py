@@ -1,0 +1,125 @@
+from __future__ import annotations
+
+import logging
+import math
+
+import pytest
+import torch
+
+from megatron_rlvr.distributed.groups import ParallelGroups
+from megatron_rlvr.exploration.base import build
+from megatron_rlvr.metrics import Meter
+from megatron_rlvr.types import Batch
+from tests.exploration.toy import make_batch
+from tests.ranks import run_ranks
+
+LENGTHS = [4, 1, 6, 3, 2]
+
+
+def _batch(rewards: list[float], surprise: float = 2.0) -> Batch:
+    """Old log-probs between 0 and -surprise on loss tokens; elsewhere a value that must not be read."""
+    batch = make_batch(LENGTHS[: len(rewards)])
+    values = -surprise * torch.rand(batch.num_tokens, generator=torch.Generator().manual_seed(5))
+    batch.old_log_probs = torch.where(batch.loss_mask, values, 1e6)
+    batch.rewards = torch.tensor(rewards)
+    return batch
+
+
+def _shape(options: dict, batch: Batch, step: int = 0) -> tuple[torch.Tensor, dict[str, float]]:
+    meter = Meter()
+    shaped = build({"cde": options}).shape_rewards(batch, ParallelGroups.single(), step, meter)
+    return shaped, meter.means()
+
+
+def _surprise(batch: Batch) -> list[float]:
+    rows = zip(batch.cu_seqlens[:-1].tolist(), batch.cu_seqlens[1:].tolist(), strict=True)
+    values = [batch.old_log_probs[low:high][batch.loss_mask[low:high]].tolist() for low, high in rows]
+    return [-math.fsum(row) / len(row) for row in values]
+
+
+@pytest.mark.parametrize("options", [{}, {"kappa": 2.0, "alpha": 0.3, "omega_0": 0.5}, {"alpha": 0.0}])
+def test_the_bonus_by_hand(options):
+    batch = _batch([1.0, -1.0, -0.5, 0.0, 1.0], surprise=1.0)
+    kappa, alpha, omega = options.get("kappa", 3.0), options.get("alpha", 1.0), options.get("omega_0", 1.0)
+    pairs = zip(batch.rewards.tolist(), _surprise(batch), strict=True)
+    bonus = [omega * min(abs(r) / kappa, alpha * b) for r, b in pairs]
+    shaped, metrics = _shape(options, batch)
+    assert torch.allclose(shaped, batch.rewards + torch.tensor(bonus))
+    assert metrics["cde/bonus"] == pytest.approx(sum(bonus) / 5)
+    assert metrics["cde/omega"] == omega
+    assert shaped[3] == 0  # no reward, no bonus
+
+
+@pytest.mark.parametrize("surprise", [0.0, 0.1, 50.0])
+def test_the_cap_keeps_the_sign_of_the_reward(surprise):
+    batch = _batch([1.0, -1.0, -0.01, 0.0, 0.2])
+    batch.old_log_probs = torch.full((batch.num_tokens,), -surprise)
+    shaped, metrics = _shape({"omega_0": 2.9}, batch)
+    assert torch.equal(shaped.sign(), batch.rewards.sign())
+    assert ((shaped - batch.rewards) <= 2.9 * batch.rewards.abs() / 3 + 1e-6).all()
+    assert not any(math.isnan(value) for value in metrics.values())
+
+
+def test_a_confident_error_loses_more_than_a_doubtful_one():
+    batch = _batch([-1.0, -1.0])
+    batch.old_log_probs = torch.where(batch.response_index == 0, -0.01, -0.2)
+    shaped, _ = _shape({}, batch)
+    assert shaped[0] < shaped[1] < 0
+
+
+def test_a_response_without_tokens_gets_no_bonus():
+    batch = make_batch([3, 0])
+    batch.old_log_probs, batch.rewards = torch.full((batch.num_tokens,), -0.1), torch.tensor([1.0, -1.0])
+    shaped, _ = _shape({}, batch)
+    assert torch.allclose(shaped, torch.tensor([1.1, -1.0]))
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        ({"schedule": "none"}, [1.0, 1.0, 1.0, 1.0, 1.0]),
+        ({"schedule": "linear", "total_steps": 100}, [1.0, 0.75, 0.5, 0.0, 0.0]),
+        ({"schedule": "cosine", "total_steps": 100}, [1.0, (1 + 0.5**0.5) / 2, 0.5, 0.0, 0.0]),
+        ({"schedule": "staircase", "milestones": [[25, 0.5], [100, 0]]}, [1.0, 0.5, 0.5, 0.0, 0.0]),
+    ],
+)
+def test_schedules(options, expected):
+    batch = _batch([1.0, -1.0])
+    plain = _shape({}, batch)[0] - batch.rewards
+    for step, multiplier in zip([0, 25, 50, 100, 1000], expected, strict=True):
+        shaped, metrics = _shape({"omega_0": 0.8, **options}, batch, step)
+        assert metrics["cde/omega"] == pytest.approx(0.8 * multiplier, abs=1e-12)
+        assert torch.allclose(shaped - batch.rewards, 0.8 * multiplier * plain, atol=1e-6)
+
+
+def test_calibration_metrics_are_those_of_all_ranks():
+    whole = _batch([1.0, -1.0, -1.0, 0.5, -0.5])
+    perplexity = [math.exp(value) for value in _surprise(whole)]
+    right, wrong = (perplexity[0] + perplexity[3]) / 2, (perplexity[1] + perplexity[2] + perplexity[4]) / 3
+
+    def work(ranks: int):
+        groups = ParallelGroups.from_grid(dp=2) if ranks == 2 else ParallelGroups.single()
+        bounds = [(0, 1), (1, 5)][groups.dp_rank] if ranks == 2 else (0, 5)
+        meter = Meter()
+        build({"cde": {}}).shape_rewards(whole.microbatch(*bounds), groups, 0, meter)
+        return meter.means()
+
+    for means in [work(1), *run_ranks(2, work, 2, timeout=60)]:
+        assert means["cde/perplexity_right"] == pytest.approx(right, rel=1e-5)
+        assert means["cde/perplexity_wrong"] == pytest.approx(wrong, rel=1e-5)
+        assert means["cde/calibration_gap"] == pytest.approx(wrong - right, rel=1e-4)
+
+
+def test_all_right_has_no_gap():
+    _, metrics = _shape({}, _batch([1.0, 1.0]))
+    assert "cde/perplexity_right" in metrics
+    assert "cde/perplexity_wrong" not in metrics and "cde/calibration_gap" not in metrics
+
+
+@pytest.mark.parametrize(("rewards", "warnings"), [([1.0, 0.0], 1), ([1.0, 1.0], 0), ([1.0, -1.0], 0), ([0.5, 0.0], 0)])
+def test_warns_once_that_zero_rewards_get_no_bonus(rewards, warnings, caplog):
+    method, batch = build({"cde": {}}), _batch(rewards)
+    with caplog.at_level(logging.WARNING):
+        for step in range(3):
+            method.shape_rewards(batch, ParallelGroups.single(), step, Meter())
+    assert sum("reward.scale=signed" in record.message for record in caplog.records) == warnings

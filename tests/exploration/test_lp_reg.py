@@ -1,0 +1,322 @@
+"""Lp-Reg against references written from the formulas, values and gradients in fp64.
+
+For the paper's objective full-vocabulary sums; for the released code a loop over tokens with a second, masked pass.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+
+import pytest
+import torch
+from torch import Tensor
+
+from megatron_rlvr.distributed.groups import ParallelGroups
+from megatron_rlvr.distributed.vocab import TokenStatistics
+from megatron_rlvr.exploration.base import Exploration, Threshold, build
+from megatron_rlvr.exploration.lp_reg import DIVERGENCES, PRESETS, Config
+from megatron_rlvr.metrics import Meter
+from megatron_rlvr.types import Batch
+from tests.exploration.toy import fill_old, make_batch, make_logits, statistics, update_loss
+from tests.ranks import run_ranks
+
+LENGTHS = [9, 4, 12, 7, 15, 6, 11, 8]
+KAPPA = 0.05
+CLIP = (1.0, 9.0)  # ratio in [0, 10]
+
+
+def method(updates_per_rollout: int = 1, **options) -> Exploration:
+    return build({"lp_reg": {"kappa": KAPPA, **options}}, updates_per_rollout)
+
+
+def old_and_current(batch: Batch, lp_reg: Exploration, drift: float) -> Tensor:
+    """Fill the old policy's fields; the current policy's logits, ``drift`` away from the old ones."""
+    logits = make_logits(batch)
+    fill_old(batch, logits, lp_reg)
+    return logits + drift * make_logits(batch, seed=1)
+
+
+def sampled(log_p: Tensor, batch: Batch) -> Tensor:
+    return log_p.gather(1, batch.target_ids[:, None])[:, 0]
+
+
+def paper_objective(logits: Tensor, batch: Batch, rho: float, beta: float, full_kl: bool) -> tuple[Tensor, Tensor]:
+    """Minus Eq 6, and its regularised tokens; without ``full_kl`` the divergence is k3 to the old policy's proxy."""
+    old = make_logits(batch).softmax(-1)
+    mask, advantages = batch.loss_mask, batch.advantages.double()
+    p = logits.softmax(-1)
+    p_o, old_o = sampled(p, batch), sampled(old, batch)
+    keep = old >= KAPPA * old.max(-1, keepdim=True).values
+    improbable = sorted(old_o[mask].tolist())[math.ceil(round(rho * int(mask.sum()), 6)) - 1]
+    on = mask & (advantages < 0) & (old_o <= improbable) & sampled(keep, batch)
+    if full_kl:
+        kept = torch.where(keep, p, 0.0)
+        q = (kept / kept.sum(-1, keepdim=True)).detach()
+        divergence = torch.where(keep, q * (q.clamp(min=1e-300).log() - p.log()), 0.0).sum(-1)
+    else:
+        q_o = old_o / torch.where(keep, old, 0.0).sum(-1)
+        divergence = q_o / p_o - 1 - (q_o / p_o).log()
+    surrogate = -(p_o / old_o).clamp(0, 10) * advantages
+    return (surrogate + beta * torch.where(on, divergence, 0.0))[mask].mean(), on
+
+
+@pytest.mark.parametrize(("updates", "drift", "full_kl"), [(1, 0.0, True), (4, 0.6, False), (4, 0.0, False)])
+def test_the_papers_objective(updates, drift, full_kl):
+    batch, lp_reg = make_batch(LENGTHS), method(updates, rho=0.3, beta=2.0)
+    logits = old_and_current(batch, lp_reg, drift)
+    loss, gradient, metrics = update_loss(batch, logits, lp_reg, "plain_clip", CLIP)
+
+    leaf = logits.clone().requires_grad_()
+    expected, on = paper_objective(leaf, batch, rho=0.3, beta=2.0, full_kl=full_kl)
+    assert int(on.sum()) >= 3
+    assert torch.allclose(loss, expected, rtol=1e-6)
+    assert torch.allclose(gradient, torch.autograd.grad(expected, leaf)[0], atol=1e-9)
+    assert metrics["lp_reg/share"] == pytest.approx(int(on.sum()) / sum(LENGTHS))
+    assert metrics["lp_reg/survive_share"] < 1
+
+
+@pytest.mark.parametrize("seed", [0, 1])
+def test_full_kl_pulls_towards_the_proxy(seed):
+    """Its gradient in the logits is p - q at a regularised token and 0 elsewhere."""
+    batch, lp_reg = make_batch(LENGTHS, seed), method(rho=0.3)
+    batch.advantages = torch.full((batch.num_tokens,), -1e-12)
+    logits = old_and_current(batch, lp_reg, 0.0)
+    _, gradient, _ = update_loss(batch, logits, lp_reg, "plain_clip", CLIP)
+    _, on = paper_objective(logits, batch, 0.3, 1.0, True)
+    p = logits.softmax(-1)
+    kept = torch.where(p >= KAPPA * p.max(-1, keepdim=True).values, p, 0.0)
+    expected = torch.where(on[:, None], p - kept / kept.sum(-1, keepdim=True), 0.0) / sum(LENGTHS)
+    assert on.any() and torch.allclose(gradient, expected, atol=1e-10)
+
+
+def released_code(logits: Tensor, batch: Batch, rho: float) -> tuple[Tensor, list[int]]:
+    """The steps of the released loss over one microbatch, token by token -> token-mean loss, regularised places."""
+    old_logits = make_logits(batch)
+    old_p = old_logits.softmax(-1)
+    masked = torch.where(old_p >= KAPPA * old_p.max(-1, keepdim=True).values, old_logits, -1e4)
+    proxy = sampled(masked.log_softmax(-1), batch).tolist()  # the second forward pass, with filtered logits
+    old = sampled(old_logits.log_softmax(-1), batch).tolist()
+    new = sampled(logits.log_softmax(-1), batch)
+    places = [place for place, valid in enumerate(batch.loss_mask.tolist()) if valid]
+
+    negative = sorted((place for place in places if batch.advantages[place] < 0), key=new.tolist().__getitem__)
+    k = max(1, int(len(negative) * rho))
+    chosen = [place for place in (negative[:k] if k > 1 else []) if new.tolist()[place] < proxy[place]]
+    total = torch.zeros((), dtype=torch.float64)
+    for place in places:
+        a, r = batch.advantages[place].double(), (new[place] - old[place]).exp()
+        if place in chosen:
+            x = proxy[place] - new[place]
+            total = total - a * r + (x.exp() - x - 1).clamp(-10, 10)
+        else:
+            total = total + torch.maximum(-a * r, -a * r.clamp(0, 10))
+    return total / len(places), chosen
+
+
+@pytest.mark.parametrize("drift", [0.0, 0.3, 3.0])
+def test_the_released_code_on_one_microbatch(drift):
+    batch, lp_reg = make_batch(LENGTHS), method(4, preset="released_code", rho=0.4)
+    logits = old_and_current(batch, lp_reg, drift)
+    loss, gradient, metrics = update_loss(batch, logits, lp_reg, "ppo", CLIP, "microbatch_token_mean")
+
+    leaf = logits.clone().requires_grad_()
+    expected, chosen = released_code(leaf, batch, 0.4)
+    assert len(chosen) >= 3 and metrics["lp_reg/share"] == pytest.approx(len(chosen) / sum(LENGTHS))
+    assert torch.allclose(loss, expected, rtol=1e-6)
+    assert torch.allclose(gradient, torch.autograd.grad(expected, leaf)[0], atol=1e-9)
+
+
+def test_the_released_code_takes_each_microbatch_by_itself():
+    split = ((0, 3), (3, 8))
+    batch, lp_reg = make_batch(LENGTHS, microbatches=split), method(preset="released_code", rho=0.4)
+    logits = old_and_current(batch, lp_reg, 0.0)
+    loss, _, _ = update_loss(batch, logits, lp_reg, "ppo", CLIP, "microbatch_token_mean")
+    total = 0.0
+    for start, stop in split:
+        rows = slice(int(batch.cu_seqlens[start]), int(batch.cu_seqlens[stop]))
+        for_this = torch.zeros_like(batch.loss_mask)
+        for_this[rows] = True
+        alone = make_batch(LENGTHS)
+        alone.loss_mask = alone.loss_mask & for_this
+        total += float(released_code(logits, alone, 0.4)[0]) * (stop - start) / len(LENGTHS)
+    assert float(loss) == pytest.approx(total, rel=1e-6)
+
+
+@pytest.mark.parametrize("options", [{}, {"tau": 0.03, "kappa": None}, {"threshold_temperature": 1.0}])
+def test_the_proxy_of_the_old_pass_is_that_of_a_second_masked_pass(options):
+    temperature, batch, lp_reg = 0.7, make_batch(LENGTHS), method(**options)
+    logits = make_logits(batch)
+    fill_old(batch, logits, lp_reg, temperature)
+    thresholded = (logits / options.get("threshold_temperature", temperature)).softmax(-1)
+    least = 0.03 if "tau" in options else KAPPA * thresholded.max(-1, keepdim=True).values
+    masked = torch.where(thresholded >= least, logits / temperature, -torch.inf)
+    assert torch.allclose(batch.extras["lp_reg/proxy_log_prob"], sampled(masked.log_softmax(-1), batch), atol=1e-12)
+    assert batch.extras["lp_reg/proxy_log_prob"].isinf().any()
+
+
+def _silenced(name: str) -> tuple[Batch, Exploration, float]:
+    """(batch, method, scale of the logits) of which nothing is to be regularised."""
+    batch = make_batch([3, 3, 3])
+    if name == "one token":  # two of nine tokens have to be improbable for the released code
+        return batch, method(preset="released_code", rho=0.2), 2.0
+    if name == "empty mask":
+        batch.loss_mask = torch.zeros_like(batch.loss_mask)
+    batch.advantages = batch.advantages.abs() if name == "no negative advantage" else -batch.advantages.abs()
+    if name == "zero advantage":
+        batch.advantages = torch.zeros_like(batch.advantages)
+    if name == "nothing filtered":
+        return batch, method(rho=0.5, kappa=1e-9), 2.0
+    if name == "tau above every p":
+        return batch, method(rho=0.5, kappa=None, tau=0.5), 0.1
+    return batch, method(rho=0.5), 2.0
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["one token", "empty mask", "no negative advantage", "zero advantage", "nothing filtered", "tau above every p"],
+)
+def test_where_nothing_is_regularised_the_loss_is_the_surrogate(name):
+    batch, lp_reg, scale = _silenced(name)
+    logits = make_logits(batch, scale=scale)
+    fill_old(batch, logits, lp_reg)
+    loss, gradient, metrics = update_loss(batch, logits, lp_reg, "plain_clip", CLIP)
+    plain_loss, plain_gradient, _ = update_loss(batch, logits, build({}), "plain_clip", CLIP)
+    assert torch.allclose(loss, plain_loss, atol=1e-15)
+    assert torch.allclose(gradient, plain_gradient, atol=1e-15)
+    if name != "nothing filtered":  # there tokens are regularised, by a divergence of 0
+        assert not metrics.get("lp_reg/share")
+
+
+def _statistics_at(log_prob: Tensor) -> TokenStatistics:
+    zeros = torch.zeros_like(log_prob)
+    return TokenStatistics(log_prob, zeros, zeros, zeros, zeros, zeros)
+
+
+@pytest.mark.parametrize(("gap", "clamped", "free"), [(2.60, -12.463738, -12.463738), (2.62, 0.0, -12.735724)])
+def test_the_clamp_of_k3_ends_its_gradient(gap, clamped, free):
+    """k3 reaches 10 at a log-ratio of 2.6109; the tokens that sank deepest then get no protection at all."""
+    for clamp, expected in ((10.0, clamped), (0.0, free)):
+        log_prob = torch.tensor([-5.0], dtype=torch.float64, requires_grad=True)
+        value, slope = DIVERGENCES["k3_sampled"](_statistics_at(log_prob), log_prob.detach() + gap, clamp)
+        assert torch.autograd.grad(value, log_prob)[0].item() == pytest.approx(expected, rel=1e-6)
+        assert slope.item() == pytest.approx(expected, rel=1e-6)
+
+
+@pytest.mark.parametrize("gap", [0.4, 19.0, 60.0])
+def test_sampled_divergences_report_the_slope_of_their_gradient(gap):
+    for name in ("k3_sampled", "k2_sampled"):
+        log_prob = torch.tensor([-70.0], dtype=torch.float64, requires_grad=True)
+        value, slope = DIVERGENCES[name](_statistics_at(log_prob), log_prob.detach() + gap, 0.0)
+        expected = torch.autograd.grad(value, log_prob)[0]
+        assert value.isfinite() and (torch.allclose(slope, expected) or (gap > 20 and expected == 0))
+
+
+def test_on_policy_the_net_coefficient_is_the_penalty_less_the_pull():
+    """|A| - beta (1/Z - 1) on every regularised token, for the k3 form."""
+    batch, beta = make_batch(LENGTHS), 3.0
+    lp_reg = method(rho=0.3, beta=beta, divergence="k3_sampled")
+    logits = old_and_current(batch, lp_reg, 0.0)
+    _, _, metrics = update_loss(batch, logits, lp_reg, "plain_clip", CLIP)
+    _, on = paper_objective(logits, batch, 0.3, beta, True)
+    p = logits.softmax(-1)
+    z = torch.where(p >= KAPPA * p.max(-1, keepdim=True).values, p, 0.0).sum(-1)
+    net = (batch.advantages.abs().double() - beta * (1 / z - 1))[on]
+
+    current = statistics(logits, batch.target_ids, lp_reg)
+    leaf = current.log_prob.clone().requires_grad_()
+    moved = TokenStatistics(leaf, *[getattr(current, name) for name in list(current.__dataclass_fields__)[1:]])
+    surrogate = -batch.advantages * (leaf - batch.old_log_probs).exp()
+    shaped = lp_reg.policy_loss(surrogate, batch.microbatch(0, len(LENGTHS)), moved, Meter())
+    assert torch.allclose(torch.autograd.grad(shaped.sum(), leaf)[0][on], net, atol=1e-9)
+    assert metrics["lp_reg/net_coefficient"] == pytest.approx(float(net.mean()), rel=1e-6)
+    assert metrics["lp_reg/kept_mass"] == pytest.approx(float(z[on].mean()), rel=1e-6)
+
+
+@pytest.mark.parametrize("split", [((0, 8),), ((0, 3), (3, 8)), tuple((place, place + 1) for place in range(8))])
+@pytest.mark.parametrize("options", [{}, {"divergence": "k2_sampled", "pos_rho": 0.1, "percentile_pool": "neg_tokens"}])
+def test_the_paper_preset_does_not_depend_on_microbatches(split, options):
+    results = []
+    for microbatches in (((0, 8),), split):
+        batch, lp_reg = make_batch(LENGTHS, microbatches=microbatches), method(rho=0.3, **options)
+        logits = old_and_current(batch, lp_reg, 0.0)
+        results.append(update_loss(batch, logits, lp_reg, "plain_clip", CLIP))
+    (loss, gradient, metrics), (other_loss, other_gradient, other_metrics) = results
+    assert torch.allclose(loss, other_loss, rtol=1e-6) and torch.allclose(gradient, other_gradient, atol=1e-12)
+    assert metrics == pytest.approx(other_metrics) and metrics["lp_reg/share"] > 0
+
+
+def test_the_percentile_is_that_of_all_data_parallel_ranks():
+    batch = make_batch(LENGTHS)
+    both_sides = {"rho": 0.3, "percentile_pool": "neg_tokens", "pos_rho": 0.2}
+    options = [{"rho": 0.3}, both_sides, {"rho": 0.02, "min_two": True}]
+
+    def work(ranks: int):
+        groups = ParallelGroups.from_grid(dp=2) if ranks == 2 else ParallelGroups.single()
+        start, stop = [(0, 3), (3, 8)][groups.dp_rank] if ranks == 2 else (0, 8)
+        totals = []
+        for option in options:
+            lp_reg = method(**option)
+            logits = make_logits(batch)
+            fill_old(batch, logits, lp_reg)
+            update = batch.updates[0].__class__(((start, stop),), sum(LENGTHS), len(LENGTHS))
+            lp_reg.prepare_update(batch, update, groups)
+            rows = slice(int(batch.cu_seqlens[start]), int(batch.cu_seqlens[stop]))
+            micro = batch.microbatch(start, stop)
+            current, meter = statistics(logits[rows], micro.target_ids, lp_reg), Meter()
+            lp_reg.policy_loss(torch.zeros(micro.num_tokens), micro, current, meter)
+            totals.append(meter.sums)
+        return totals
+
+    whole = work(1)
+    parts = run_ranks(2, work, 2, timeout=60)
+    for place, expected in enumerate(whole):
+        for name in ("lp_reg/share", "lp_reg/candidates", "lp_reg/divergence"):
+            summed = [sum(part[place][name][item] for part in parts) for item in (0, 1)]
+            assert summed == pytest.approx(list(expected[name]))
+        deltas = [part[place]["lp_reg/delta"] for part in parts]
+        assert deltas == [pytest.approx(expected["lp_reg/delta"])] * 2
+    assert whole[1]["lp_reg/share"][0] > 0
+
+
+def test_metrics_of_one_update():
+    batch, lp_reg = make_batch(LENGTHS), method(rho=0.3)
+    logits = old_and_current(batch, lp_reg, 0.0)
+    _, _, metrics = update_loss(batch, logits, lp_reg, "plain_clip", CLIP)
+    p = sampled(logits.softmax(-1), batch)
+    delta = sorted(p[batch.loss_mask].tolist())[math.ceil(0.3 * sum(LENGTHS)) - 1]
+    candidates = batch.loss_mask & (batch.advantages < 0) & (p <= delta)
+    share = metrics["lp_reg/candidates"] * metrics["lp_reg/survive_share"]
+    assert metrics["lp_reg/delta"] == pytest.approx(delta)
+    assert metrics["lp_reg/candidates"] == pytest.approx(int(candidates.sum()) / sum(LENGTHS))
+    assert metrics["lp_reg/share"] == pytest.approx(share)
+    assert metrics["lp_reg/divergence"] > 0
+
+
+def test_the_current_policys_proxy_needs_nothing_stored():
+    batch, lp_reg = make_batch(LENGTHS), method(4, proxy_source="current", rho=0.3)
+    logits = old_and_current(batch, lp_reg, 0.0)
+    assert batch.extras == {}
+    loss, gradient, _ = update_loss(batch, logits, lp_reg, "plain_clip", CLIP)
+    expected, _ = paper_objective(logits, batch, 0.3, 1.0, full_kl=True)
+    assert torch.allclose(loss, expected, rtol=1e-6)
+
+
+def test_an_old_proxy_over_several_updates_takes_k3_and_says_so(caplog):
+    with caplog.at_level(logging.INFO):
+        assert method(1).methods[0].divergence == "fwd_kl_full"
+        assert method(4, divergence="k2_sampled").methods[0].divergence == "k2_sampled"
+        assert not caplog.records
+        assert method(4).methods[0].divergence == "k3_sampled"
+    assert ["4 updates per rollout" in record.message for record in caplog.records] == [True]
+
+
+def test_presets_fill_what_is_not_given():
+    assert set(PRESETS["paper"]) == set(PRESETS["released_code"])
+    for preset, values in PRESETS.items():
+        config = Config(preset=preset)
+        assert {option: getattr(config, option) for option in values} == values and config.kappa == 0.02
+    config = Config(preset="released_code", gate="kept", k3_clamp=0.0, tau=0.1)
+    assert (config.gate, config.k3_clamp, config.min_two, config.kappa) == ("kept", 0.0, True, None)
+    assert method().needs().threshold == Threshold(min_p=KAPPA, temperature=0.0)
+    assert method(preset="released_code", kappa=None, tau=0.1).needs().threshold == Threshold(tau=0.1, temperature=1.0)

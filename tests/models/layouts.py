@@ -1,0 +1,150 @@
+"""What runs on a rank: policies in a layout, batches filled from the reference's samples, gradients under their public names."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from megatron.core import parallel_state
+from torch import Tensor
+
+from megatron_rlvr import platform
+from megatron_rlvr.architecture import Architecture
+from megatron_rlvr.config import Config
+from megatron_rlvr.distributed.groups import ParallelGroups
+from megatron_rlvr.distributed.vocab import StatisticsOptions, TokenStatistics
+from megatron_rlvr.losses import clipped_surrogate, reduction_weights
+from megatron_rlvr.metrics import Meter
+from megatron_rlvr.models.build import initialize_parallel
+from megatron_rlvr.models.policy import Policy
+from megatron_rlvr.packing import pack
+from megatron_rlvr.types import Batch, Microbatch, RolloutGroup, Update
+from tests.models import reference
+from tests.models.reference import Sample
+from tests.tiny import make_config
+
+OPTIONS = StatisticsOptions(reference.TEMPERATURE, reference.MIN_P, None, reference.THRESHOLD_TEMPERATURE)
+EVERYTHING = 4000  # tokens: the whole batch in one microbatch
+STILL = {"lr": 1e-30, "clip_grad": 1e6, "distributed": False}  # an update that leaves weights and gradients alone
+
+
+@dataclass(frozen=True)
+class Layout:
+    tp: int = 1
+    pp: int = 1
+    vpp: int = 1
+    dp: int = 1
+    sequence_parallel: bool = False
+
+    @property
+    def ranks(self) -> int:
+        return self.tp * self.pp * self.dp
+
+    def __str__(self) -> str:
+        return f"tp{self.tp}-pp{self.pp}-vpp{self.vpp}-dp{self.dp}" + "-sp" * self.sequence_parallel
+
+
+LAYOUTS = [
+    Layout(),
+    Layout(tp=2),
+    Layout(tp=2, sequence_parallel=True),
+    Layout(pp=2),
+    Layout(pp=2, vpp=2),
+    Layout(dp=2),
+    Layout(tp=2, pp=2, sequence_parallel=True),
+    Layout(tp=2, dp=2),
+]
+
+
+@contextmanager
+def megatron(layout: Layout, seed: int = 0) -> Iterator[ParallelGroups]:
+    """Megatron's groups for one layout over the ranks that are there, taken down again afterwards."""
+    try:
+        yield initialize_parallel(make_config(Path("unused"), {"parallel": vars(layout)}))
+    finally:
+        parallel_state.destroy_model_parallel()
+
+
+def make_policy(folder: Path, layout: Layout, groups: ParallelGroups, **sections: Any) -> Policy:
+    config = make_config(folder, {"parallel": vars(layout)} | sections)
+    return Policy(config, Architecture.from_folder(folder), groups)
+
+
+def make_batch(
+    groups: list[RolloutGroup],
+    samples: dict[int, Sample],
+    layout: Layout,
+    ranks: ParallelGroups,
+    microbatch_tokens: int,
+    updates: int = 1,
+) -> Batch:
+    """This rank's batch; a response without a sample counts as not scored."""
+    size = len(groups[0].rollouts)
+    rewards = [
+        [1.0 if row * size + column in samples else None for column in range(size)] for row in range(len(groups))
+    ]
+    batch = pack(
+        groups,
+        rewards,
+        updates=updates,
+        microbatch_tokens=microbatch_tokens,
+        dp_rank=ranks.dp_rank,
+        dp_size=ranks.dp_size,
+        microbatch_multiple=layout.pp if layout.vpp > 1 else 1,
+    )
+    batch.old_log_probs = torch.zeros(batch.num_tokens)
+    batch.advantages = torch.zeros(batch.num_tokens)
+    for place, identity in enumerate(batch.response_ids.tolist()):
+        if identity in samples:
+            mask = batch.loss_mask & (batch.response_index == place)
+            batch.old_log_probs[mask] = samples[identity].old_log_probs
+            batch.advantages[mask] = samples[identity].advantages
+    return batch
+
+
+def loss(update: Update, micro: Microbatch, current: TokenStatistics, meter: Meter) -> Tensor:
+    """The reference's loss in the project's own parts."""
+    losses = clipped_surrogate(
+        current.log_prob, micro.old_log_probs, micro.advantages, reference.CLIP_LOW, reference.CLIP_HIGH
+    )
+    losses = losses - reference.ENTROPY_WEIGHT * current.entropy - reference.KEPT_WEIGHT * current.log_kept_mass
+    weights = reduction_weights(micro, update, "token_mean")
+    return torch.where(micro.loss_mask, weights * losses, 0.0).sum()
+
+
+def run_update(policy: Policy, batch: Batch, number: int = 0) -> dict[str, float]:
+    """Update ``number`` of the batch -> its metrics."""
+    update = batch.updates[number]
+    return policy.update(batch, update, partial(loss, update), OPTIONS).means()
+
+
+def weights(policy: Policy) -> dict[str, Tensor]:
+    return {name: tensor.clone() for name, tensor in policy.hf_weights()}
+
+
+@torch.no_grad()
+def gradients(policy: Policy) -> dict[str, Tensor]:
+    """Hugging Face name -> gradient of the last update, gathered over every shard the way the weights are."""
+    parameters = [parameter for chunk in policy.chunks for parameter in chunk.parameters()]
+    kept = [parameter.clone() for parameter in parameters]
+    for parameter in parameters:
+        parameter.copy_(parameter.main_grad)
+    gathered = weights(policy)
+    for parameter, value in zip(parameters, kept, strict=True):
+        parameter.copy_(value)
+    return gathered
+
+
+def distance(found: dict[str, Tensor], expected: dict[str, Tensor]) -> tuple[float, str]:
+    """Largest |difference| of a tensor over the largest |entry| it should have, and which tensor that is."""
+    assert found.keys() == expected.keys()
+
+    def of(name: str) -> float:
+        return float((found[name].double() - expected[name].double()).abs().max() / expected[name].abs().max())
+
+    return max((of(name), name) for name in expected)

@@ -1,0 +1,162 @@
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+
+from megatron_rlvr import losses
+from megatron_rlvr.metrics import Meter
+from megatron_rlvr.types import Microbatch, Update
+
+
+def _grid() -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Every pairing of a log-ratio with an advantage, none on a corner of a loss."""
+    ratios = [1e-6, 0.3, 0.79, 0.81, 1.0, 1.19, 1.21, 2.9, 3.1, 9.9, 10.1, 300.0]
+    advantages = [-2.0, -0.5, 0.0, 0.5, 2.0]
+    pairs = torch.tensor([(math.log(r), a) for r in ratios for a in advantages], dtype=torch.float64)
+    old = torch.linspace(-30, -21, len(pairs), dtype=torch.float64)
+    return (old + pairs[:, 0]).requires_grad_(), old, pairs[:, 1]
+
+
+def _ppo(r: float, a: float, low: float, high: float, dual: float) -> tuple[float, float]:
+    """(loss, d loss / d log p) by cases."""
+    if a > 0 and r > 1 + high:
+        return -a * (1 + high), 0.0
+    if a < 0 and r < 1 - low:
+        return -a * (1 - low), 0.0
+    if a < 0 and dual and r > dual:
+        return -a * dual, 0.0
+    return -a * r, -a * r
+
+
+def _plain(r: float, a: float, low: float, high: float, dual: float) -> tuple[float, float]:
+    inside = 1 - low < r < 1 + high
+    return -a * min(max(r, 1 - low), 1 + high), -a * r if inside else 0.0
+
+
+@pytest.mark.parametrize(
+    ("name", "low", "high", "dual", "by_cases"),
+    [
+        ("ppo", 0.2, 0.2, 0.0, _ppo),
+        ("ppo", 0.2, 0.28, 3.0, _ppo),
+        ("ppo", 1.0, 9.0, 0.0, _ppo),
+        ("plain_clip", 1.0, 9.0, 0.0, _plain),
+        ("plain_clip", 0.2, 0.2, 0.0, _plain),
+    ],
+)
+def test_surrogates_value_and_gradient(name, low, high, dual, by_cases):
+    log_prob, old, advantages = _grid()
+    loss = losses.LOSSES[name](log_prob, old, advantages, low, high, dual)
+    (gradient,) = torch.autograd.grad(loss.sum(), log_prob)
+    pairs = zip((log_prob - old).tolist(), advantages.tolist(), strict=True)
+    expected = [by_cases(math.exp(x), a, low, high, dual) for x, a in pairs]
+    assert torch.allclose(loss, torch.tensor([value for value, _ in expected], dtype=torch.float64), rtol=1e-9)
+    assert torch.allclose(gradient, torch.tensor([slope for _, slope in expected], dtype=torch.float64), rtol=1e-9)
+
+
+def test_the_ratio_never_overflows():
+    log_prob = torch.tensor([-1.0, -200.0, -1.0], requires_grad=True)
+    r = losses.ratio(log_prob, torch.tensor([-150.0, -1.0, -1.0]))
+    assert torch.allclose(r, torch.tensor([math.exp(20), math.exp(-20), 1.0]))
+    assert torch.equal(torch.autograd.grad(r.sum(), log_prob)[0], torch.tensor([0.0, 0.0, 1.0]))
+
+
+def test_plain_clip_refuses_a_dual_clip():
+    value = torch.zeros(1)
+    with pytest.raises(ValueError, match="dual_clip=0"):
+        losses.plain_clip(value, value, value, 1.0, 9.0, 3.0)
+
+
+def _distributions() -> tuple[torch.Tensor, torch.Tensor]:
+    generator = torch.Generator().manual_seed(1)
+    logits, other = torch.randn(2, 9, generator=generator, dtype=torch.float64)
+    return logits.requires_grad_(), other.log_softmax(0)
+
+
+def test_estimators_of_the_kl_by_enumeration():
+    logits, log_q = _distributions()
+    log_p = logits.log_softmax(0)
+    p, kl = log_p.exp(), (log_p.exp() * (log_p - log_q)).sum()
+    assert torch.allclose((p * losses.k1(log_p, log_q)).sum(), kl)
+    assert torch.allclose((p * losses.k3(log_p, log_q)).sum(), kl)
+    assert torch.allclose(losses.k2(log_p, log_q), (log_p - log_q) ** 2 / 2)
+    assert (losses.k3(log_p, log_q) >= 0).all()
+
+
+def test_expected_gradients_of_the_estimators():
+    """Averaged over o ~ p: k3 follows KL(q || p), whose gradient in the logits is p - q; k2 follows KL(p || q)."""
+    logits, log_q = _distributions()
+    p = logits.softmax(0).detach()
+    (k3,) = torch.autograd.grad((p * losses.k3(logits.log_softmax(0), log_q)).sum(), logits)
+    assert torch.allclose(k3, p - log_q.exp(), atol=1e-12)
+    (k2,) = torch.autograd.grad((p * losses.k2(logits.log_softmax(0), log_q)).sum(), logits)
+    log_p = logits.log_softmax(0)
+    (reverse,) = torch.autograd.grad((log_p.exp() * (log_p - log_q)).sum(), logits)
+    assert torch.allclose(k2, reverse, atol=1e-12)
+
+
+def _micro(lengths: list[int]) -> Microbatch:
+    """Responses with one prompt token in front: n loss tokens, then one that predicts nothing."""
+    mask = [flag for length in lengths for flag in [True] * length + [False]]
+    index = [place for place, length in enumerate(lengths) for _ in range(length + 1)]
+    total, ends = len(mask), torch.tensor([0, *(length + 1 for length in lengths)]).cumsum(0)
+    return Microbatch(
+        token_ids=torch.zeros(total, dtype=torch.int64),
+        target_ids=torch.zeros(total, dtype=torch.int64),
+        position_ids=torch.zeros(total, dtype=torch.int64),
+        loss_mask=torch.tensor(mask),
+        response_index=torch.tensor(index),
+        rollout_log_probs=torch.zeros(total),
+        cu_seqlens=ends.int(),
+        response_ids=torch.arange(len(lengths)),
+        rewards=torch.zeros(len(lengths)),
+        response_lengths=torch.tensor(lengths),
+    )
+
+
+RESPONSES = [4, 1, 0, 7, 2, 3]
+UPDATE = Update(microbatches=(), num_tokens=17, num_responses=6)
+
+
+@pytest.mark.parametrize("split", [[6], [1, 5], [2, 2, 2], [1] * 6])
+@pytest.mark.parametrize("reduction", ["token_mean", "sequence_mean"])
+def test_the_global_loss_does_not_depend_on_the_microbatches(reduction, split):
+    generator = torch.Generator().manual_seed(2)
+    per_response = [torch.randn(length, generator=generator).tolist() for length in RESPONSES]
+    total, start = 0.0, 0
+    for size in split:
+        chosen = range(start, start + size)
+        micro = _micro([RESPONSES[place] for place in chosen])
+        values = torch.tensor([value for place in chosen for value in [*per_response[place], 100.0]])
+        total += float((losses.reduction_weights(micro, UPDATE, reduction) * values).sum())
+        start += size
+    if reduction == "token_mean":
+        expected = sum(sum(row) for row in per_response) / 17
+    else:
+        expected = sum(sum(row) / len(row) for row in per_response if row) / 6
+    assert total == pytest.approx(expected, abs=1e-5)
+
+
+def test_microbatch_token_mean_weighs_microbatches_by_responses():
+    first, second = _micro([4, 2]), _micro([1])
+    update = Update(microbatches=(), num_tokens=7, num_responses=3)
+    weights = losses.reduction_weights(first, update, "microbatch_token_mean")
+    assert torch.allclose(weights, first.loss_mask / 6 * (2 / 3))
+    assert torch.allclose(losses.reduction_weights(second, update, "microbatch_token_mean"), torch.tensor([1 / 3, 0.0]))
+    assert torch.equal(losses.reduction_weights(_micro([0]), update, "microbatch_token_mean"), torch.zeros(1))
+
+
+def test_record_counts_loss_tokens_only():
+    micro = _micro([4])
+    micro.old_log_probs = torch.full((5,), -3.0)
+    micro.advantages = torch.tensor([1.0, 1.0, -1.0, 0.0, 1.0])
+    r = torch.tensor([1.0, 2.0, 2.0, 2.0, 50.0])  # only the second is clipped; the last is no loss token
+    log_prob = micro.old_log_probs + r.log()
+    meter = Meter()
+    surrogate = losses.LOSSES["ppo"](log_prob, micro.old_log_probs, micro.advantages, 0.2, 0.2)
+    losses.record(micro, log_prob, surrogate, meter)
+    means = meter.means()
+    assert means["policy/clip_share"] == pytest.approx(1 / 4)
+    assert means["policy/ratio_max"] == pytest.approx(2.0)
+    assert means["policy/kl"] == pytest.approx(3 * (2 - 1 - math.log(2)) / 4, abs=1e-6)

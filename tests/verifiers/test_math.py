@@ -1,0 +1,181 @@
+"""The math verifier: which answer is final, what equals what, and text that attacks it."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+from pathlib import Path
+
+import pytest
+import sympy.parsing.sympy_parser as sympy_parser
+
+from megatron_rlvr.prompt_files import read_rows
+from megatron_rlvr.verifiers.math import final_answer, read_answer, verify
+from megatron_rlvr.verifiers.pool import VerifierPool
+
+
+@pytest.mark.parametrize(
+    "response, answer",
+    [
+        (r"so \boxed{34}", "34"),
+        (r"first \boxed{1}, no, \boxed{2}.", "2"),
+        (r"\boxed{\frac{1}{2^{10}}} and done", r"\frac{1}{2^{10}}"),
+        (r"\boxed{\{1, 2\}}", r"\{1, 2\}"),
+        (r"\boxed{\left\{ x \mid x > 0 \right\}}", r"\left\{ x \mid x > 0 \right\}"),
+        (r"\boxed{\begin{pmatrix} 1 \\ 2 \end{pmatrix}}", r"\begin{pmatrix} 1 \\ 2 \end{pmatrix}"),
+        (r"\boxed {7}", "7"),
+        (r"\fbox{7}", "7"),
+        (r"\boxed{$7$.}", "7"),
+        (r"<think>\boxed{1}</think> It is \boxed{2}", "2"),
+        (r"guess \boxed{1}</think>Answer: 2", "2"),
+        (r"<think>a</think>\boxed{3}<think>or \boxed{4}", "3"),
+        (r"\boxed{1}</think> nothing", ""),
+        (r"<think> still at it, \boxed{5}", ""),
+        (r"\boxed{1} then \boxed{\frac{1}{2}", ""),
+        ("Work.\nAnswer: 42", "42"),
+        ("Answer: 1\nOn second thoughts\nAnswer: $2$.\nBye", "2"),
+        ("**Final Answer:** 42", "42"),
+        ("**Answer**: \\(x+1\\)", "x+1"),
+        ("答\nAnswer：42", "42"),
+        ("The answer is 42", ""),
+        ("Answer:   \n", ""),
+        ("", ""),
+    ],
+)
+def test_the_final_answer(response, answer):
+    assert final_answer(response) == answer
+
+
+@pytest.mark.parametrize(
+    "gold, right, wrong",
+    [
+        ("25", ["025", "25", "25.0", "+25", "25.", "$25$", r"\frac{50}{2}", "x=25", r"25\text{ cm}"], ["2.5", "25.0000001", "-25"]),
+        ("025", ["25", "025", "0025"], ["250", "205"]),
+        ("70.0", ["70", "70.00"], ["7", "700", "70.1"]),
+        ("12345", ["12,345", "12{,}345", r"12\,345", r"12,\!345", "12345.0"], ["12.345", "12345.5", "12,346"]),
+        ("105263157894736848", ["105263157894736848"], ["105263157894736849", "105263157894736847"]),
+        ("-366", ["-366", "-366.0"], ["366"]),
+        ("4.4e7", ["4.4e7", "44000000", r"4.4\times 10^7", "4.4E+7"], ["4.4e8", "4.4"]),
+        (r"\frac{1}{3}", ["1/3", r"\dfrac13", r"\frac{2}{6}"], ["0.3", "3", r"\frac{1}{4}"]),
+        (r"x^2-1", ["(x-1)(x+1)", "-1+x^2"], ["x^2+1", "y^2-1"]),
+        (r"\left( 3, \frac{\pi}{2} \right)", [r"(3,\pi/2)"], [r"(\pi/2,3)", r"(3,\pi)"]),
+        ("1,3,5", ["5,3,1", r"\{1,3,5\}"], ["1,3", "1,3,5,7"]),
+        (r"\sqrt{2}", [r"2^{1/2}", r"\frac{2}{\sqrt2}"], [r"\sqrt{3}", "1.4"]),
+        ("34", ["34"], ["33,34", "34 or 35", r"35\text{ or }34", "$34$ or $35$", r"34\neq 35"]),
+    ],
+)
+def test_equality(gold, right, wrong):
+    answer = read_answer(gold)
+    for given in right:
+        assert verify(rf"so \boxed{{{given}}}", answer).reward == 1.0, given
+    for given in wrong:
+        verdict = verify(rf"so \boxed{{{given}}}", answer)
+        assert (verdict.reward, verdict.status) == (0.0, "ok"), given
+
+
+@pytest.mark.parametrize(
+    "response",
+    [
+        "no answer at all",
+        r"\boxed{}",
+        r"\boxed{ . }",
+        r"\boxed{34 35}",
+        r"\boxed{35 \quad 34}",
+        r"\boxed{+ \frac}",
+        r"\boxed{" + "1+" * 2000 + "1}",
+        "Answer: 5} and \\text{or {34",
+    ],
+)
+def test_what_holds_no_readable_answer_is_unparseable(response):
+    for gold in ("34", "69"):  # 34 + 35: math-verify takes two numbers side by side for their sum
+        verdict = verify(response, gold)
+        assert (verdict.reward, verdict.status) == (0.0, "unparseable") and verdict.message
+
+
+def test_side_by_side_numbers_that_are_one_expression_stay_readable():
+    for text, gold in ((r"\log_2 8", "3"), (r"\frac 1 2", r"\frac{1}{2}"), (r"1\frac{1}{2}", "3/2"), ("10 000", "10000")):
+        assert verify(rf"\boxed{{{text}}}", gold).reward == 1.0, text
+
+
+def test_gold_answers_of_data_rows():
+    golds = [27.0, "27.0", 27, " 27 ", "$27$", r"\boxed{27}", "so many\n#### 27", "70 + 2 = 72\n#### 1,027"]
+    assert [read_answer(gold) for gold in golds] == ["27", "27.0", "27", "27", "27", "27", "27", "1,027"]
+    assert read_answer(0.5) == "0.5"
+    for gold in ("", "  ", None, True, ["1"], {"a": 1}):
+        with pytest.raises(ValueError):
+            read_answer(gold)
+
+
+def test_a_gold_answer_that_cannot_be_read_is_an_error_and_no_zero():
+    assert verify(r"\boxed{\frac{a}{}}", r"\frac{a}{}").reward == 1.0  # the same text all the same
+    with pytest.raises(ValueError, match="gold answer"):
+        verify(r"\boxed{7}", r"\frac{a}{}")
+
+
+CODE = "__import__('os').system('touch {proof}')"
+
+
+@pytest.mark.parametrize(
+    "shell",
+    [
+        "{code}",
+        r"\text{{{code}}}",
+        r"\operatorname{{{code}}}",
+        "f({code},2)",
+        r"\gcd({code}, 2)",
+        "x_{{{code}}}",
+        "`{code}`",
+        '"{code}"',
+        "lambda: {code}",
+        "1 if {code} else 2",
+    ],
+)
+@pytest.mark.parametrize("form", [r"\boxed{{{text}}}", "Answer: {text}"])
+def test_code_in_an_answer_is_never_run(tmp_path, monkeypatch, shell, form):
+    evaluated = []
+    original = sympy_parser.eval_expr
+    monkeypatch.setattr(sympy_parser, "eval_expr", lambda code, *rest: evaluated.append(code) or original(code, *rest))
+    proof = tmp_path / "proof"
+    text = shell.format(code=CODE.format(proof=proof))
+    verdict = verify(form.format(text=text), "34")
+    assert verdict.reward == 0.0 and not proof.exists()
+    assert all("import" not in code and "system" not in code for code in evaluated)
+
+
+def test_a_runaway_answer_meets_the_deadline_and_the_pool_lives_on():
+    runaways = [r"\boxed{9^{9^{9^{9}}}}", r"\boxed{\sum_{n=1}^{10^{12}} \frac{1}{n^2+n}}", r"\boxed{(10^{9})!}"]
+    with VerifierPool("math", workers=2, deadline=3.0) as pool:
+        verdicts = pool.score([(r"\boxed{1}", "1"), *((text, "5") for text in runaways), (r"\boxed{\frac{4}{2}}", "2")])
+        assert [verdicts[0].reward, verdicts[-1].reward] == [1.0, 1.0]
+        assert all(verdict.reward == 0.0 for verdict in verdicts[1:-1])
+        assert "timeout" in {verdict.status for verdict in verdicts[1:-1]}
+        again = pool.score([(r"\boxed{\frac{6}{2}}", "3"), (r"\boxed{x+1}", "1+x")])
+        assert [(verdict.reward, verdict.status) for verdict in again] == [(1.0, "ok")] * 2
+
+
+DATA = os.environ.get("MEGATRON_RLVR_DATA")
+needs_data = pytest.mark.skipif(not DATA, reason="MEGATRON_RLVR_DATA, the folder of real data sets, is not set")
+
+
+@pytest.mark.real_data
+@needs_data
+def test_real_gold_answers_are_right_and_their_neighbours_wrong():
+    dapo = [row["reward_model"]["ground_truth"] for _, row in read_rows(Path(DATA, "train/dapo_math_17k.parquet"))]
+    math500 = [json.loads(line)["answer"] for line in Path(DATA, "eval/math500.jsonl").read_text().splitlines()]
+    golds = [read_answer(gold) for gold in random.Random(0).sample(dapo, 200) + random.Random(0).sample(math500, 100)]
+    right = [(rf"<think>\boxed{{0}}</think> So it is \boxed{{ {gold} }}.", gold) for gold in golds]
+    wrong = [(rf"\boxed{{{gold}+1}}", gold) for gold in golds[:200]]
+    with VerifierPool("math", workers=2, deadline=20.0) as pool:
+        verdicts = pool.score(right + wrong)
+    assert [verdict for verdict in verdicts[: len(right)] if verdict.reward != 1.0] == []
+    assert [verdict for verdict in verdicts[len(right) :] if verdict.reward != 0.0 or verdict.status != "ok"] == []
+
+
+@pytest.mark.real_data
+@needs_data
+def test_aime_answers_with_leading_zeros_and_amc_answers_as_floats():
+    for name, rows in (("eval/aime24.jsonl", 30), ("eval/amc23.jsonl", 40)):
+        golds = [read_answer(row["answer"]) for _, row in read_rows(Path(DATA, name))]
+        assert len(golds) == rows
+        assert all(verify(rf"\boxed{{{int(float(gold))}}}", gold).reward == 1.0 for gold in golds)

@@ -1,0 +1,149 @@
+"""Verifier processes: deadlines, crashes, order, and that none of them is left."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+
+from megatron_rlvr.verifiers import VerifierError
+from megatron_rlvr.verifiers.pool import VerifierPool
+
+OWN = """
+import os, subprocess, sys, time
+from megatron_rlvr.verdict import Verdict
+
+ISOLATED = True
+
+def read_answer(value):
+    return value
+
+def verify(response, answer):
+    if response == "hang":
+        time.sleep(600)
+    if response == "hang with a child":
+        subprocess.run(["sleep", "600"])
+    if response == "exit":
+        os._exit(3)
+    if response == "abort":
+        os.abort()
+    if response == "raise":
+        raise KeyError("no such thing")
+    if response == "leave":
+        sys.exit("bye")
+    if response == "memory":
+        bytearray(64 << 30)
+    if response == "print":
+        print("{not a reply}")
+    return Verdict(float(response == answer), "ok", extracted=response)
+"""
+
+
+@pytest.fixture
+def own(tmp_path) -> str:
+    path = tmp_path / "own.py"
+    path.write_text(OWN)
+    return str(path)
+
+
+def workers() -> list[psutil.Process]:
+    return psutil.Process().children(recursive=True)
+
+
+def test_faults_cost_their_own_answer_only_and_order_is_kept(own, capfd):
+    items = [(str(index), str(index - index % 2)) for index in range(200)]
+    faults = {20: "hang", 40: "exit", 60: "abort", 80: "raise", 100: "leave", 120: "memory", 140: "print"}
+    for index, fault in faults.items():
+        items[index] = (fault, "x")
+    started = time.monotonic()
+    with VerifierPool(own, workers=2, deadline=1.5) as pool:
+        verdicts = pool.score(items)
+        assert len(workers()) == 2
+    assert time.monotonic() - started < 60 and workers() == []
+    for index, verdict in enumerate(verdicts):
+        if index not in faults:
+            assert (verdict.status, verdict.extracted, verdict.reward) == ("ok", str(index), float(index % 2 == 0))
+    status = {fault: verdicts[index].status for index, fault in faults.items()}
+    assert status == dict.fromkeys(faults.values(), "error") | {"hang": "timeout", "print": "ok"}
+    message = {fault: verdicts[index].message for index, fault in faults.items()}
+    assert "reward.deadline=1.5" in message["hang"] and verdicts[20].seconds == 1.5
+    assert "exit code 3" in message["exit"] and "SIGABRT" in message["abort"] and "exit code 1" in message["leave"]
+    assert message["raise"] == "KeyError: 'no such thing'" and "MemoryError" in message["memory"]
+    assert all(verdicts[index].reward == 0.0 for index in faults)
+    assert "{not a reply}" in capfd.readouterr().err
+
+
+def test_long_answers_and_odd_characters_come_through(own):
+    texts = ["x" * 300_000, "a\nb\r\n\0\u2028c", "\ud800 lone", "三角形 \U0001d54f", ""]
+    with VerifierPool(own, workers=1, deadline=20.0) as pool:
+        verdicts = pool.score([(text, text) for text in texts])
+        assert [verdict.extracted for verdict in verdicts] == texts and all(verdict.reward == 1.0 for verdict in verdicts)
+        assert pool.score([]) == []
+
+
+def test_a_worker_that_died_while_idle_is_replaced_and_no_answer_pays(own):
+    with VerifierPool(own, workers=1, deadline=20.0) as pool:
+        pool.score([("1", "1")])
+        (worker,) = workers()
+        worker.kill()
+        assert [verdict.status for verdict in pool.score([("1", "1")] * 4)] == ["ok"] * 4
+        assert len(workers()) == 1 and workers() != [worker]
+    assert workers() == []
+
+
+def test_what_an_answer_started_dies_with_it_and_a_closed_pool_says_so(own):
+    with VerifierPool(own, workers=1, deadline=1.0) as pool:
+        assert pool.score([("hang with a child", "")])[0].status == "timeout"
+        assert [process.name() for process in workers() if process.name() == "sleep"] == []
+    with pytest.raises(VerifierError, match="closed"):
+        pool.score([("1", "1")])
+    pool.close()
+
+
+def test_the_deadline_does_not_count_the_start_of_a_process(own):
+    Path(own).write_text("import time; time.sleep(1.5)\n" + OWN)
+    with VerifierPool(own, workers=1, deadline=1.0) as pool:
+        assert pool.score([("1", "1")])[0].status == "ok"
+
+
+def test_a_verifier_whose_process_cannot_start_stops_the_run(own, capfd):
+    Path(own).write_text(f"import os\nif os.getpid() != {os.getpid()}: raise ImportError('needs foo')\n" + OWN)
+    pool = VerifierPool(own, workers=1, deadline=1.0)
+    with pytest.raises(VerifierError, match=r"does not start: its process died: exit code 1.*Try alone: python -m"):
+        pool.score([("1", "1")])
+    assert workers() == [] and "needs foo" in capfd.readouterr().err
+
+
+def test_no_worker_outlives_a_killed_parent(own):
+    code = (
+        "import sys, psutil\nfrom megatron_rlvr.verifiers.pool import VerifierPool\n"
+        f"pool = VerifierPool({own!r}, workers=2, deadline=600.0)\npool.score([('1', '1')] * 8)\n"
+        "print(*(child.pid for child in psutil.Process().children()), flush=True)\n"
+        "pool.score([('hang', '')] * 2)\n"
+    )
+    parent = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
+    try:
+        children = [psutil.Process(int(pid)) for pid in parent.stdout.readline().split()]
+        assert len(children) == 2
+        time.sleep(0.3)  # both are inside an answer by now
+        parent.send_signal(signal.SIGKILL)
+        gone, alive = psutil.wait_procs(children, timeout=10)
+        assert len(gone) == 2 and alive == []
+    finally:
+        parent.kill()
+        parent.wait(timeout=10)
+        parent.stdout.close()
+
+
+def test_pure_verifiers_start_no_process():
+    with VerifierPool("countdown", workers=4, deadline=1.0) as pool:
+        assert workers() == []
+        verdicts = pool.score([("2*3", {"numbers": [2, 3], "target": 6}), ("2*3", {"wrong": "answer"})])
+    assert [verdict.status for verdict in verdicts] == ["ok", "error"] and "KeyError" in verdicts[1].message
+    assert all(verdict.seconds > 0 for verdict in verdicts)

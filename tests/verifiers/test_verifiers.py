@@ -1,0 +1,114 @@
+"""Finding verifiers, and what becomes of their verdicts."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import pytest
+
+from megatron_rlvr import verifiers
+from megatron_rlvr.config import ConfigError
+from megatron_rlvr.types import Prompt, Rollout, RolloutGroup
+from megatron_rlvr.verdict import Verdict
+from megatron_rlvr.verifiers.pool import VerifierPool
+
+OK, UNPARSEABLE = Verdict(0.75, "ok"), Verdict(0.0, "unparseable")
+TIMEOUT, ERROR = Verdict(0.0, "timeout", message="not done"), Verdict(0.0, "error", message="KeyError: 'x'")
+
+
+def test_every_shipped_verifier_is_found_by_its_file_name():
+    assert verifiers.names() == ["countdown", "math"]
+    for name in verifiers.names():
+        assert verifiers.load(name).verify.__module__ == f"megatron_rlvr.verifiers.{name}"
+
+
+@pytest.mark.parametrize("name, says", [("maths", "'math'"), ("count_down", "'countdown'"), ("pool", "countdown, math")])
+def test_an_unknown_verifier_names_the_closest_and_all(name, says):
+    with pytest.raises(ConfigError, match="unknown verifier") as raised:
+        verifiers.load(name)
+    assert says in str(raised.value) and "countdown, math" in str(raised.value)
+
+
+def test_a_verifier_can_be_a_file_of_ones_own(tmp_path):
+    own = tmp_path / "length.py"
+    own.write_text(
+        "from dataclasses import dataclass\nfrom megatron_rlvr.verdict import Verdict\nISOLATED = False\n"
+        "@dataclass\nclass Limit:\n    characters: int\n"
+        "def read_answer(value): return int(value)\n"
+        "def verify(response, answer): return Verdict(float(len(response) <= answer), 'ok')\n"
+    )
+    with VerifierPool(str(own), workers=1, deadline=1.0) as pool:
+        assert [verdict.reward for verdict in pool.score([("abc", 3), ("abcd", 3)])] == [1.0, 0.0]
+    with pytest.raises(ConfigError, match="no such file"):
+        verifiers.load(str(tmp_path / "absent.py"))
+    own.write_text("ISOLATED = False\ndef verify(response, answer): ...\n")
+    with pytest.raises(ConfigError, match="lacks read_answer"):
+        verifiers.load(str(own))
+
+
+def test_rewards_and_their_scales():
+    assert verifiers.reward_of(OK, "verifier") == 0.75 and verifiers.reward_of(OK, "signed") == 0.5
+    assert verifiers.reward_of(UNPARSEABLE, "verifier") == 0.0 and verifiers.reward_of(UNPARSEABLE, "signed") == -1.0
+    assert [verifiers.is_scored(verdict) for verdict in (OK, UNPARSEABLE, TIMEOUT, ERROR)] == [True, True, False, False]
+    for verdict in (TIMEOUT, ERROR):
+        for scale in ("verifier", "signed"):
+            with pytest.raises(ValueError, match="has no reward"):
+                verifiers.reward_of(verdict, scale)
+
+
+def test_failures_are_counted_and_too_many_stop_the_run():
+    verdicts = [OK] * 17 + [UNPARSEABLE, TIMEOUT, ERROR]
+    assert verifiers.count_statuses(verdicts) == {"ok": 17, "unparseable": 1, "timeout": 1, "error": 1}
+    assert verifiers.count_statuses([]) == {"ok": 0, "unparseable": 0, "timeout": 0, "error": 0}
+    verifiers.check_error_share(verdicts, 0.1)  # exactly the limit
+    verifiers.check_error_share([], 0.0)
+    with pytest.raises(verifiers.VerifierError) as raised:
+        verifiers.check_error_share(verdicts[2:], 0.1)
+    for part in ("2 of 18", "11.1%", "max_error_share=0.1", "1 errors, 1 timeouts", "timeout: not done", "reward.deadline"):
+        assert part in str(raised.value)
+    with pytest.raises(verifiers.VerifierError, match="KeyError: 'x'"):
+        verifiers.check_error_share([OK, ERROR], 0.0)
+
+
+@pytest.mark.parametrize(
+    "returned, message",
+    [
+        ("1.0", "not a Verdict"),
+        ("Verdict(1.0, 'fine')", "not a Verdict with a known status"),
+        ("Verdict(float('nan'), 'ok')", "the reward nan"),
+        ("Verdict(None, 'ok')", "TypeError"),
+        ("1 / 0", "ZeroDivisionError: division by zero"),
+    ],
+)
+def test_whatever_a_verifier_does_wrong_is_an_error_status(tmp_path, returned, message):
+    own = tmp_path / "wrong.py"
+    own.write_text(
+        "from megatron_rlvr.verdict import Verdict\nISOLATED = False\n"
+        f"def read_answer(value): return value\ndef verify(response, answer): return {returned}\n"
+    )
+    verdict = verifiers.judge(verifiers.load(str(own)), "response", None)
+    assert verdict.status == "error" and message in verdict.message and verdict.seconds > 0
+
+
+def test_score_groups_fills_every_verdict_in_place():
+    def group(name: str, target: int, texts: list[str]) -> RolloutGroup:
+        prompt = Prompt(name, "", (1,), "countdown", {"numbers": [2, 3], "target": target})
+        return RolloutGroup(prompt, [Rollout(i, [1], [0.0], "stop", 0, text) for i, text in enumerate(texts)])
+
+    groups = [group("a/1", 5, ["2+3", "2*3"]), group("a/2", 6, ["2+3", "3*2", "six"])]
+    with VerifierPool("countdown", workers=2, deadline=1.0) as pool:
+        verifiers.score_groups(groups, pool)
+    rewards = [[rollout.verdict.reward for rollout in group.rollouts] for group in groups]
+    assert rewards == [[1.0, 0.0], [0.0, 1.0, 0.0]]
+    assert groups[1].rollouts[2].verdict.status == "unparseable"
+
+
+def test_a_verifier_process_imports_neither_torch_nor_megatron_nor_vllm():
+    code = (
+        "import sys, megatron_rlvr.verifiers.worker as worker, megatron_rlvr.verifiers as verifiers\n"
+        "[verifiers.load(name) for name in verifiers.names()]\n"
+        "print(sorted({'torch', 'megatron', 'vllm', 'transformers'} & set(sys.modules)))"
+    )
+    ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=True)
+    assert ran.stdout.strip() == "[]"
