@@ -60,16 +60,17 @@ class Drawing:
 
 @dataclass(frozen=True)
 class Line:
-    """A metric's finite values and their steps, [n] each."""
+    """A metric's finite values and their steps, [n] each; the colour is its place in the chart, whatever is missing."""
 
     name: str
     label: str
+    colour: str
     steps: np.ndarray
     values: np.ndarray
 
 
 def draw(chart: Chart, rows: Sequence[dict]) -> Drawing | None:
-    """The chart over the rows of metrics.jsonl, or None where no row has what it shows."""
+    """The chart over the rows of metrics.jsonl, or None where fewer than two rows have what it shows."""
     lines = read_lines(chart, rows)
     if not lines:
         return None
@@ -84,15 +85,15 @@ def draw(chart: Chart, rows: Sequence[dict]) -> Drawing | None:
 
 
 def read_lines(chart: Chart, rows: Sequence[dict]) -> list[Line]:
-    """The chart's metrics that have a finite value in some row."""
+    """The chart's metrics that have a finite value in two rows or more: one makes no line."""
     names = sorted({name for row in rows for name in row}, key=_by_number)
     found = []
-    for pattern, label in chart.metrics.items():
-        for name in (name for name in names if fnmatch(name, pattern)):
+    for place, (pattern, label) in enumerate(chart.metrics.items()):
+        for colour, name in zip(COLOURS[place:], (name for name in names if fnmatch(name, pattern)), strict=False):
             pairs = [(row["step"], row[name]) for row in rows if is_number(row.get(name))]
-            if pairs:
+            if len(pairs) > 1:
                 steps, values = np.array(pairs, dtype=float).T
-                found.append(Line(name, label or name.rpartition("/")[2], steps, values))
+                found.append(Line(name, label or name.rpartition("/")[2], colour, steps, values))
     return found
 
 
@@ -118,40 +119,42 @@ def thin(values: np.ndarray, reduce: Callable[[np.ndarray], float] = np.mean, mo
 
 def _trend(axes: Axes, lines: list[Line], chart: Chart, rows: Sequence[dict]) -> list[tuple[str, str]]:
     steps, values = lines[0].steps, lines[0].values
-    axes.plot(thin(steps), thin(values), color=COLOURS[0], linewidth=0.9, alpha=0.45)
-    axes.plot(thin(steps), thin(running_mean(values)), color=COLOURS[0], linewidth=1.9)
+    smooth = running_mean(values, max(2, min(WINDOW, len(values) // 5)))
+    axes.plot(thin(steps), thin(values), color=lines[0].colour, linewidth=0.9, alpha=0.45, clip_on=False)
+    axes.plot(thin(steps), thin(smooth), color=lines[0].colour, linewidth=1.9, clip_on=False)
     return []
 
 
 def _lines(axes: Axes, lines: list[Line], chart: Chart, rows: Sequence[dict]) -> list[tuple[str, str]]:
-    for line, colour in zip(lines, COLOURS, strict=False):
-        marker = "o" if chart.kind == "points" else ""
+    marker = "o" if chart.kind == "points" else ""
+    for line in lines:
         values = thin(line.values, np.max if line.name.endswith("_max") else np.mean)
-        axes.plot(thin(line.steps), values, color=colour, linewidth=1.5, marker=marker, markersize=3.5)
-    return _legend([line.label for line in lines])
+        axes.plot(
+            thin(line.steps), values, color=line.colour, linewidth=1.5, marker=marker, markersize=3.5, clip_on=False
+        )
+    return _legend([(line.label, line.colour) for line in lines])
 
 
 def _stack(axes: Axes, lines: list[Line], chart: Chart, rows: Sequence[dict]) -> list[tuple[str, str]]:
-    whole = read_lines(Chart("", "", "lines", {chart.whole: "other"}), rows)
+    whole = read_lines(Chart("", "", "lines", {chart.whole: ""}), rows)
     steps = whole[0].steps if whole else lines[0].steps
     parts = [np.interp(steps, line.steps, line.values) for line in lines]
-    labels = [line.label for line in lines]
+    entries = [(line.label, line.colour) for line in lines]
     if whole:
         parts.append(np.maximum(0.0, whole[0].values - sum(parts)))
-        labels.append("other")
-    axes.stackplot(thin(steps), [thin(part) for part in parts], colors=COLOURS[: len(parts)], linewidth=0)
+        entries.append(("other", COLOURS[-1]))
+    colours = [colour for _, colour in entries]
+    axes.stackplot(thin(steps), [thin(part) for part in parts], colors=colours, linewidth=0)
     # A first step that warms up can take ten times as long as the rest: it leaves the picture instead of flattening it.
     axes.set_ylim(0, float(np.percentile(np.sum(parts, axis=0), 98)) or 1.0)
-    return _legend(labels)
+    return _legend(entries)
 
 
 _DRAW = {"trend": _trend, "lines": _lines, "points": _lines, "stack": _stack}
 
 
-def _legend(labels: list[str]) -> list[tuple[str, str]]:
-    return (
-        [(label, VARIABLES[colour]) for label, colour in zip(labels, COLOURS, strict=False)] if len(labels) > 1 else []
-    )
+def _legend(entries: list[tuple[str, str]]) -> list[tuple[str, str]]:
+    return [(label, VARIABLES[colour]) for label, colour in entries] if len(entries) > 1 else []
 
 
 def _style(axes: Axes, chart: Chart) -> None:
@@ -163,15 +166,16 @@ def _style(axes: Axes, chart: Chart) -> None:
     axes.set_axisbelow(True)
     axes.set_xlabel("step", color=TEXT, labelpad=2)
     axes.margins(x=0.02)
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.0f}"))
     axes.xaxis.set_major_locator(MaxNLocator(6, steps=[1, 2, 5, 10], integer=True))
     if chart.log and 0 < axes.dataLim.minposy < math.inf:
         _log_scale(axes)
         return
-    low, high = axes.get_ylim()
-    locator = MaxNLocator(5, steps=[1, 2, 5, 10])
-    ticks = locator.tick_values(min(low, 0.0) if axes.dataLim.ymin < 0 else 0.0, high)
+    low = min(0.0, axes.dataLim.ymin)
+    high = axes.get_ylim()[1] if axes.dataLim.ymax > 0 else 0.0
+    ticks = MaxNLocator(5, steps=[1, 2, 5, 10]).tick_values(low, high if high > low else 1.0)
+    axes.set_yticks(ticks)
     axes.set_ylim(ticks[0], ticks[-1])  # from a labelled line to a labelled line
-    axes.yaxis.set_major_locator(locator)
     scale, unit = (100, "%") if chart.percent else (1, "")
     axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value * scale:,.6g}{unit}"))
 

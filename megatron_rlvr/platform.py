@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.utils._device  # torch itself imports it only when a tensor is built under `with device`
 
 
 def has_gpu() -> bool:
@@ -158,15 +159,14 @@ def private_shared_memory(job: str) -> Iterator[None]:
 
     On a CPU vLLM names the segment after the rendezvous, which under torchrun is always "//" (v1/worker/cpu_worker.py:148,
     distributed/device_communicators/cpu_communicator.py:237): two jobs on one machine collide, and so does a run with
-    what a killed one left. A mapped segment lives on without its name, and the kernel frees it with its last process.
-    ``job`` must be the same on all ranks and new for each run. On a GPU there is no such segment.
+    what a killed one left. Its object queues (shm_broadcast.py:337) have names of their own, but a killed run leaves them
+    too. A mapped segment lives on without its name, and the kernel frees it with its last process.
+    ``job`` must be the same on all ranks and new for each run.
     """
-    if has_gpu():
-        yield
-        return
     from vllm.distributed.device_communicators.cpu_communicator import _CPUSHMDistributed as Channel
+    from vllm.distributed.device_communicators.shm_broadcast import MessageQueue as Queue
 
-    name_of, connect = Channel.make_group_name, Channel._init_cpu_shm
+    name_of, connect, create = Channel.make_group_name, Channel._init_cpu_shm, Queue.create_from_process_group
 
     def connect_and_unlink(self: Any) -> int:
         handle = connect(self)  # ends with a barrier: every rank has mapped every segment
@@ -174,9 +174,18 @@ def private_shared_memory(job: str) -> Iterator[None]:
             segment.unlink(missing_ok=True)
         return handle
 
+    def create_and_unlink(*args: Any, **kwargs: Any) -> Any:
+        queue = create(*args, **kwargs)  # returns when every reader has attached
+        if queue.buffer is not None and queue.buffer.is_creator:
+            queue.buffer.shared_memory.unlink()
+            queue.buffer.is_creator = False  # or it unlinks a second time when it is collected
+        return queue
+
     Channel.make_group_name = staticmethod(lambda communicator: job + name_of(communicator).replace("/", ""))
     Channel._init_cpu_shm = connect_and_unlink
+    Queue.create_from_process_group = staticmethod(create_and_unlink)
     try:
         yield
     finally:
         Channel.make_group_name, Channel._init_cpu_shm = staticmethod(name_of), connect
+        Queue.create_from_process_group = staticmethod(create)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import functools
 import random
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -21,6 +21,7 @@ from megatron_rlvr.verifiers import load
 
 _PROMPT_FIELDS = ("prompt", "problem", "question")
 _ANSWER_FIELDS = ("reward_model.ground_truth", "answer", "label")  # the first is how verl's files hold it
+_CHUNK = 1000  # rows tokenised together: offsets and strings take ten times the memory of the ids
 _NAMED = 3  # dropped rows that the report names, per reason
 
 
@@ -90,9 +91,8 @@ def load_prompts(path: str | Path, data: DataConfig, tokenizer: Any, verifier: s
         "to use each prompt's text as it is",
     )
     rows, drops = _read(path, data, tokenizer, load(verifier).read_answer)
-    token_ids = tokenizer([row.text for row in rows], add_special_tokens=False)["input_ids"] if rows else []
     prompts = []
-    for row, ids in zip(rows, token_ids, strict=True):
+    for row, ids in zip(rows, _tokenise(rows, tokenizer), strict=True):
         if len(ids) > data.max_prompt_length:
             reason = f"longer than data.max_prompt_length={data.max_prompt_length} tokens"
             drops.append(Drop(row.number, row.field, reason, f"{len(ids)} tokens"))
@@ -106,6 +106,12 @@ def load_prompts(path: str | Path, data: DataConfig, tokenizer: Any, verifier: s
         raise ConfigError(f"{_describe(path, drops[0])}; mend it, or set data.strict=false to drop such rows")
     rule(bool(prompts), f"no usable row in {path}: " + "; ".join(report))
     return PromptSet(prompts, drops, report)
+
+
+def _tokenise(rows: list[_Row], tokenizer: Any) -> Iterator[list[int]]:
+    for start in range(0, len(rows), _CHUNK):
+        texts = [row.text for row in rows[start : start + _CHUNK]]
+        yield from tokenizer(texts, add_special_tokens=False, return_attention_mask=False)["input_ids"]
 
 
 def _read(path: Path, data: DataConfig, tokenizer: Any, read_answer: Callable) -> tuple[list[_Row], list[Drop]]:

@@ -116,7 +116,7 @@ def _setup(rows: list[dict], config: dict) -> list[str]:
     """What the run is, in a line; a config without a key leaves its part out."""
     planned = config.get("trainer", {}).get("num_steps")
     rollout, parallel = config.get("rollout", {}), config.get("parallel", {})
-    parts = [f"{rows[-1]['step']:,} of {planned:,} steps" if planned else f"{rows[-1]['step']:,} steps"]
+    parts = [f"{rows[-1]['step']:,} of {planned:,} steps" if planned else f"steps: {rows[-1]['step']:,}"]
     if {"prompts_per_step", "responses_per_prompt"} <= rollout.keys():
         parts.append(f"{rollout['prompts_per_step']} prompts × {rollout['responses_per_prompt']} responses per step")
     if config.get("verifier"):
@@ -137,8 +137,10 @@ def key_figures(rows: list[dict]) -> list[tuple[str, str, str]]:
     ends += [(f"Held-out {name[5:]}", name, ".1%", 1) for name in held_out]
     for title, metric, form, window in ends:
         values = _values(rows, metric)
-        if values:
-            count = max(1, min(window, len(values) // 2))
+        if len(values) == 1:
+            figures.append((title, f"{values[0]:{form}}", "measured once"))
+        elif values:
+            count = min(window, len(values) // 2)
             first, last = _mean(values[:count]), _mean(values[-count:])
             ratio = f", × {last / first:.2f}" if first > 0 else ""
             span = f"first and last {count} steps" if count > 1 else "first and last"
@@ -146,7 +148,7 @@ def key_figures(rows: list[dict]) -> list[tuple[str, str, str]]:
     if share := _values(rows, "lp_reg/share"):
         figures.append(("Regularised tokens", f"{_mean(share):.2%}", "mean of all steps"))
     if gap := _values(rows, "rollout/log_prob_gap_max"):
-        figures.append(("Log-prob gap", f"{max(gap):.1e}", "largest, policy against engine"))
+        figures.append(("Log-prob gap", f"{max(gap):.1e}" if any(gap) else "0", "largest, policy against engine"))
     checks = [row["sync/verified"] for row in rows if "sync/verified" in row]
     if checks:
         figures.append(

@@ -79,14 +79,15 @@ class Microbatch:
     rollout_log_probs: Tensor  # [t] fp32, 0 outside loss_mask
     cu_seqlens: Tensor  # [s + 1] int32
     response_ids: Tensor  # [s] int64, place of the response in the step: prompt index * G + sample index
-    rewards: Tensor  # [s] fp32
+    rewards: Tensor  # [s] fp32, as scaled by reward.scale
     response_lengths: Tensor  # [s] int64, predicted response tokens
-    old_log_probs: Tensor | None = None  # [t] fp32
-    entropy: Tensor | None = None  # [t] fp32, of the old policy
-    ref_log_probs: Tensor | None = None  # [t] fp32
-    values: Tensor | None = None  # [t, H] fp32
-    advantages: Tensor | None = None  # [t] fp32
-    returns: Tensor | None = None  # [t] fp32
+    # None until the phase in FILLED_BY has run, and reading them until then raises.
+    old_log_probs: Tensor = None  # type: ignore[assignment]  # [t] fp32
+    entropy: Tensor = None  # type: ignore[assignment]  # [t] fp32, of the old policy
+    ref_log_probs: Tensor = None  # type: ignore[assignment]  # [t] fp32
+    values: Tensor = None  # type: ignore[assignment]  # [t, H] fp32
+    advantages: Tensor = None  # type: ignore[assignment]  # [t] fp32
+    returns: Tensor = None  # type: ignore[assignment]  # [t] fp32
     extras: dict[str, Tensor] = field(default_factory=dict)  # name -> [t], from the exploration methods
 
     FILLED_BY = {

@@ -7,6 +7,7 @@ norm refuses sequence parallelism (transformer/torch_norm.py:32). Both classes r
 from __future__ import annotations
 
 import math
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.tensor_parallel import get_cuda_rng_tracker
 from megatron.core.transformer.module import MegatronModule
 from torch import Tensor
 
@@ -92,10 +94,18 @@ class PackedAttention(MegatronModule):
         query, key, value = pad(query), pad(key), pad(value)
         if repeat > 1:
             key, value = key.repeat_interleave(repeat, dim=1), value.repeat_interleave(repeat, dim=1)
-        output = F.scaled_dot_product_attention(
-            query, key, value, is_causal=True, scale=self.scale, dropout_p=self.dropout if self.training else 0.0
-        )
+        dropout = self.dropout if self.training else 0.0
+        with self._dropout_stream(dropout):
+            output = F.scaled_dot_product_attention(
+                query, key, value, is_causal=True, scale=self.scale, dropout_p=dropout
+            )
         return output.transpose(1, 2).reshape(rows * longest, -1).index_select(0, packed_seq_params.places)
+
+    def _dropout_stream(self, dropout: float) -> AbstractContextManager[None]:
+        """Each tensor-parallel rank drops with a mask of its own; under sequence parallelism the whole block already does."""
+        if dropout and not self.config.sequence_parallel:
+            return get_cuda_rng_tracker().fork()
+        return nullcontext()
 
 
 class RMSNorm(torch.nn.RMSNorm):

@@ -37,8 +37,10 @@ def initialize_parallel(config: Config) -> ParallelGroups:
             pipeline_model_parallel_size=parallel.pp,
             virtual_pipeline_model_parallel_size=parallel.vpp if parallel.vpp > 1 else None,
         )
-        model_parallel_cuda_manual_seed(config.seed)
-    return ParallelGroups.from_megatron()
+        groups = ParallelGroups.from_megatron()
+        # Layers of different stages, and replicas, drop with masks of their own; Megatron tells tp ranks apart itself.
+        model_parallel_cuda_manual_seed(config.seed + 10_000 * (groups.pp_rank * groups.dp_size + groups.dp_rank))
+    return groups
 
 
 def transformer_config(config: Config, architecture: Architecture) -> TransformerConfig:

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from megatron_rlvr import platform
 from megatron_rlvr.architecture import Architecture
-from megatron_rlvr.config import Config
+from megatron_rlvr.config import Config, rule
 from megatron_rlvr.distributed.groups import ParallelGroups
 from megatron_rlvr.distributed.reduce import broadcast_object
 from megatron_rlvr.rollout.engine import EngineNotReady, Request, Sample, stop_token_ids
@@ -48,6 +48,7 @@ class VllmEngine:
         job = broadcast_object(f"megatron-rlvr-{uuid.uuid4().hex[:12]}", 0, groups.world)
         os.environ.update({name: value for name, value in _SETTINGS.items() if name not in os.environ})
         with _process_unchanged(), platform.private_shared_memory(job):
+            _check_head_dim(architecture)
             self._llm = _start(config, length)
         self._model: Any = self._llm.apply_model(lambda model: model)[0]
         self._modules = dict(self._model.named_modules())
@@ -131,6 +132,19 @@ class VllmEngine:
         if self._asleep:
             self._llm.wake_up()
             self._asleep = False
+
+
+def _check_head_dim(architecture: Architecture) -> None:
+    """vLLM itself only fails at the first request. Raises ConfigError."""
+    if platform.device().type != "cpu":
+        return
+    from vllm.v1.attention.backends.cpu_attn import CPUAttentionBackend
+
+    sizes = CPUAttentionBackend.get_supported_head_sizes()
+    rule(
+        architecture.head_dim in sizes,
+        f"the model's head_dim={architecture.head_dim} is none that vLLM computes on a CPU: {', '.join(map(str, sizes))}",
+    )
 
 
 def _start(config: Config, length: int) -> Any:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -24,6 +24,8 @@ from megatron_rlvr.models.build import initialize_parallel
 from megatron_rlvr.models.policy import Policy
 from megatron_rlvr.packing import pack
 from megatron_rlvr.types import Batch, Microbatch, RolloutGroup, Update
+from megatron_rlvr.weights import mapping
+from megatron_rlvr.weights.gather import global_parameters
 from tests.models import reference
 from tests.models.reference import Sample
 from tests.tiny import make_config
@@ -124,27 +126,25 @@ def run_update(policy: Policy, batch: Batch, number: int = 0) -> dict[str, float
 
 
 def weights(policy: Policy) -> dict[str, Tensor]:
-    return {name: tensor.clone() for name, tensor in policy.hf_weights()}
+    """This rank's parameters by their global Megatron names."""
+    return {name: parameter.detach().clone() for name, parameter in global_parameters(policy.chunks).items()}
 
 
-@torch.no_grad()
 def gradients(policy: Policy) -> dict[str, Tensor]:
-    """Hugging Face name -> gradient of the last update, gathered over every shard the way the weights are."""
-    parameters = [parameter for chunk in policy.chunks for parameter in chunk.parameters()]
-    kept = [parameter.clone() for parameter in parameters]
-    for parameter in parameters:
-        parameter.copy_(parameter.main_grad)
-    gathered = weights(policy)
-    for parameter, value in zip(parameters, kept, strict=True):
-        parameter.copy_(value)
-    return gathered
+    """This rank's gradients of the last update, summed over the data-parallel ranks; not with a distributed optimizer."""
+    return {name: parameter.main_grad.clone() for name, parameter in global_parameters(policy.chunks).items()}
 
 
-def distance(found: dict[str, Tensor], expected: dict[str, Tensor]) -> tuple[float, str]:
-    """Largest |difference| of a tensor over the largest |entry| it should have, and which tensor that is."""
-    assert found.keys() == expected.keys()
+def distance(policy: Policy, found: dict[str, Tensor], expected: dict[str, Tensor]) -> tuple[float, str]:
+    """Largest |difference| of any of this rank's tensors, copies and padding included, over the largest |entry| of its whole.
 
-    def of(name: str) -> float:
-        return float((found[name].double() - expected[name].double()).abs().max() / expected[name].abs().max())
-
-    return max((of(name), name) for name in expected)
+    ``expected`` holds whole tensors under Hugging Face names, cut here as this rank should hold them.
+    """
+    worst = (0.0, "")
+    for name, tensor in found.items():
+        entry = mapping.find(policy.architecture, name)
+        wholes = [expected[source].double() for source in entry.hf]
+        shard = mapping.to_megatron(entry, wholes, policy.architecture, policy.groups.tp_rank, policy.groups.tp_size)
+        scale = max(float(whole.abs().max()) for whole in wholes)
+        worst = max(worst, (float((tensor.double() - shard).abs().max()) / scale, name))
+    return worst

@@ -64,8 +64,25 @@ def test_each_number_exactly_once_and_the_usual_precedence():
 
 @pytest.mark.parametrize(
     "text",
-    ["", "   ", "(5*7)+3", "5*7+3=38", "-5+3", "5**7+3", "5 * 7 + 3", "5*7+", "5//7+3", "5.0*7+3", "٥*7+3", "5_0", "1e3"]
-    + ["__import__('os').system('true')", "9" * 5000, "9**9**9", "5*7+3\n5*7+3"],
+    [
+        "",
+        "   ",
+        "(5*7)+3",
+        "5*7+3=38",
+        "-5+3",
+        "5**7+3",
+        "5 * 7 + 3",
+        "5*7+",
+        "5//7+3",
+        "5.0*7+3",
+        "٥*7+3",
+        "5_0",
+        "1e3",
+        "__import__('os').system('true')",
+        "9" * 5000,
+        "9**9**9",
+        "5*7+3\n5*7+3",
+    ],
 )
 def test_what_is_not_an_expression_is_unparseable(text):
     verdict = verify(text, {"numbers": [3, 5, 7], "target": 38})

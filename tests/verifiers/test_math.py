@@ -7,6 +7,7 @@ import os
 import random
 from pathlib import Path
 
+import psutil
 import pytest
 import sympy.parsing.sympy_parser as sympy_parser
 
@@ -50,7 +51,8 @@ def test_the_final_answer(response, answer):
 @pytest.mark.parametrize(
     "gold, right, wrong",
     [
-        ("25", ["025", "25", "25.0", "+25", "25.", "$25$", r"\frac{50}{2}", "x=25", r"25\text{ cm}"], ["2.5", "25.0000001", "-25"]),
+        ("25", ["025", "25", "25.0", "+25", "25.", "$25$", r"\frac{50}{2}", "x=25"], ["2.5", "25.0000001", "-25"]),
+        ("25", [r"25\text{ cm}", r"25^\circ", r"\textbf{25}"], [r"24\text{ cm}", "25!"]),
         ("025", ["25", "025", "0025"], ["250", "205"]),
         ("70.0", ["70", "70.00"], ["7", "700", "70.1"]),
         ("12345", ["12,345", "12{,}345", r"12\,345", r"12,\!345", "12345.0"], ["12.345", "12345.5", "12,346"]),
@@ -94,7 +96,8 @@ def test_what_holds_no_readable_answer_is_unparseable(response):
 
 
 def test_side_by_side_numbers_that_are_one_expression_stay_readable():
-    for text, gold in ((r"\log_2 8", "3"), (r"\frac 1 2", r"\frac{1}{2}"), (r"1\frac{1}{2}", "3/2"), ("10 000", "10000")):
+    pairs = [(r"\log_2 8", "3"), (r"\frac 1 2", r"\frac{1}{2}"), (r"1\frac{1}{2}", "3/2"), ("10 000", "10000")]
+    for text, gold in pairs:
         assert verify(rf"\boxed{{{text}}}", gold).reward == 1.0, text
 
 
@@ -144,14 +147,13 @@ def test_code_in_an_answer_is_never_run(tmp_path, monkeypatch, shell, form):
 
 
 def test_a_runaway_answer_meets_the_deadline_and_the_pool_lives_on():
-    runaways = [r"\boxed{9^{9^{9^{9}}}}", r"\boxed{\sum_{n=1}^{10^{12}} \frac{1}{n^2+n}}", r"\boxed{(10^{9})!}"]
-    with VerifierPool("math", workers=2, deadline=3.0) as pool:
-        verdicts = pool.score([(r"\boxed{1}", "1"), *((text, "5") for text in runaways), (r"\boxed{\frac{4}{2}}", "2")])
-        assert [verdicts[0].reward, verdicts[-1].reward] == [1.0, 1.0]
-        assert all(verdict.reward == 0.0 for verdict in verdicts[1:-1])
-        assert "timeout" in {verdict.status for verdict in verdicts[1:-1]}
-        again = pool.score([(r"\boxed{\frac{6}{2}}", "3"), (r"\boxed{x+1}", "1+x")])
-        assert [(verdict.reward, verdict.status) for verdict in again] == [(1.0, "ok")] * 2
+    with VerifierPool("math", workers=1, deadline=4.0) as pool:
+        items = [(r"\boxed{1}", "1"), (r"\boxed{9^{9^{9^{9}}}}", "5"), (r"\boxed{\frac{4}{2}}", "2")]
+        verdicts = pool.score(items)
+        assert [verdict.status for verdict in verdicts] == ["ok", "timeout", "ok"]
+        assert [verdict.reward for verdict in verdicts] == [1.0, 0.0, 1.0]
+        assert pool.score(items[2:])[0].reward == 1.0
+    assert psutil.Process().children(recursive=True) == []
 
 
 DATA = os.environ.get("MEGATRON_RLVR_DATA")
@@ -163,9 +165,9 @@ needs_data = pytest.mark.skipif(not DATA, reason="MEGATRON_RLVR_DATA, the folder
 def test_real_gold_answers_are_right_and_their_neighbours_wrong():
     dapo = [row["reward_model"]["ground_truth"] for _, row in read_rows(Path(DATA, "train/dapo_math_17k.parquet"))]
     math500 = [json.loads(line)["answer"] for line in Path(DATA, "eval/math500.jsonl").read_text().splitlines()]
-    golds = [read_answer(gold) for gold in random.Random(0).sample(dapo, 200) + random.Random(0).sample(math500, 100)]
+    golds = [read_answer(gold) for gold in random.Random(0).sample(dapo, 150) + random.Random(0).sample(math500, 50)]
     right = [(rf"<think>\boxed{{0}}</think> So it is \boxed{{ {gold} }}.", gold) for gold in golds]
-    wrong = [(rf"\boxed{{{gold}+1}}", gold) for gold in golds[:200]]
+    wrong = [(rf"\boxed{{{gold}+1}}", gold) for gold in golds[:150]]
     with VerifierPool("math", workers=2, deadline=20.0) as pool:
         verdicts = pool.score(right + wrong)
     assert [verdict for verdict in verdicts[: len(right)] if verdict.reward != 1.0] == []

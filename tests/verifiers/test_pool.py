@@ -83,7 +83,7 @@ def test_long_answers_and_odd_characters_come_through(own):
     texts = ["x" * 300_000, "a\nb\r\n\0\u2028c", "\ud800 lone", "三角形 \U0001d54f", ""]
     with VerifierPool(own, workers=1, deadline=20.0) as pool:
         verdicts = pool.score([(text, text) for text in texts])
-        assert [verdict.extracted for verdict in verdicts] == texts and all(verdict.reward == 1.0 for verdict in verdicts)
+        assert [(verdict.extracted, verdict.reward) for verdict in verdicts] == [(text, 1.0) for text in texts]
         assert pool.score([]) == []
 
 

@@ -23,11 +23,11 @@ def test_every_shipped_verifier_is_found_by_its_file_name():
         assert verifiers.load(name).verify.__module__ == f"megatron_rlvr.verifiers.{name}"
 
 
-@pytest.mark.parametrize("name, says", [("maths", "'math'"), ("count_down", "'countdown'"), ("pool", "countdown, math")])
-def test_an_unknown_verifier_names_the_closest_and_all(name, says):
+@pytest.mark.parametrize("name, closest", [("maths", "math"), ("count_down", "countdown"), ("pool", ""), ("", "")])
+def test_an_unknown_verifier_names_the_closest_and_all(name, closest):
     with pytest.raises(ConfigError, match="unknown verifier") as raised:
         verifiers.load(name)
-    assert says in str(raised.value) and "countdown, math" in str(raised.value)
+    assert f"did you mean '{closest}" in str(raised.value) and "countdown, math" in str(raised.value)
 
 
 def test_a_verifier_can_be_a_file_of_ones_own(tmp_path):
@@ -65,8 +65,8 @@ def test_failures_are_counted_and_too_many_stop_the_run():
     verifiers.check_error_share([], 0.0)
     with pytest.raises(verifiers.VerifierError) as raised:
         verifiers.check_error_share(verdicts[2:], 0.1)
-    for part in ("2 of 18", "11.1%", "max_error_share=0.1", "1 errors, 1 timeouts", "timeout: not done", "reward.deadline"):
-        assert part in str(raised.value)
+    parts = ["2 of 18", "11.1%", "max_error_share=0.1", "1 errors, 1 timeouts", "timeout: not done", "reward.deadline"]
+    assert [part for part in parts if part not in str(raised.value)] == []
     with pytest.raises(verifiers.VerifierError, match="KeyError: 'x'"):
         verifiers.check_error_share([OK, ERROR], 0.0)
 

@@ -1,0 +1,108 @@
+"""One packed forward: the logits are those of transformers, response by response, and no response sees another."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+from transformers import AutoModelForCausalLM
+
+from megatron_rlvr.models.attention import PackedSequences
+from megatron_rlvr.models.policy import Policy
+from megatron_rlvr.models.schedule import model_inputs
+from megatron_rlvr.types import Batch
+from tests.models.conftest import Case
+from tests.models.layouts import EVERYTHING, OPTIONS, Layout, make_batch, make_policy, megatron
+from tests.ranks import run_ranks
+from tests.tiny import VOCAB
+
+LOGITS = 2e-5  # absolute, of logits up to about 6; transformers' own attention kernels differ by 1e-5
+
+
+def _on_policy(check: Callable[[Policy, Case], object], cases: dict[str, Case], layout: Layout) -> list[object]:
+    with megatron(layout) as ranks:
+        return [check(make_policy(case.folder, layout, ranks), case) for case in cases.values()]
+
+
+def _batch(policy: Policy, case: Case) -> Batch:
+    batch = make_batch(case.groups, case.samples, Layout(), policy.groups, EVERYTHING)
+    assert len(batch.updates[0].microbatches) == 1
+    return batch
+
+
+def _logits(policy: Policy, case: Case) -> list[tuple[list[int], Tensor]]:
+    """(tokens, logits [t, V]) per response of one microbatch that holds them all."""
+    batch = _batch(policy, case)
+    (logits,) = policy.forward(batch.microbatches(), lambda output, micro: output[:, :VOCAB].clone())
+    bounds = batch.cu_seqlens.tolist()
+    return [
+        (batch.token_ids[low:high].tolist(), logits[low:high].numpy()) for low, high in zip(bounds, bounds[1:])
+    ]
+
+
+def test_packed_logits_equal_transformers(cases: dict[str, Case]) -> None:
+    (found,) = run_ranks(1, _on_policy, _logits, cases, Layout(), timeout=60)
+    for case, responses in zip(cases.values(), found, strict=True):
+        model = AutoModelForCausalLM.from_pretrained(case.folder, dtype=torch.float32)
+        assert len(responses) == 12 and len({len(tokens) for tokens, _ in responses}) > 3
+        with torch.no_grad():
+            gaps = [
+                float((model(torch.tensor([tokens])).logits[0] - torch.from_numpy(logits)).abs().max())
+                for tokens, logits in responses
+            ]
+        assert max(gaps) < LOGITS, case.name
+        print(f"\n{case.name}: logits {max(gaps):.1e}")
+
+
+def _change_one(policy: Policy, case: Case) -> dict[str, bool]:
+    batch, changed = _batch(policy, case), _batch(policy, case)
+    low, high = changed.cu_seqlens[3:5].tolist()
+    changed.token_ids[low:high] = (changed.token_ids[low:high] + 7) % VOCAB
+    before, after = policy.fill_log_probs(batch, OPTIONS), policy.fill_log_probs(changed, OPTIONS)
+    inside = batch.response_index == 3
+    others = batch.loss_mask & ~inside
+    return {
+        "others": torch.equal(before.log_prob[others], after.log_prob[others]),
+        "itself": torch.equal(before.log_prob[inside & batch.loss_mask], after.log_prob[inside & batch.loss_mask]),
+        "zero outside": not batch.old_log_probs[~batch.loss_mask].any() and not batch.entropy[~batch.loss_mask].any(),
+    }
+
+
+@pytest.mark.parametrize("layout", [Layout(), Layout(tp=2, sequence_parallel=True)], ids=str)
+def test_changing_one_response_leaves_the_others_bit_identical(layout: Layout, cases: dict[str, Case]) -> None:
+    for results in run_ranks(layout.ranks, _on_policy, _change_one, cases, layout, timeout=60):
+        assert results == [{"others": True, "itself": False, "zero outside": True}] * len(cases)
+
+
+def test_packed_sequences_describe_the_padded_view() -> None:
+    packed = PackedSequences.from_cu_seqlens(torch.tensor([0, 3, 5], dtype=torch.int32))
+    assert packed.padded_tokens.tolist() == [[0, 1, 2], [3, 4, 4]]
+    assert packed.places.tolist() == [0, 1, 2, 3, 4]
+    assert (packed.max_seqlen_q, packed.max_seqlen_kv, packed.qkv_format) == (3, 3, "thd")
+    packed = PackedSequences.from_cu_seqlens(torch.tensor([0, 1, 4], dtype=torch.int32))
+    tokens = torch.tensor([10, 20, 30, 40])
+    padded = tokens[packed.padded_tokens]
+    assert padded[1].tolist() == [20, 30, 40] and padded[0, 0] == 10
+    assert padded.flatten()[packed.places].tolist() == tokens.tolist()
+
+
+def test_sequence_parallel_padding_is_one_more_sequence(tmp_path: Path, cases: dict[str, Case]) -> None:
+    case = next(iter(cases.values()))
+    micro = _batch_without_ranks(case).microbatches()[0]
+    multiple = micro.num_tokens + 3
+    (token_ids, position_ids), packed = model_inputs(micro, multiple)
+    assert token_ids.shape == position_ids.shape == (1, multiple)
+    assert token_ids[0, : micro.num_tokens].equal(micro.token_ids)
+    assert position_ids[0, -3:].tolist() == [0, 1, 2]
+    assert packed.cu_seqlens_q[:-1].equal(micro.cu_seqlens) and packed.cu_seqlens_q[-1] == multiple
+    (unpadded, _), packed = model_inputs(micro, micro.num_tokens)
+    assert unpadded[0].equal(micro.token_ids) and packed.cu_seqlens_q.equal(micro.cu_seqlens)
+
+
+def _batch_without_ranks(case: Case) -> Batch:
+    from megatron_rlvr.distributed.groups import ParallelGroups
+
+    return make_batch(case.groups, case.samples, Layout(), ParallelGroups.single(), EVERYTHING)

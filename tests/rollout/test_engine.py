@@ -1,0 +1,40 @@
+"""Seeds and end tokens: what needs no engine."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from megatron_rlvr.config import ConfigError
+from megatron_rlvr.rollout.engine import request_seed, stop_token_ids
+
+
+def test_seeds_are_stable_and_distinct():
+    assert request_seed(0, 1, 0, "train/17", 3) == 4695901300345555133
+    seeds = {
+        request_seed(run, step, attempt, prompt, sample)
+        for run in range(2)
+        for step in range(-1, 4)
+        for attempt in range(2)
+        for prompt in ("a", "b", "a1")
+        for sample in range(11)
+    }
+    assert len(seeds) == 2 * 5 * 2 * 3 * 11
+    assert len({seed & 0xFFFFFFFF for seed in seeds}) == len(seeds)  # the CPU generator uses the lower half
+    assert all(0 <= seed < 1 << 63 for seed in seeds)
+
+
+def test_stop_tokens_come_from_every_place_that_names_them(tmp_path):
+    def write(name, tree):
+        (tmp_path / name).write_text(json.dumps(tree))
+
+    with pytest.raises(ConfigError, match="names no end token: set eos_token_id"):
+        stop_token_ids(tmp_path)
+    write("config.json", {"eos_token_id": 7})
+    assert stop_token_ids(tmp_path) == [7]
+    write("generation_config.json", {"eos_token_id": [5, 9]})
+    assert stop_token_ids(tmp_path) == [5, 9]
+    write("tokenizer_config.json", {"eos_token": {"content": "<end>"}})
+    write("tokenizer.json", {"added_tokens": [{"id": 2, "content": "<end>"}, {"id": 3, "content": "<other>"}]})
+    assert stop_token_ids(tmp_path) == [2, 5, 9]

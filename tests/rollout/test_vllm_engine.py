@@ -1,0 +1,71 @@
+"""A real vLLM engine on real ranks: what it samples, what it holds, and every way in which a sync can fail.
+
+Starting an engine costs many seconds, so engine_checks.py runs every check in one start per layout, and each is a test here.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+CHECKS = re.findall(r"def (check_\w+)\(self", (ROOT / "tests/rollout/engine_checks.py").read_text())
+LAYOUTS = {"qwen3-tied-tp2": ("qwen3", "tied", 2), "qwen2-untied-tp1": ("qwen2", "untied", 1)}
+DEADLINE = 400.0  # seconds, on a machine with other work; 40 on an idle one
+
+
+@pytest.fixture(scope="module")
+def outcomes(tmp_path_factory) -> dict[str, list[dict[str, str]]]:
+    before = set(os.listdir("/dev/shm"))
+    made = {name: _launch(tmp_path_factory.mktemp(name), *layout) for name, layout in LAYOUTS.items()}
+    made["left in /dev/shm"] = sorted(set(os.listdir("/dev/shm")) - before)
+    return made
+
+
+def _launch(folder: Path, family: str, tied: str, tp: int) -> list[dict[str, str]]:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    common = {"WORLD_SIZE": tp, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "OMP_NUM_THREADS": 1}
+    arguments = [sys.executable, "-m", "tests.rollout.engine_checks", str(folder), family, tied, str(tp)]
+    logs = [folder / f"log-{rank}" for rank in range(tp)]
+    ranks = []
+    for rank in range(tp):
+        own = {key: str(value) for key, value in {**common, "RANK": rank, "LOCAL_RANK": rank}.items()}
+        with open(logs[rank], "w") as log:
+            ranks.append(
+                subprocess.Popen(arguments, cwd=ROOT, env=os.environ | own, stdout=log, stderr=log, start_new_session=True)
+            )
+    try:
+        deadline = time.monotonic() + DEADLINE
+        codes = [rank.wait(timeout=deadline - time.monotonic()) for rank in ranks]
+    finally:
+        for rank in ranks:
+            try:
+                os.killpg(rank.pid, signal.SIGKILL)
+            except ProcessLookupError:
+                pass
+            rank.wait()
+    assert codes == [0] * tp, "\n".join(log.read_text()[-3000:] for log in logs)
+    return [json.loads((folder / f"outcome-{rank}.json").read_text()) for rank in range(tp)]
+
+
+@pytest.mark.parametrize("check", CHECKS)
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_engine(outcomes, layout, check):
+    for rank, outcome in enumerate(outcomes[layout]):
+        assert outcome.get(check, "not reached") == "passed", f"rank {rank}:\n{outcome.get(check, 'not reached')}"
+
+
+def test_nothing_is_left_in_shared_memory(outcomes):
+    assert outcomes["qwen3-tied-tp2"][0]["segments"]  # the two ranks did share some
+    assert not [name for name in outcomes["left in /dev/shm"] if "megatron-rlvr" in name or name.startswith("psm_")]
