@@ -20,7 +20,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 
-WINDOW = 20  # steps of the smoothed line
+REACH = 10  # steps before and after that the bold line averages; fewer in a short run
 MOST_POINTS = 400  # per line; longer runs are drawn as the means of as many equal spans
 COLOURS = [f"#f0000{place}" for place in range(1, 7)]  # placeholders of --c1 .. --c6
 GRID, TEXT = "#f00007", "#f00008"
@@ -102,11 +102,11 @@ def is_number(value: object) -> bool:
     return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
 
 
-def running_mean(values: np.ndarray, window: int = WINDOW) -> np.ndarray:
-    """[n] -> [n]: the mean of the window around each value, fewer at the ends; centred, so that it does not lag behind."""
+def running_mean(values: np.ndarray, reach: int) -> np.ndarray:
+    """[n] -> [n]: each value's mean with up to ``reach`` on either side; centred, so that it does not lag behind."""
     total = np.concatenate([[0.0], np.cumsum(values)])
     place = np.arange(len(values))
-    start, end = np.maximum(0, place - window // 2), np.minimum(len(values), place + window // 2)
+    start, end = np.maximum(0, place - reach), np.minimum(len(values), place + reach + 1)
     return (total[end] - total[start]) / (end - start)
 
 
@@ -119,7 +119,7 @@ def thin(values: np.ndarray, reduce: Callable[[np.ndarray], float] = np.mean, mo
 
 def _trend(axes: Axes, lines: list[Line], chart: Chart, rows: Sequence[dict]) -> list[tuple[str, str]]:
     steps, values = lines[0].steps, lines[0].values
-    smooth = running_mean(values, max(2, min(WINDOW, len(values) // 5)))
+    smooth = running_mean(values, min(REACH, len(values) // 10))
     axes.plot(thin(steps), thin(values), color=lines[0].colour, linewidth=0.9, alpha=0.45, clip_on=False)
     axes.plot(thin(steps), thin(smooth), color=lines[0].colour, linewidth=1.9, clip_on=False)
     return []
@@ -193,8 +193,8 @@ def _log_scale(axes: Axes) -> None:
 
 def _embed(svg: str, chart: Chart, lines: list[Line]) -> str:
     """matplotlib's file as a part of an HTML page: no header, no metadata, no page-wide style, no repeated ids."""
-    first, last = lines[0].values[0], lines[0].values[-1]
-    label = escape(f"{chart.title}: {lines[0].label or lines[0].name} from {first:.4g} to {last:.4g}", quote=True)
+    spans = [f"{line.label} from {line.values[0]:.4g} to {line.values[-1]:.4g}" for line in lines]
+    label = escape(f"{chart.title}, {chart.note}: {'; '.join(spans)}", quote=True)
     svg = re.sub(r"\s*<(metadata|style)\b.*?</\1>", "", svg[svg.index("<svg") :], flags=re.DOTALL)
     svg = re.sub(r'<g id="[^"]*"', "<g", svg)
     svg = re.sub(

@@ -1,4 +1,4 @@
-"""What a step measured: exact means over microbatches and ranks, one JSON line per step, and the trackers that mirror it.
+"""What a step measured: exact means over microbatches and ranks, one JSON line per step, trackers that mirror it.
 
 ``metrics.jsonl`` is the record; TensorBoard and W&B only repeat it, so losing one of them loses nothing.
 """
@@ -27,7 +27,8 @@ log = logging.getLogger(__name__)
 class Meter:
     """Sums and counts under metric names, so that a mean over microbatches and ranks is exact.
 
-    meter.add("policy/entropy", total=entropy[mask].sum(), count=mask.sum()); meter.maximum("policy/ratio_max", ratio.max())
+    meter.add("policy/entropy", entropy[mask].sum(), mask.sum())
+    meter.maximum("policy/ratio_max", ratio[mask].max())
 
     Tensors are kept detached and become floats in one transfer, when ``sums`` or ``maxima`` is first read:
     a microbatch never waits for the device because of its metrics.
@@ -159,7 +160,7 @@ class MetricsWriter:
 
 
 class RolloutsWriter:
-    """A few responses of every step in RUN/rollouts.jsonl: what the model really says, one row each. One rank holds it."""
+    """A few responses of every step in RUN/rollouts.jsonl, one row each: what the model says. One rank holds it."""
 
     def __init__(self, run_dir: Path, count: int, resume_step: int = 0) -> None:
         self._lines = JsonLines(run_dir / "rollouts.jsonl", resume_step)
@@ -175,7 +176,7 @@ class RolloutsWriter:
 
 
 def spread(sizes: Sequence[int], count: int) -> list[tuple[int, int]]:
-    """(group, sample) of ``count`` responses, over as many groups as there are: evenly spaced ones when groups are plenty.
+    """(group, sample) of ``count`` responses, over as many groups as possible: evenly spaced where groups are plenty.
 
     spread([4] * 8, 3) == [(0, 0), (2, 0), (5, 0)];  spread([2, 2], 3) == [(0, 0), (1, 0), (0, 1)]
     """

@@ -40,11 +40,12 @@ def pack(
 ) -> Batch:
     """P groups of G rollouts -> the Batch of one data-parallel rank.
 
-    rewards: [P][G]; None where no verifier could judge: such a response is in no loss and in no count. Update k takes groups k*P/updates .. (k+1)*P/updates, whatever the number of ranks; inside an
-    update responses are dealt out so that ranks hold about equally many tokens, then packed, longest first, into
-    microbatches of at most ``microbatch_tokens``. Every rank gets the same number of microbatches, a multiple of
-    ``microbatch_multiple`` (interleaved pipelines want the number of stages). Raises ValueError when an update has
-    too few responses for that.
+    rewards: [P][G]; None where no verifier could judge: such a response is in no loss and in no count. Update k takes
+    groups k*P/updates .. (k+1)*P/updates, whatever the number of ranks; inside an update responses are dealt out so
+    that ranks hold equally many and about as many tokens, then packed, longest first, into microbatches of at most
+    ``microbatch_tokens``. Every rank gets the same number of microbatches, a multiple of ``microbatch_multiple``
+    (interleaved pipelines want the number of stages). Raises ValueError when an update has too few responses for that,
+    which cannot be where ranks * microbatch_multiple divides its number of responses.
     """
     if len(groups) % updates:
         raise ValueError(f"{len(groups)} groups do not divide into {updates} updates")
@@ -75,13 +76,19 @@ def pack(
 
 
 def _balance(responses: list[_Response], ranks: int) -> list[list[_Response]]:
-    """Longest first, each to the rank with the fewest tokens so far."""
+    """Rounds of one response per rank, longest first; in a round the longest goes to the rank with the fewest tokens.
+
+    Loads differ by less than the longest response. Equal numbers matter as much: where each response fills a microbatch
+    of its own, a rank with fewer responses could not fill as many microbatches as the others.
+    """
     shares: list[list[_Response]] = [[] for _ in range(ranks)]
     loads = [0] * ranks
-    for response in sorted(responses, key=lambda item: (-item.length, item.index)):
-        rank = min(range(ranks), key=lambda candidate: (loads[candidate], candidate))
-        shares[rank].append(response)
-        loads[rank] += response.length
+    ordered = sorted(responses, key=lambda item: (-item.length, item.index))
+    for start in range(0, len(ordered), ranks):
+        emptiest = sorted(range(ranks), key=lambda rank: (loads[rank], rank))
+        for rank, response in zip(emptiest, ordered[start : start + ranks], strict=False):
+            shares[rank].append(response)
+            loads[rank] += response.length
     return shares
 
 

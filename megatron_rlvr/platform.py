@@ -71,11 +71,16 @@ def megatron_calls() -> Iterator[None]:
     with contextlib.ExitStack() as stack:
         if _depth == 0:
             for owner, name, replacement in _cpu_answers():
-                stack.callback(setattr, owner, name, getattr(owner, name))
+                stack.callback(*_restore(owner, name))
                 setattr(owner, name, replacement)
         _depth += 1
         stack.callback(_leave)
         yield
+
+
+def _restore(owner: Any, name: str) -> tuple:
+    """The call that undoes a setattr: an attribute that ``owner`` only inherits is deleted again."""
+    return (setattr, owner, name, getattr(owner, name)) if name in vars(owner) else (delattr, owner, name)
 
 
 def _leave() -> None:

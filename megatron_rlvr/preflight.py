@@ -27,13 +27,8 @@ def check(config: Config) -> None:
     """Model, layout, verifier, methods, data files and port. Raises ConfigError."""
     architecture = Architecture.from_folder(config.model.path)
     architecture.check_layout(config.parallel.tp, config.parallel.pp, config.parallel.vpp)
-    architecture.check_layout(config.rollout_tp, 1, 1)
-    longest = config.data.max_prompt_length + config.rollout.max_response_length
-    rule(
-        longest <= architecture.max_positions,
-        f"data.max_prompt_length + rollout.max_response_length = {longest} exceeds the model's "
-        f"{architecture.max_positions} positions: lower one of them",
-    )
+    architecture.check_engine_layout(config.rollout_tp)
+    architecture.check_length(config.data.max_prompt_length + config.rollout.max_response_length)
     verifiers.load(config.verifier)
     build_exploration(config.exploration, config.trainer.updates_per_rollout)
     for name, path in (("data.path", config.data.path), ("data.eval_path", config.data.eval_path)):

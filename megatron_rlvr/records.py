@@ -47,7 +47,7 @@ class JsonLines:
     def __init__(self, path: Path, resume_step: int) -> None:
         truncate_after(path, resume_step)
         # A lone surrogate, which JSON data may hold, is no UTF-8: it is written as the JSON escape it came from.
-        self._file = open(path, "a", encoding="utf-8", errors="backslashreplace")
+        self._file = open(path, "a", encoding="utf-8", errors="backslashreplace")  # noqa: SIM115 (open for the whole run)
 
     def write(self, row: dict[str, Any]) -> None:
         self._file.write(json.dumps(finite(row), ensure_ascii=False, allow_nan=False, default=str) + "\n")

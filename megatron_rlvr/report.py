@@ -11,7 +11,7 @@ from typing import Any
 
 import yaml
 
-from megatron_rlvr.charts import Chart, draw, is_number
+from megatron_rlvr.charts import REACH, Chart, draw, is_number
 from megatron_rlvr.progress import duration
 from megatron_rlvr.records import read_rows
 from megatron_rlvr.report_style import STYLE
@@ -104,6 +104,7 @@ def _page(folder: str, rows: list[dict], config_text: str, summary: dict, rollou
 <main>
 <dl class="figures">{"".join(_figure(*item) for item in key_figures(charted))}</dl>
 <section class="charts" aria-label="Charts">{"".join(_charts(charted))}</section>
+<p class="note">A bold line over a faint one is the mean of up to {REACH} steps before and after each.</p>
 {_examples(rollouts)}
 {_configuration(config_text)}
 </main>
@@ -128,7 +129,7 @@ def _setup(rows: list[dict], config: dict) -> list[str]:
 
 
 def key_figures(rows: list[dict]) -> list[tuple[str, str, str]]:
-    """(name, value, what it is over) of the figures that a reader asks for first; a metric that is missing is left out."""
+    """(name, value, what it is over) of the figures that a reader asks for first, as far as the metrics are there."""
     figures = []
     ends = [("Reward", "reward/mean", ".3f", WINDOW), ("Entropy", "policy/entropy", ".3f", WINDOW)]
     held_out = sorted(

@@ -37,15 +37,20 @@ section > h2 { margin: 2rem 0 .75rem; font-size: 1.2rem; }
 }
 .figures dt, .figures span, figcaption p, article > p, article dt { color: var(--muted); font-size: .85rem; }
 .figures dd { margin: 0; }
-.figures strong { display: block; font-size: 1.25rem; line-height: 1.35; font-weight: 600; font-variant-numeric: tabular-nums; }
+.figures strong {
+  display: block; font-size: 1.25rem; line-height: 1.35; font-weight: 600; font-variant-numeric: tabular-nums;
+}
 .figures span { display: block; }
 figure { display: flex; flex-direction: column; justify-content: space-between; margin: 0; min-width: 0; }
 figcaption p { margin: 0; }
-figcaption ul { display: flex; flex-wrap: wrap; gap: .1rem .9rem; margin: .25rem 0 0; padding: 0; list-style: none; font-size: .85rem; }
+figcaption ul {
+  display: flex; flex-wrap: wrap; gap: .1rem .9rem; margin: .25rem 0 0; padding: 0; list-style: none; font-size: .85rem;
+}
 figcaption i { display: inline-block; width: .7rem; height: .7rem; margin-right: .35rem; border-radius: .2rem; }
 svg { display: block; width: 100%; height: auto; margin-top: .6rem; overflow: visible; }
 svg text { font-family: inherit !important; }
 h3 { margin: 0 0 .6rem; font-size: .95rem; }
+.note { margin: .75rem 0 0; color: var(--muted); font-size: .85rem; }
 .right { color: var(--right); }
 .wrong { color: var(--wrong); }
 article { margin-bottom: .75rem; }

@@ -1,4 +1,4 @@
-"""The trackers that repeat metrics.jsonl elsewhere: TensorBoard, and Weights & Biases where the config names a project."""
+"""The trackers that repeat metrics.jsonl elsewhere: TensorBoard, and W&B where the config names a project."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ def open_wandb(run_dir: Path, project: str, name: str, config: dict, resume_step
         )
     except Exception as error:
         raise ConfigError(
-            f"W&B does not start for logging.wandb_project={project!r}: {error}; "
+            f"W&B does not start for logging.wandb_project={project!r}: {str(error).rstrip('.')}; "
             "log in, set WANDB_MODE=offline, or set logging.wandb_project=''"
         ) from error
     id_file.write_text(run.id)

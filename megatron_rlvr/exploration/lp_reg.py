@@ -24,7 +24,6 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor
-from torch.distributed import ProcessGroup
 
 from megatron_rlvr import losses as policy_losses
 from megatron_rlvr.config import rule
@@ -169,7 +168,7 @@ class LpReg(Exploration):
     def prepare_update(self, batch: Batch, update: Update, groups: ParallelGroups) -> None:
         if self.config.percentile_scope == "update":
             whole = batch.microbatch(update.microbatches[0][0], update.microbatches[-1][1])
-            self._limits = self._percentiles(whole, whole.old_log_probs, groups.dp)
+            self._limits = self._percentiles(whole, whole.old_log_probs, groups)
 
     def policy_loss(self, losses: Tensor, micro: Microbatch, current: TokenStatistics, meter: Meter) -> Tensor:
         log_prob = current.log_prob.detach()
@@ -208,7 +207,7 @@ class LpReg(Exploration):
         """
         ranked = log_prob
         if self.config.percentile_scope == "microbatch":
-            self._limits = self._percentiles(micro, log_prob, None)
+            self._limits = self._percentiles(micro, log_prob, ParallelGroups.single())
         else:
             ranked = micro.old_log_probs
         candidates = torch.zeros_like(micro.loss_mask)
@@ -216,19 +215,19 @@ class LpReg(Exploration):
             candidates |= micro.loss_mask & (micro.advantages * sign > 0) & (ranked <= self._limits[sign])
         return candidates
 
-    def _percentiles(self, tokens: Microbatch, log_probs: Tensor, group: ProcessGroup | None) -> dict[int, Tensor]:
-        """Side -> the k-th lowest log-prob of the pool over ``group``, -inf where nothing may be regularised."""
+    def _percentiles(self, tokens: Microbatch, log_probs: Tensor, groups: ParallelGroups) -> dict[int, Tensor]:
+        """Side -> the k-th lowest log-prob of the pool over the data-parallel ranks, -inf where nothing may be regularised."""
         limits = {}
         for sign, rho in self._sides():
             pool = tokens.loss_mask
             if self.config.percentile_pool == "neg_tokens":
                 pool = pool & (tokens.advantages * sign > 0)
-            count = int(reduce.all_sum(pool.sum(), group))
+            count = int(reduce.all_sum(pool.sum(), groups.dp))
             k = int(rho * count) if self.config.min_two else math.ceil(round(rho * count, 6))
             enough = k >= (2 if self.config.min_two else 1)
             # the middle of the k-th of `count` equal shares: no rounding can make it another k
             limits[sign] = (
-                reduce.lowest_quantile(log_probs, pool, (k - 0.5) / count, group)
+                reduce.lowest_quantile(log_probs, pool, (k - 0.5) / count, groups.dp)
                 if enough
                 else log_probs.new_tensor(-math.inf)
             )

@@ -1,4 +1,4 @@
-"""Attention over packed responses, and the norm that goes with it: the parts of the layer spec that need no Transformer Engine.
+"""Attention over packed responses, and the norm that goes with it: a layer spec without Transformer Engine.
 
 megatron-core's own core attention refuses packed sequences (transformer/dot_product_attention.py:153), and its torch
 norm refuses sequence parallelism (transformer/torch_norm.py:32). Both classes run on a CPU and on a GPU alike.
@@ -84,8 +84,10 @@ class PackedAttention(MegatronModule):
     ) -> Tensor:
         """query [t, heads, d], key and value [t, kv heads, d] -> [t, heads * d]."""
         assert isinstance(packed_seq_params, PackedSequences), "every microbatch is packed (PackedSequences)"
-        rows, longest = packed_seq_params.padded_tokens.shape
-        index = packed_seq_params.padded_tokens.flatten()
+        padded, places = packed_seq_params.padded_tokens, packed_seq_params.places
+        assert padded is not None and places is not None
+        rows, longest = padded.shape
+        index = padded.flatten()
 
         def pad(tensor: Tensor) -> Tensor:  # [t, h, d] -> [s, h, L, d]
             return tensor.index_select(0, index).view(rows, longest, *tensor.shape[1:]).transpose(1, 2)
@@ -97,19 +99,19 @@ class PackedAttention(MegatronModule):
         dropout = self.dropout if self.training else 0.0
         with self._dropout_stream(dropout):
             output = F.scaled_dot_product_attention(
-                query, key, value, is_causal=True, scale=self.scale, dropout_p=dropout
+                query, key, value, dropout_p=dropout, is_causal=True, scale=self.scale
             )
-        return output.transpose(1, 2).reshape(rows * longest, -1).index_select(0, packed_seq_params.places)
+        return output.transpose(1, 2).reshape(rows * longest, -1).index_select(0, places)
 
     def _dropout_stream(self, dropout: float) -> AbstractContextManager[None]:
-        """Each tensor-parallel rank drops with a mask of its own; under sequence parallelism the whole block already does."""
+        """Each tensor-parallel rank draws masks of its own, as the whole block already does under sequence parallelism."""
         if dropout and not self.config.sequence_parallel:
             return get_cuda_rng_tracker().fork()
         return nullcontext()
 
 
 class RMSNorm(torch.nn.RMSNorm):
-    """torch's RMSNorm in the signature of megatron's specs; under sequence parallelism its gradient is summed over tp."""
+    """torch's RMSNorm as megatron's specs call it; under sequence parallelism its gradient is summed over tp."""
 
     def __init__(self, config: Any, hidden_size: int, eps: float = 1e-6, **unused: Any) -> None:
         super().__init__(hidden_size, eps=eps, dtype=config.params_dtype)

@@ -93,7 +93,9 @@ def _log_spec_once(name: str) -> None:
     log.info("layer spec: %s", name)
 
 
-def layer_spec(config: TransformerConfig, architecture: Architecture, vp_stage: int | None) -> ModuleSpec | TransformerBlockSubmodules:
+def layer_spec(
+    config: TransformerConfig, architecture: Architecture, vp_stage: int | None
+) -> ModuleSpec | TransformerBlockSubmodules:
     """The one place that chooses between Transformer Engine's layers and the local ones."""
     if platform.has_transformer_engine():
         _log_spec_once("Transformer Engine")

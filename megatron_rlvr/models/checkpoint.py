@@ -1,9 +1,9 @@
 """Training checkpoints: what a run needs to go on exactly where it stopped, in the same layout.
 
-RUN/checkpoints/step_40/ holds one file per rank and ``run.json``, which is written last: a folder without it is torn and
-is never resumed from. The optimizer is stored as torch's own state per rank, whose load keeps one step counter per
-parameter; megatron-core's distributed load shares a single one (optimizer/distrib_optimizer.py:821) and so counts it once
-per parameter.
+RUN/checkpoints/step_40/ holds one file per rank and ``run.json``, which is written last: a folder without it is torn
+and is never resumed from. The optimizer is stored as torch's own state per rank, whose load keeps one step counter per
+parameter; megatron-core's distributed load shares a single one (optimizer/distrib_optimizer.py:821) and so counts it
+once per parameter.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ def layout(config: Config) -> dict[str, Any]:
 
 
 def save(run: Path, config: Config, policy: Trainable, groups: ParallelGroups, state: dict[str, Any]) -> Path:
-    """Write RUN/checkpoints/step_N with N = state["step"]; ``state`` is the trainer's, equal on every rank. Collective."""
+    """Write RUN/checkpoints/step_N, N = state["step"]; ``state`` is the trainer's, equal on every rank. Collective."""
     target = run / "checkpoints" / f"step_{state['step']}"
     if groups.rank == 0:
         shutil.rmtree(target, ignore_errors=True)  # a torn one of an earlier attempt
@@ -60,9 +60,10 @@ def load(path: Path, config: Config, policy: Trainable, groups: ParallelGroups) 
     state = json.loads((path / "run.json").read_text())
     saved, wanted = state.pop("layout"), layout(config)
     if saved != wanted:
-        changed = ", ".join(f"{key} {saved.get(key)} -> {wanted[key]}" for key in wanted if saved.get(key) != wanted[key])
+        differing = [key for key in wanted if saved.get(key) != wanted[key]]
+        changed = ", ".join(f"{key} {saved.get(key)} -> {wanted[key]}" for key in differing)
         raise ConfigError(
-            f"{path} was saved in another layout ({changed}): resume with the same one, or start a new run from its weights"
+            f"{path} was saved in another layout ({changed}): resume with the same one, or start a new run"
         )
     _restore(policy, torch.load(path / f"rank_{groups.rank}.pt", weights_only=True))
     return state

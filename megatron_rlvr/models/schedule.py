@@ -44,7 +44,9 @@ def sum_gradients(model: list[torch.nn.Module], num_tokens: Tensor | None, **gro
     finalize_model_grads(model, None, **groups)
 
 
-def _run(chunks: list[torch.nn.Module], microbatches: list[Microbatch], consume: Consumer, forward_only: bool) -> list[Any]:
+def _run(
+    chunks: list[torch.nn.Module], microbatches: list[Microbatch], consume: Consumer, forward_only: bool
+) -> list[Any]:
     if not microbatches:
         raise ValueError("a pass needs at least one microbatch")
     with platform.megatron_calls():
@@ -78,7 +80,7 @@ def _forward_step(consume: Consumer, forward_only: bool) -> Callable:
     return step
 
 
-def _sequence_multiple(model: torch.nn.Module) -> int:
+def _sequence_multiple(model: Any) -> int:
     config = model.config
     return config.tensor_model_parallel_size if config.sequence_parallel else 1
 

@@ -98,7 +98,9 @@ class Trainable:
             self.scheduler.step(1)  # before the update, so that the first one of a warm-up already moves
             updated, grad_norm, _ = self.optimizer.step()
         if not updated or not math.isfinite(grad_norm):
-            raise TrainingDiverged(f"the gradient norm is {grad_norm}: lower optimizer.lr or look for bad rewards in rollouts.jsonl")
+            raise TrainingDiverged(
+                f"the gradient norm is {grad_norm}: lower optimizer.lr or look for bad rewards in rollouts.jsonl"
+            )
         return StepResult(losses, float(grad_norm), self.optimizer.param_groups[0]["lr"])
 
     def forward(self, microbatches: list[Microbatch], consume: schedule.Consumer) -> list:

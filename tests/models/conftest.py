@@ -52,7 +52,7 @@ def _case(folder: Path, family: str, tied: bool) -> Case:
 
 @pytest.fixture(scope="session")
 def cases(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Case]:
-    """"qwen3-tied", "qwen3-untied", "qwen2-tied" and "qwen2-untied"."""
+    """By name: qwen3-tied, qwen3-untied, qwen2-tied and qwen2-untied."""
     root = tmp_path_factory.mktemp("models")
     names = [f"{family}-{head}" for family in ("qwen3", "qwen2") for head in ("tied", "untied")]
     return {name: _case(root / name, name.split("-")[0], name.endswith("-tied")) for name in names}

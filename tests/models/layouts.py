@@ -1,4 +1,4 @@
-"""What runs on a rank: policies in a layout, batches filled from the reference's samples, gradients under their public names."""
+"""What runs on a rank: policies in a layout, batches filled from the reference's samples, gradients to compare."""
 
 from __future__ import annotations
 
@@ -13,9 +13,7 @@ import torch
 from megatron.core import parallel_state
 from torch import Tensor
 
-from megatron_rlvr import platform
 from megatron_rlvr.architecture import Architecture
-from megatron_rlvr.config import Config
 from megatron_rlvr.distributed.groups import ParallelGroups
 from megatron_rlvr.distributed.vocab import StatisticsOptions, TokenStatistics
 from megatron_rlvr.losses import clipped_surrogate, reduction_weights
@@ -64,7 +62,7 @@ LAYOUTS = [
 
 
 @contextmanager
-def megatron(layout: Layout, seed: int = 0) -> Iterator[ParallelGroups]:
+def megatron(layout: Layout) -> Iterator[ParallelGroups]:
     """Megatron's groups for one layout over the ranks that are there, taken down again afterwards."""
     try:
         yield initialize_parallel(make_config(Path("unused"), {"parallel": vars(layout)}))
@@ -131,12 +129,12 @@ def weights(policy: Policy) -> dict[str, Tensor]:
 
 
 def gradients(policy: Policy) -> dict[str, Tensor]:
-    """This rank's gradients of the last update, summed over the data-parallel ranks; not with a distributed optimizer."""
+    """This rank's gradients of the last update, over every data-parallel rank; not with a distributed optimizer."""
     return {name: parameter.main_grad.clone() for name, parameter in global_parameters(policy.chunks).items()}
 
 
 def distance(policy: Policy, found: dict[str, Tensor], expected: dict[str, Tensor]) -> tuple[float, str]:
-    """Largest |difference| of any of this rank's tensors, copies and padding included, over the largest |entry| of its whole.
+    """Largest |difference| of this rank's tensors, copies and padding included, over the largest |entry| of the whole.
 
     ``expected`` holds whole tensors under Hugging Face names, cut here as this rank should hold them.
     """

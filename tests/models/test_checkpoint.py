@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -16,17 +15,21 @@ from megatron_rlvr.run_folder import checkpoints
 from tests.models.conftest import Case
 from tests.models.layouts import Layout, make_batch, make_policy, megatron, run_update, weights
 from tests.ranks import run_ranks
-from tests.tiny import make_config
+from tests.tiny import make_config, make_folder
 
 OPTIMIZER = {"lr": 1e-3, "warmup_steps": 4, "schedule": "cosine", "weight_decay": 0.1, "distributed": True}
 STATE = {"step": 7, "prompt_position": 42, "exploration": {"lp_reg": {}}}
 
 
-def _resume(layout: Layout, case: Case, other: Case, dtype: str, run: Path) -> dict[str, bool]:
+def _resume(layout: Layout, case: Case, other: Path, dtype: str, run: Path) -> dict[str, bool]:
     """Three updates at once against one, a save, a load into another model, and two more."""
 
     def build(folder: Path) -> Policy:
-        sections = {"model": {"path": str(folder), "dtype": dtype}, "optimizer": OPTIMIZER, "trainer": {"num_steps": 10}}
+        sections = {
+            "model": {"path": str(folder), "dtype": dtype},
+            "optimizer": OPTIMIZER,
+            "trainer": {"num_steps": 10},
+        }
         return make_policy(folder, layout, ranks, **sections)
 
     def go_on(policy: Policy) -> tuple[list[dict[str, float]], dict[str, torch.Tensor]]:
@@ -40,7 +43,7 @@ def _resume(layout: Layout, case: Case, other: Case, dtype: str, run: Path) -> d
         path = checkpoint.save(run, config, first, ranks, STATE)
         saved = weights(first)
         metrics, final = go_on(first)
-        second = build(other.folder)
+        second = build(other)
         state = checkpoint.load(path, config, second, ranks)
         loaded = weights(second)
         resumed_metrics, resumed = go_on(second)
@@ -65,19 +68,10 @@ def _resume(layout: Layout, case: Case, other: Case, dtype: str, run: Path) -> d
     ids=str,
 )
 def test_resuming_is_bit_identical(layout: Layout, dtype: str, cases: dict[str, Case], tmp_path: Path) -> None:
-    other = make_other(tmp_path / "other")
-    case = cases["qwen3-tied"]
+    # same shape, other weights: what a load forgets stays visible
+    other, case = make_folder(tmp_path / "other", "qwen3", tied=True, seed=1), cases["qwen3-tied"]
     for results in run_ranks(layout.ranks, _resume, layout, case, other, dtype, tmp_path / "run", timeout=60):
         assert results == dict.fromkeys(results, True)
-
-
-def make_other(folder: Path) -> Any:
-    """A model of the same shape and other weights: what a load forgets stays visible."""
-    from types import SimpleNamespace
-
-    from tests.tiny import make_folder
-
-    return SimpleNamespace(folder=make_folder(folder, "qwen3", tied=True, seed=1))
 
 
 def _save_several(case: Case, run: Path) -> list[str]:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from pathlib import Path
+from itertools import pairwise
 
 import pytest
 import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
+from megatron_rlvr.distributed.groups import ParallelGroups
 from megatron_rlvr.models.attention import PackedSequences
 from megatron_rlvr.models.policy import Policy
 from megatron_rlvr.models.schedule import model_inputs
@@ -38,9 +39,7 @@ def _logits(policy: Policy, case: Case) -> list[tuple[list[int], Tensor]]:
     batch = _batch(policy, case)
     (logits,) = policy.forward(batch.microbatches(), lambda output, micro: output[:, :VOCAB].clone())
     bounds = batch.cu_seqlens.tolist()
-    return [
-        (batch.token_ids[low:high].tolist(), logits[low:high].numpy()) for low, high in zip(bounds, bounds[1:])
-    ]
+    return [(batch.token_ids[low:high].tolist(), logits[low:high].numpy()) for low, high in pairwise(bounds)]
 
 
 def test_packed_logits_equal_transformers(cases: dict[str, Case]) -> None:
@@ -89,9 +88,10 @@ def test_packed_sequences_describe_the_padded_view() -> None:
     assert padded.flatten()[packed.places].tolist() == tokens.tolist()
 
 
-def test_sequence_parallel_padding_is_one_more_sequence(tmp_path: Path, cases: dict[str, Case]) -> None:
+def test_sequence_parallel_padding_is_one_more_sequence(cases: dict[str, Case]) -> None:
     case = next(iter(cases.values()))
-    micro = _batch_without_ranks(case).microbatches()[0]
+    batch = make_batch(case.groups, case.samples, Layout(), ParallelGroups.single(), EVERYTHING)
+    micro = batch.microbatches()[0]
     multiple = micro.num_tokens + 3
     (token_ids, position_ids), packed = model_inputs(micro, multiple)
     assert token_ids.shape == position_ids.shape == (1, multiple)
@@ -100,9 +100,3 @@ def test_sequence_parallel_padding_is_one_more_sequence(tmp_path: Path, cases: d
     assert packed.cu_seqlens_q[:-1].equal(micro.cu_seqlens) and packed.cu_seqlens_q[-1] == multiple
     (unpadded, _), packed = model_inputs(micro, micro.num_tokens)
     assert unpadded[0].equal(micro.token_ids) and packed.cu_seqlens_q.equal(micro.cu_seqlens)
-
-
-def _batch_without_ranks(case: Case) -> Batch:
-    from megatron_rlvr.distributed.groups import ParallelGroups
-
-    return make_batch(case.groups, case.samples, Layout(), ParallelGroups.single(), EVERYTHING)

@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from megatron.core.tensor_parallel import get_cuda_rng_tracker
 
 from megatron_rlvr import platform
 from megatron_rlvr.distributed.groups import ParallelGroups
@@ -27,59 +28,65 @@ MODES = ("none", "selective", "full")
 TOKENS = 80
 
 
-def _gradients_by_mode(layout: Layout, case: Case, dropout: float) -> dict[str, Any]:
-    """mode -> (loss, gradients), each from the same random streams."""
-    found = {}
-    for mode in MODES:
-        with megatron(layout) as ranks:
-            model = {"path": str(case.folder), "dtype": "float32", "recompute": mode, "dropout": dropout}
-            policy = make_policy(case.folder, layout, ranks, model=model, optimizer=STILL)
-            batch = make_batch(case.groups, case.samples, layout, ranks, TOKENS)
-            loss = run_update(policy, batch)["policy/loss"]
-            found[mode] = (loss, {name: value.numpy() for name, value in gradients(policy).items()})
-            policy.fill_log_probs(batch, OPTIONS)
-            first = batch.old_log_probs
-            policy.fill_log_probs(batch, OPTIONS)
-            assert first.equal(batch.old_log_probs), "a pass without gradients has no dropout"
-    return found
+def _gradients_by_mode(layout: Layout, case: Case) -> dict[float, dict[str, Any]]:
+    """dropout -> recompute mode -> (loss, gradients), all from the same random streams."""
+    return {dropout: {mode: _run(layout, case, dropout, mode) for mode in MODES} for dropout in (0.0, 0.1)}
 
 
-@pytest.mark.parametrize(
-    "layout", [Layout(tp=2), Layout(tp=2, sequence_parallel=True), Layout(pp=2), Layout(pp=2, vpp=2)], ids=str
-)
-@pytest.mark.parametrize("dropout", [0.0, 0.1])
-def test_recompute_gives_the_same_loss_and_gradients(layout: Layout, dropout: float, cases: dict[str, Case]) -> None:
+def _run(layout: Layout, case: Case, dropout: float, mode: str) -> tuple[float, dict[str, Any]]:
+    with megatron(layout) as ranks:
+        model = {"path": str(case.folder), "dtype": "float32", "recompute": mode, "dropout": dropout}
+        policy = make_policy(case.folder, layout, ranks, model=model, optimizer=STILL)
+        batch = make_batch(case.groups, case.samples, layout, ranks, TOKENS)
+        loss = run_update(policy, batch)["policy/loss"]
+        policy.fill_log_probs(batch, OPTIONS)
+        first = batch.old_log_probs
+        policy.fill_log_probs(batch, OPTIONS)
+        assert first.equal(batch.old_log_probs), "a pass without gradients has no dropout"
+        return loss, {name: value.numpy() for name, value in gradients(policy).items()}
+
+
+@pytest.mark.parametrize("layout", [Layout(tp=2), Layout(tp=2, sequence_parallel=True), Layout(pp=2, vpp=2)], ids=str)
+def test_recompute_gives_the_same_loss_and_gradients(layout: Layout, cases: dict[str, Case]) -> None:
     case = cases["qwen3-tied"]
-    results = run_ranks(layout.ranks, _gradients_by_mode, layout, case, dropout, timeout=60)
-    for found in results:
-        loss, wanted = found["none"]
-        assert (abs(loss - case.loss) > 1e-3) == (dropout > 0)  # dropout really drops
-        for mode in ("selective", "full"):
-            assert found[mode][0] == loss, mode
-            for name, value in wanted.items():
-                assert abs(found[mode][1][name] - value).max() <= 1e-6 * abs(value).max(), (mode, name)
+    results = run_ranks(layout.ranks, _gradients_by_mode, layout, case, timeout=90)
+    for by_dropout in results:
+        for dropout, found in by_dropout.items():
+            loss, wanted = found["none"]
+            assert (abs(loss - case.loss) > 1e-3) == (dropout > 0)  # dropout really drops
+            for mode in ("selective", "full"):
+                assert found[mode][0] == loss, (dropout, mode)
+                for name, value in wanted.items():
+                    gap = abs(found[mode][1][name] - value).max()
+                    assert gap <= 1e-6 * abs(value).max(), (dropout, mode, name)
     if layout.tp > 1:
-        for name, value in results[0]["none"][1].items():  # else the copies of a norm drift apart
-            if "layernorm" in name:
-                assert (results[1]["none"][1][name] == value).all(), name
+        first, second = (by_dropout[0.1]["none"][1] for by_dropout in results)
+        norms = [name for name in first if "layernorm" in name]
+        assert norms and all((first[name] == second[name]).all() for name in norms)  # else the copies drift apart
 
 
-def _streams(layout: Layout) -> list[float]:
-    """Three draws of the default stream and three of the tensor-parallel one."""
-    from megatron.core.tensor_parallel import get_cuda_rng_tracker
+STREAMS = [Layout(tp=2), Layout(pp=2), Layout(dp=2)]
 
+
+def _streams() -> list[tuple[list[float], list[float]]]:
+    """Per layout three draws of the default stream and three of the tensor-parallel one."""
+    return [_draws(layout) for layout in STREAMS]
+
+
+def _draws(layout: Layout) -> tuple[list[float], list[float]]:
     with megatron(layout), platform.megatron_calls():
         default = torch.rand(3).tolist()
         with get_cuda_rng_tracker().fork():
-            return [default, torch.rand(3).tolist()]
+            return default, torch.rand(3).tolist()
 
 
 def test_dropout_streams_differ_where_masks_should_and_agree_where_they_must() -> None:
-    shards = run_ranks(2, _streams, Layout(tp=2), timeout=30)
-    assert shards[0][0] == shards[1][0] and shards[0][1] != shards[1][1]
-    for layout in (Layout(pp=2), Layout(dp=2)):
-        first, second = run_ranks(2, _streams, layout, timeout=30)
-        assert first[0] != second[0] and first[1] != second[1]
+    first, second = run_ranks(2, _streams, timeout=30)
+    agree = {
+        str(layout): [a == b for a, b in zip(*pair, strict=True)]
+        for layout, *pair in zip(STREAMS, first, second, strict=True)
+    }
+    assert agree == {str(STREAMS[0]): [True, False], str(STREAMS[1]): [False, False], str(STREAMS[2]): [False, False]}
 
 
 def _train_in_bf16(layout: Layout, case: Case) -> dict[str, Any]:

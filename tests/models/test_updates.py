@@ -53,7 +53,10 @@ def _adamw(case: Case) -> Expected:
     parameters = dict(model.named_parameters())
     optimizer = torch.optim.AdamW(
         [
-            {"params": [item for item in parameters.values() if item.dim() > 1], "weight_decay": OPTIMIZER["weight_decay"]},
+            {
+                "params": [item for item in parameters.values() if item.dim() > 1],
+                "weight_decay": OPTIMIZER["weight_decay"],
+            },
             {"params": [item for item in parameters.values() if item.dim() == 1], "weight_decay": 0.0},
         ],
         betas=tuple(OPTIMIZER["betas"]),
@@ -82,7 +85,9 @@ def expected(cases: dict[str, Case]) -> dict[str, Expected]:
 def _train(layout: Layout, cases: dict[str, Case], expected: dict[str, Expected]) -> list[dict[str, Any]]:
     with megatron(layout) as ranks:
         return [
-            _train_one(layout, ranks, cases[name], expected[name], sharded) for name in MODELS for sharded in (True, False)
+            _train_one(layout, ranks, cases[name], expected[name], sharded)
+            for name in MODELS
+            for sharded in (True, False)
         ]
 
 
@@ -112,7 +117,8 @@ def _train_one(layout: Layout, ranks: Any, case: Case, wanted: Expected, sharded
 @pytest.mark.parametrize("layout", LAYOUTS, ids=str)
 def test_three_updates_equal_adamw(layout: Layout, cases: dict[str, Case], expected: dict[str, Expected]) -> None:
     assert all(norm > OPTIMIZER["clip_grad"] for wanted in expected.values() for norm in wanted.norms)  # clipping acts
-    trained = [figures for rank in run_ranks(layout.ranks, _train, layout, cases, expected, timeout=100) for figures in rank]
+    results = run_ranks(layout.ranks, _train, layout, cases, expected, timeout=100)
+    trained = [figures for rank in results for figures in rank]
     for figures in trained:
         assert figures["lr"] == pytest.approx(LEARNING_RATES), figures
         assert max(figures["norm"]) < NORM, figures

@@ -67,5 +67,5 @@ def test_engine(outcomes, layout, check):
 
 
 def test_nothing_is_left_in_shared_memory(outcomes):
-    assert outcomes["qwen3-tied-tp2"][0]["segments"]  # the two ranks did share some
+    assert "megatron-rlvr-" in outcomes["qwen3-tied-tp2"][0]["segments"]  # the two ranks did share some
     assert not [name for name in outcomes["left in /dev/shm"] if "megatron-rlvr" in name or name.startswith("psm_")]

@@ -1,0 +1,262 @@
+"""Meters are exact, every step is one line of valid JSON, and no tracker can stop a run."""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+import sys
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from megatron_rlvr.config import ConfigError, LoggingConfig
+from megatron_rlvr.metrics import Meter, MetricsWriter, RolloutsWriter, rollout_row, spread
+from megatron_rlvr.records import read_rows, truncate_after
+from megatron_rlvr.types import Prompt, Rollout, RolloutGroup, Verdict
+
+OFF = LoggingConfig(tensorboard=False)
+
+
+def group(number: int, samples: int = 4, text: str = "5*7+3", reward: float = 1.0) -> RolloutGroup:
+    prompt = Prompt(f"train/{number}", "3,5,7=38>", (3, 11, 5), "countdown", {"target": 38})
+    return RolloutGroup(
+        prompt,
+        [
+            Rollout(i, [5, 13, 1], [-0.5, -0.25, -0.125], "stop", 7, text, Verdict(reward, "ok", text))
+            for i in range(samples)
+        ],
+    )
+
+
+def test_meter_means_are_exact_over_unequal_microbatches():
+    values = torch.randn(103, dtype=torch.float64, generator=torch.Generator().manual_seed(0)).requires_grad_()
+    meter = Meter()
+    for part in values.split([1, 60, 42]):
+        meter.add("loss", part.sum(), torch.tensor(part.numel()))
+        meter.maximum("peak", part.max())
+    meter.add("calls", 2.0)
+    meter.add("calls", 4)
+    means = meter.means()
+    assert means["loss"] == pytest.approx(float(values.detach().mean()), rel=1e-12)
+    assert means["peak"] == float(values.detach().max())
+    assert means["calls"] == 3.0
+    assert meter.sums["calls"] == (6.0, 2.0)
+    assert all(type(number) is float for pair in meter.sums.values() for number in pair)
+    assert type(meter.maxima["peak"]) is float
+
+
+def test_meter_holds_no_graph():
+    leaf = torch.ones(3, requires_grad=True)
+    meter = Meter()
+    meter.add("x", (leaf * 2).sum())
+    assert not any(isinstance(item, torch.Tensor) and item.requires_grad for row in meter._pending for item in row)
+
+
+def test_meter_merge_equals_one_meter():
+    left, right, both = Meter(), Meter(), Meter()
+    for meter, numbers in ((left, (1.0, 5.0)), (right, (2.0, 3.0))):
+        for number in numbers:
+            for target in (meter, both):
+                target.add("a", number, 2)
+                target.maximum("b", number)
+    right.add("only", 1.0, 4)
+    both.add("only", 1.0, 4)
+    left.merge(right)
+    assert left.means() == both.means()
+    assert left.sums == both.sums
+    assert right.sums["a"] == (5.0, 4.0)  # merging leaves the other as it was
+
+
+def test_meter_leaves_out_empty_means_and_keeps_nan():
+    meter = Meter()
+    meter.add("empty", torch.tensor(0.0), torch.tensor(0))
+    for value in (1.0, math.nan, 2.0):
+        meter.maximum("gap", value)
+    means = meter.means()
+    assert "empty" not in means
+    assert math.isnan(means["gap"])  # a NaN must not be hidden by a later, smaller finite value
+
+
+def test_metrics_are_one_valid_line_per_step(tmp_path, caplog):
+    with caplog.at_level(logging.WARNING), MetricsWriter(tmp_path, OFF) as writer:
+        writer.write(1, {"reward/mean": torch.tensor(0.5), "sync/verified": True, "policy/loss": math.nan})
+        assert len(read_rows(tmp_path / "metrics.jsonl")) == 1  # flushed before the next step
+        writer.write(2, {"reward/mean": 0.25, "sync/verified": False, "policy/loss": -math.inf, "policy/kl": math.inf})
+    lines = (tmp_path / "metrics.jsonl").read_text().splitlines()
+    rows = [json.loads(line, parse_constant=lambda name: pytest.fail(f"{name} is not JSON")) for line in lines]
+    assert rows[0] == {"step": 1, "reward/mean": 0.5, "sync/verified": True, "policy/loss": None}
+    assert rows[1]["policy/loss"] is None
+    assert rows[1]["sync/verified"] is False
+    warned = [record.message for record in caplog.records]
+    assert len(warned) == 2  # once per name
+    assert "policy/loss" in warned[0]
+    assert "step 1" in warned[0]
+
+
+def test_resuming_writes_each_step_once(tmp_path):
+    with MetricsWriter(tmp_path, OFF) as writer:
+        for step in range(1, 6):
+            writer.write(step, {"run": "first"})
+    with open(tmp_path / "metrics.jsonl", "a") as file:
+        file.write('{"step": 6, "ru')  # cut by a kill
+    assert len(read_rows(tmp_path / "metrics.jsonl")) == 5
+    with MetricsWriter(tmp_path, OFF, resume_step=3) as writer:
+        for step in range(4, 7):
+            writer.write(step, {"run": "second"})
+    rows = read_rows(tmp_path / "metrics.jsonl")
+    assert [row["step"] for row in rows] == [1, 2, 3, 4, 5, 6]
+    assert [row["run"] for row in rows] == ["first"] * 3 + ["second"] * 3
+
+
+def test_resuming_rollouts_keeps_all_rows_of_earlier_steps(tmp_path):
+    writer = RolloutsWriter(tmp_path, count=2)
+    for step in (1, 2, 3):
+        writer.write(step, [group(0), group(1)])
+    writer.close()
+    truncate_after(tmp_path / "rollouts.jsonl", 2)
+    assert [row["step"] for row in read_rows(tmp_path / "rollouts.jsonl")] == [1, 1, 2, 2]
+    truncate_after(tmp_path / "rollouts.jsonl", 9)
+    assert len(read_rows(tmp_path / "rollouts.jsonl")) == 4
+    truncate_after(tmp_path / "absent.jsonl", 2)
+    assert not (tmp_path / "absent.jsonl").exists()
+
+
+@pytest.mark.parametrize("line", ["{broken", "[1, 2]", '{"no": "step"}'])
+def test_a_broken_line_is_named(tmp_path, line):
+    path = tmp_path / "metrics.jsonl"
+    path.write_text(f'{{"step": 1}}\n{line}\n{{"step": 3}}\n')
+    for read in (read_rows, lambda path: truncate_after(path, 3)):
+        with pytest.raises(ValueError, match=r"metrics\.jsonl, line 2"):
+            read(path)
+    assert len(path.read_text().splitlines()) == 3  # nothing was cut
+
+
+def test_tensorboard_holds_the_numbers(tmp_path):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    with MetricsWriter(tmp_path, LoggingConfig(tensorboard=True)) as writer:
+        for step in (1, 2):
+            writer.write(
+                step, {"reward/mean": step / 4, "sync/verified": True, "policy/loss": math.nan, "note": "text"}
+            )
+    events = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
+    assert sorted(events.Tags()["scalars"]) == ["reward/mean", "sync/verified"]
+    assert [(event.step, event.value) for event in events.Scalars("reward/mean")] == [(1, 0.25), (2, 0.5)]
+
+
+class FakeWandb(SimpleNamespace):
+    """W&B's interface as far as it is used."""
+
+    def __init__(self) -> None:
+        super().__init__(started=[], logged=[], finished=0, broken=False, id="abc123")
+
+    def init(self, **settings):
+        self.started.append(settings)
+        return self
+
+    def define_metric(self, name, step_metric):
+        self.axis = (name, step_metric)
+
+    def log(self, values):
+        if self.broken:
+            raise ConnectionError("the network is gone")
+        self.logged.append(values)
+
+    def finish(self):
+        self.finished += 1
+
+
+def test_wandb_gets_the_metrics_and_a_resumed_run_goes_on(tmp_path, monkeypatch):
+    wandb = FakeWandb()
+    monkeypatch.setitem(sys.modules, "wandb", wandb)
+    settings = LoggingConfig(tensorboard=False, wandb_project="rlvr")
+    with MetricsWriter(tmp_path, settings, "demo", {"seed": 1}) as writer:
+        writer.write(1, {"reward/mean": 0.5, "policy/loss": math.nan})
+    with MetricsWriter(tmp_path, settings, "demo", {"seed": 1}, resume_step=1):
+        pass
+    assert wandb.logged == [{"step": 1, "reward/mean": 0.5}]
+    assert wandb.axis == ("*", "step")
+    assert wandb.finished == 2
+    first, second = wandb.started
+    assert (first["project"], first["name"], first["config"], first["id"]) == ("rlvr", "demo", {"seed": 1}, None)
+    assert (second["id"], second["resume"]) == ("abc123", "allow")
+
+
+def test_a_tracker_that_fails_never_stops_the_run(tmp_path, monkeypatch, caplog):
+    wandb = FakeWandb()
+    monkeypatch.setitem(sys.modules, "wandb", wandb)
+    with MetricsWriter(tmp_path, LoggingConfig(tensorboard=False, wandb_project="rlvr")) as writer:
+        wandb.broken = True
+        for step in (1, 2, 3):
+            writer.write(step, {"reward/mean": 0.5})
+    assert [row["step"] for row in read_rows(tmp_path / "metrics.jsonl")] == [1, 2, 3]
+    warnings = [record.message for record in caplog.records]
+    assert len(warnings) == 1
+    assert "W&B" in warnings[0]
+    assert "the network is gone" in warnings[0]
+
+
+@pytest.mark.parametrize(
+    ("module", "settings"),
+    [
+        ("wandb", LoggingConfig(tensorboard=False, wandb_project="rlvr")),
+        ("torch.utils.tensorboard", LoggingConfig(tensorboard=True)),
+    ],
+)
+def test_a_tracker_that_is_not_installed_is_a_config_error(tmp_path, monkeypatch, module, settings):
+    monkeypatch.setitem(sys.modules, module, None)  # what Python itself uses for "cannot be imported"
+    with pytest.raises(ConfigError, match=r"logging\..*pip install"):
+        MetricsWriter(tmp_path, settings)
+
+
+def test_wandb_that_does_not_start_is_a_config_error(tmp_path, monkeypatch):
+    def refuse(**settings):
+        raise RuntimeError("no API key")
+
+    monkeypatch.setitem(sys.modules, "wandb", SimpleNamespace(init=refuse))
+    with pytest.raises(ConfigError, match=r"no API key.*WANDB_MODE=offline"):
+        MetricsWriter(tmp_path, LoggingConfig(tensorboard=False, wandb_project="rlvr"))
+
+
+def test_rollout_rows_say_everything(tmp_path):
+    assert rollout_row(3, *_first(group(5))) == {
+        "step": 3,
+        "prompt_id": "train/5",
+        "prompt": "3,5,7=38>",
+        "sample": 0,
+        "response": "5*7+3",
+        "tokens": 3,
+        "reward": 1.0,
+        "status": "ok",
+        "extracted": "5*7+3",
+        "answer": {"target": 38},
+        "finish_reason": "stop",
+        "policy_version": 7,
+        "log_prob": -0.875,
+    }
+    awkward = '数学 \u2028 \ud800 \x00 "</script>"\nline'
+    writer = RolloutsWriter(tmp_path, count=1)
+    writer.write(1, [group(0, text=awkward, reward=math.nan)])
+    writer.close()
+    (row,) = read_rows(tmp_path / "rollouts.jsonl")
+    assert row["response"] == awkward
+    assert row["reward"] is None
+    assert "数学" in (tmp_path / "rollouts.jsonl").read_text(encoding="utf-8")
+
+
+def test_spread_covers_the_groups():
+    assert spread([4] * 8, 3) == [(0, 0), (2, 0), (5, 0)]
+    assert spread([2, 2], 3) == [(0, 0), (1, 0), (0, 1)]
+    assert spread([1, 3], 9) == [(0, 0), (1, 0), (1, 1), (1, 2)]
+    assert spread([4] * 8, 0) == []
+    assert spread([], 5) == []
+    for count in range(1, 40):
+        chosen = spread([4] * 8, count)
+        assert len(set(chosen)) == len(chosen) == min(count, 32)
+        assert len({place for place, _ in chosen}) == min(count, 8)
+
+
+def _first(one: RolloutGroup) -> tuple[Prompt, Rollout]:
+    return one.prompt, one.rollouts[0]

@@ -1,0 +1,133 @@
+"""Megatron's questions to CUDA are answered inside ``megatron_calls`` and nowhere else; torch comes back as it was."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from megatron_rlvr import platform
+from tests.ranks import run_ranks
+from tests.tiny import make_folder
+
+pytestmark = pytest.mark.skipif(platform.has_gpu(), reason="on a GPU there is nothing to adjust")
+
+
+def _state() -> list[tuple[bool, Any]]:
+    """(own attribute, value) of everything that is ever replaced."""
+    return [(name in vars(owner), getattr(owner, name)) for owner, name, _ in platform._cpu_answers()]
+
+
+def _answers_are_in_force() -> bool:
+    tensor = torch.ones(2, device="cuda")
+    assert tensor.device.type == torch.zeros([], device=torch.device("cuda", 3)).device.type == "cpu"
+    assert torch.tensor([1.0], device="cuda").cuda().device.type == "cpu"
+    assert torch.cuda.current_device() == torch.device("cpu")
+    torch.cuda.synchronize()
+    assert tensor.type() == "torch.cuda.FloatTensor" and tensor.bfloat16().type() == "torch.cuda.BFloat16Tensor"
+    assert tensor.type(torch.float64).dtype == torch.float64
+    return all(getattr(owner, name) is replacement for owner, name, replacement in platform._cpu_answers())
+
+
+def _torch_is_itself() -> bool:
+    with pytest.raises((AssertionError, RuntimeError)):
+        torch.zeros(1, device="cuda")
+    assert torch.ones(1).type() == "torch.FloatTensor"
+    return platform._depth == 0
+
+
+def test_torch_is_restored_exactly() -> None:
+    zeros, before = torch.zeros, _state()
+    with platform.megatron_calls():
+        assert _answers_are_in_force()
+        assert torch.zeros is not zeros
+    assert torch.zeros is zeros and _torch_is_itself()
+    assert all(now == then and now[1] is then[1] for now, then in zip(_state(), before, strict=True))
+
+
+def test_it_is_re_entrant() -> None:
+    before = _state()
+    with platform.megatron_calls():
+        with platform.megatron_calls():
+            assert _answers_are_in_force()
+        assert _answers_are_in_force()  # the inner one's end ends nothing
+    assert _torch_is_itself() and _state() == before
+
+
+def test_an_exception_restores_torch_too() -> None:
+    before = _state()
+    with pytest.raises(ZeroDivisionError), platform.megatron_calls(), platform.megatron_calls():
+        assert _answers_are_in_force()
+        raise ZeroDivisionError
+    assert _torch_is_itself() and _state() == before
+    with platform.megatron_calls():
+        assert _answers_are_in_force()  # and it still works
+    assert _state() == before
+
+
+def test_with_a_gpu_nothing_is_replaced(monkeypatch: pytest.MonkeyPatch) -> None:
+    before = _state()
+    monkeypatch.setattr(platform, "has_gpu", lambda: True)
+    with platform.megatron_calls():
+        assert _state() == before
+    assert platform.backend() == "cuda:nccl,cpu:gloo"
+    monkeypatch.setenv("LOCAL_RANK", "3")
+    assert platform.device() == torch.device("cuda", 3)
+
+
+def test_a_machine_without_gpu() -> None:
+    assert (platform.device(), platform.backend()) == (torch.device("cpu"), "gloo")
+    assert not platform.has_transformer_engine() and not platform.has_apex_weight_gradient_kernel()
+
+
+def _rotary_tables(folder: Path) -> dict[str, Any]:
+    constructors = torch.utils._device._device_constructors
+    constructors.cache_clear()  # as in a fresh process, whatever other tests have done
+    platform.start_rank()
+    found = {}
+    with platform.megatron_calls():
+        found["inside"] = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).model.rotary_emb.inv_freq
+        wrapped = torch.tensor
+    found["after"] = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).model.rotary_emb.inv_freq
+    tables = {name: table.tolist() for name, table in found.items()}
+    return tables | {"covers": torch.tensor in constructors() and wrapped not in constructors()}
+
+
+def test_transformers_builds_its_rotary_table_inside_and_after(tmp_path: Path) -> None:
+    """Were torch's list of device constructors first read inside, the table would silently be uninitialised memory."""
+    folder = make_folder(tmp_path / "model")
+    (found,) = run_ranks(1, _rotary_tables, folder, timeout=60)
+    wanted = [5000.0 ** (-2 * index / 16) for index in range(8)]
+    assert found["inside"] == pytest.approx(wanted) and found["after"] == pytest.approx(wanted)
+    assert found["covers"]
+
+
+def _draws() -> dict[str, Any]:
+    from megatron.core.tensor_parallel import get_cuda_rng_tracker
+    from megatron.core.tensor_parallel.random import initialize_rng_tracker
+
+    with platform.megatron_calls():
+        initialize_rng_tracker()
+        tracker = get_cuda_rng_tracker()
+        tracker.add("one", 11)
+        torch.manual_seed(5)
+        outside = [torch.rand(1).item()]
+        with tracker.fork("one"):
+            inside = [torch.rand(1).item()]
+        with pytest.raises(ZeroDivisionError), tracker.fork("one"):
+            inside.append(torch.rand(1).item())
+            raise ZeroDivisionError
+        outside.append(torch.rand(1).item())
+        with tracker.fork("one"):
+            inside.append(torch.rand(1).item())
+    return {"inside": inside, "outside": outside}
+
+
+def test_the_tracker_keeps_its_streams_apart() -> None:
+    (found,) = run_ranks(1, _draws, timeout=30)
+    for name, seed, count in (("inside", 11, 3), ("outside", 5, 2)):
+        generator = torch.Generator().manual_seed(seed)
+        assert found[name] == [torch.rand(1, generator=generator).item() for _ in range(count)], name

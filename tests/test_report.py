@@ -1,0 +1,261 @@
+"""The report: one file, offline, escaped, drawn from whatever the run has logged."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import sys
+from html.parser import HTMLParser
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from megatron_rlvr.charts import Chart, draw, read_lines, running_mean, thin
+from megatron_rlvr.config import Config, dump
+from megatron_rlvr.report import CHARTS, build_report, key_figures
+
+ROOT = Path(__file__).parent.parent
+ATTACK = "</pre><script>alert(1)</script>&amp; <img src=x onerror=y> \x00\x1b 数学"
+
+
+def step_row(step: int, **more) -> dict:
+    row = {"step": step, "reward/mean": 0.1 + step / 100, "reward/std": 0.3, "policy/entropy": 0.9 - step / 100}
+    row |= {"policy/grad_norm": 0.5, "policy/clip_share": 0.01, "tokens/response_mean": 5.5, "tokens/per_second": 900.0}
+    row |= {"lp_reg/share": 0.004, "rollout/log_prob_gap_max": 2e-6, "rollout/log_prob_gap_mean": 3e-7}
+    row |= {"rollout/truncated_share": 0.0, "sync/verified": True, "time/step": 1.0, "time/generate": 0.4}
+    row |= {"time/verify": 0.05, "time/log_probs": 0.1, "time/train": 0.3, "time/sync": 0.02}
+    return row | more
+
+
+def write_run(folder: Path, rows: list[dict], rollouts: list[dict] | None = None) -> Path:
+    folder.mkdir(exist_ok=True)
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    if rollouts is not None:
+        (folder / "rollouts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rollouts))
+    return folder
+
+
+def response(step: int, reward: float | None, text: str) -> dict:
+    row = {"step": step, "prompt_id": "train/1", "prompt": "3,5,7=38>", "sample": 0, "response": text, "tokens": 6}
+    return row | {
+        "reward": reward,
+        "status": "ok",
+        "extracted": None,
+        "answer": {"target": 38},
+        "finish_reason": "stop",
+    }
+
+
+class Page(HTMLParser):
+    """Tags, attributes and text of a page; fails on a tag that closes what is not open."""
+
+    def __init__(self, html: str) -> None:
+        super().__init__()
+        self.tags: list[str] = []
+        self.attributes: list[tuple[str, str, str]] = []
+        self.text, self.open = "", []
+        self.feed(html)
+        assert not self.open, f"left open: {self.open}"
+
+    def handle_starttag(self, tag, attrs):
+        self.tags.append(tag)
+        self.attributes += [(tag, name, value or "") for name, value in attrs]
+        if tag not in ("meta", "br", "img", "link", "input"):
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag, attrs):
+        self.tags.append(tag)
+        self.attributes += [(tag, name, value or "") for name, value in attrs]
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag
+
+    def handle_data(self, data):
+        self.text += data
+
+
+@pytest.fixture(scope="module")
+def full_run(tmp_path_factory) -> Path:
+    rows = [step_row(step) for step in range(1, 61)]
+    for step, share in ((1, 0.15), (31, 0.3)):
+        rows[step - 1] |= {"eval/pass@1": share, "eval/pass@16": 0.7, "eval/distinct": 12.0}
+    rollouts = [response(step, float(step % 2), f"{ATTACK} {step}") for step in range(40, 61)]
+    folder = write_run(tmp_path_factory.mktemp("runs") / "full", rows, rollouts)
+    config = Config(name="count<down>", verifier="countdown", exploration={"lp_reg": {"rho": 0.05}})
+    dump(config, folder / "config.yaml")
+    (folder / "summary.json").write_text(json.dumps({"steps": 60, "eval/pass@1": 0.4}))
+    build_report(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def page(full_run) -> Page:
+    return Page((full_run / "report.html").read_text(encoding="utf-8"))
+
+
+def test_every_chart_is_there(page):
+    assert page.tags.count("figure") == page.tags.count("svg") == len(CHARTS)
+    assert all(chart.title in page.text for chart in CHARTS)
+    labels = [value for tag, name, value in page.attributes if (tag, name) == ("svg", "aria-label")]
+    assert "Reward, the verifier's, mean over the step's responses: mean from 0.11 to 0.7" in labels
+    assert "Held-out prompts, share solved: pass@1 from 0.15 to 0.4; pass@16 from 0.7 to 0.7" in labels
+
+
+def test_the_page_needs_nothing_else(page, full_run):
+    assert not {"script", "link", "img", "iframe", "object", "image", "foreignobject"} & set(page.tags)
+    html = (full_run / "report.html").read_text(encoding="utf-8")
+    assert re.findall(r"https?://[^\"' )<]*", html) == []
+    links = [value for _, name, value in page.attributes if name in ("href", "xlink:href", "src")]
+    assert all(link.startswith("#") for link in links)
+    assert not [name for _, name, _ in page.attributes if name.startswith("on")]
+    policy = [value for tag, name, value in page.attributes if tag == "meta" and value.startswith("default-src")]
+    assert policy == ["default-src 'none'; style-src 'unsafe-inline'"]
+
+
+def test_ids_are_unique_and_every_reference_has_one(page, full_run):
+    ids = [value for _, name, value in page.attributes if name == "id"]
+    assert len(ids) == len(set(ids))
+    html = (full_run / "report.html").read_text(encoding="utf-8")
+    used = set(re.findall(r"url\(#([^)]*)\)", html)) | set(re.findall(r'href="#([^"]*)"', html))
+    assert used
+    assert used <= set(ids)
+
+
+def test_light_and_dark_define_the_same_colours(full_run):
+    html = (full_run / "report.html").read_text(encoding="utf-8")
+    light, dark = (set(re.findall(r"(--\w+):", block)) for block in re.findall(r":root \{(.*?)\}", html, re.DOTALL))
+    used = set(re.findall(r"var\((--\w+)\)", html))
+    assert light == dark
+    assert used <= light
+    assert "#f0000" not in html  # no placeholder colour is left
+    assert "prefers-color-scheme: dark" in html
+    assert 'name="viewport"' in html
+
+
+def test_text_from_the_run_is_escaped(page, full_run):
+    assert "</pre><script>alert(1)</script>&amp; <img src=x onerror=y> ␀␛ 数学 60" in page.text
+    assert "count<down>" in page.text
+    assert "rho: 0.05" in page.text
+    assert "\x00" not in (full_run / "report.html").read_text(encoding="utf-8")
+
+
+def test_examples_are_the_newest_right_and_wrong_ones(page):
+    shown = [int(step) for step in re.findall(r"数学 (\d+)", page.text)]
+    assert shown == [59, 57, 55, 53, 60, 58, 56, 54]
+    assert "reward 1 " in page.text
+
+
+def test_key_figures_are_the_numbers_of_the_run(page):
+    figures = {name: (value, note) for name, value, note in key_figures([step_row(step) for step in range(1, 61)])}
+    assert figures["Reward"] == ("0.205 → 0.605", "first and last 20 steps, × 2.95")
+    assert figures["Log-prob gap"][0] == "2.0e-06"
+    assert figures["Weight sync"][0] == "60 of 60"
+    assert figures["Time"] == ("1 min 00 s", "1.00 s per step, 900 tokens/s")
+    assert "15.0% → 40.0%" in page.text  # held out: the last is the finished run's, from summary.json
+    assert "60 of 100 steps" in page.text
+    failed = {name: value for name, value, _ in key_figures([step_row(1), step_row(2, **{"sync/verified": False})])}
+    assert failed["Weight sync"] == "1 of 2"
+
+
+def test_building_again_gives_the_same_bytes(full_run):
+    first = (full_run / "report.html").read_bytes()
+    build_report(full_run)
+    assert (full_run / "report.html").read_bytes() == first
+    assert not list(full_run.glob("*.new"))
+
+
+@pytest.mark.parametrize(
+    "rows",
+    [
+        [step_row(1)],
+        [{"step": 1}, {"step": 2}],
+        [step_row(step, **{"reward/mean": None, "policy/grad_norm": 0.0, "lp_reg/share": 0.0}) for step in (1, 2, 3)],
+        [step_row(step, **{"rollout/log_prob_gap_max": 0.0, "rollout/log_prob_gap_mean": 0.0}) for step in (1, 2)],
+        [step_row(step, **{"reward/mean": -step}) for step in (1, 2, 3)],
+        [
+            {"step": 1, "eval/pass@1": 0.5, "eval/pass@8": 0.9},
+            {"step": 2, "time/generate": 1.0},
+            {"step": 3, "time/generate": 2.0},
+        ],
+    ],
+    ids=["one step", "no metric", "null and zero", "no gap", "negative", "partial"],
+)
+def test_what_is_missing_is_left_out(tmp_path, rows):
+    html = build_report(write_run(tmp_path / "run", rows)).read_text()
+    Page(html)
+    assert not re.search(r"\b(nan|inf|None)\b", html)
+    has_reward_line = sum(row.get("reward/mean") is not None for row in rows) > 1
+    assert ('aria-label="Reward' in html) == has_reward_line
+
+
+def test_a_run_that_is_being_written_can_be_reported(tmp_path):
+    folder = write_run(tmp_path / "run", [step_row(1), step_row(2)])
+    with open(folder / "metrics.jsonl", "a") as file:
+        file.write('{"step": 3, "rew')
+    assert "steps: 2" in build_report(folder).read_text()
+
+
+def test_long_responses_are_cut_and_say_so(tmp_path):
+    folder = write_run(tmp_path / "run", [step_row(1)], [response(1, 0.0, "x" * 5000), response(1, None, "unjudged")])
+    html = build_report(folder).read_text()
+    assert "x" * 4000 + " … 1,000 more characters" in html
+    assert "unjudged" not in html
+
+
+def test_errors_name_the_file(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"absent/metrics\.jsonl"):
+        build_report(tmp_path / "absent")
+    with pytest.raises(ValueError, match=r"metrics\.jsonl holds no step"):
+        build_report(write_run(tmp_path / "empty", []))
+    (tmp_path / "empty" / "metrics.jsonl").write_text("{oops\n")
+    with pytest.raises(ValueError, match=r"metrics\.jsonl, line 1"):
+        build_report(tmp_path / "empty")
+
+
+def test_the_tool_builds_what_it_can_and_fails_for_the_rest(tmp_path):
+    folder = write_run(tmp_path / "run", [step_row(1), step_row(2)])
+    command = [sys.executable, str(ROOT / "tools" / "report.py"), str(tmp_path / "absent"), str(folder)]
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    result = subprocess.run(command, capture_output=True, text=True, timeout=120, env=environment, check=False)
+    assert result.returncode == 1
+    assert result.stdout.split() == [str(folder / "report.html")]
+    assert result.stderr.startswith("error: ")
+    assert len(result.stderr.splitlines()) == 1
+
+
+def test_running_mean_is_centred():
+    values = np.array([0.0, 3.0, 6.0, 9.0, 30.0])
+    assert running_mean(values, 1).tolist() == [1.5, 3.0, 6.0, 15.0, 19.5]
+    assert running_mean(values, 0).tolist() == values.tolist()
+    line = np.arange(50.0)
+    np.testing.assert_allclose(running_mean(line, 10)[10:40], line[10:40])
+
+
+def test_long_runs_are_thinned_and_peaks_survive():
+    values = np.zeros(4000)
+    values[1234] = 8.0
+    assert len(thin(values)) == 400
+    assert thin(values, np.max).max() == 8.0
+    assert thin(values).sum() == pytest.approx(0.8)
+    assert thin(values[:7]).tolist() == [0.0] * 7
+    rows = [step_row(step) for step in range(1, 4001)]
+    drawing = draw(CHARTS[0], rows)
+    assert drawing is not None
+    assert len(drawing.svg) < 60_000
+
+
+def test_lines_keep_their_colour_whatever_is_missing():
+    chart = Chart("T", "", "stack", {"time/a": "a", "time/b": "b"}, whole="time/step")
+    rows = [{"step": step, "time/a": 1.0, "time/b": 2.0, "time/step": 4.0} for step in (1, 2)]
+    without = [{"step": step, "time/b": 2.0, "time/step": 4.0} for step in (1, 2)]
+    both, one = draw(chart, rows), draw(chart, without)
+    assert both is not None
+    assert one is not None
+    assert both.legend == [("a", "--c1"), ("b", "--c2"), ("other", "--c6")]
+    assert one.legend == [("b", "--c2"), ("other", "--c6")]
+    passes = Chart("P", "", "points", {"eval/pass@*": ""})
+    rows = [{"step": step, "eval/pass@16": 0.5, "eval/pass@4": 0.3, "eval/pass@1": 0.1} for step in (1, 2)]
+    assert [line.label for line in read_lines(passes, rows)] == ["pass@1", "pass@4", "pass@16"]
