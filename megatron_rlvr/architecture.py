@@ -59,7 +59,11 @@ class Architecture:
 
     def check_layout(self, tp: int, pp: int, vpp: int) -> None:
         """Whether the policy can be cut into tp x pp x vpp. Raises ConfigError."""
-        parts = {"attention heads": self.num_heads, "key-value heads": self.num_kv_heads, "feed-forward columns": self.ffn_size}
+        parts = {
+            "attention heads": self.num_heads,
+            "key-value heads": self.num_kv_heads,
+            "feed-forward columns": self.ffn_size,
+        }
         for what, size in parts.items():
             rule(size % tp == 0, f"parallel.tp={tp} must divide the model's {size} {what}")
         stages = f"parallel.pp={pp}" + (f" x parallel.vpp={vpp} = {pp * vpp} stages" if vpp > 1 else "")
@@ -144,7 +148,10 @@ def _refuse_variants(tree: dict[str, Any], source: Path) -> None:
         not tree.get("use_sliding_window") and layers == {"full_attention"},
         f"{source}: sliding-window attention is not supported: set use_sliding_window to false",
     )
-    rule(tree.get("hidden_act", "silu") == "silu", f"{source}: hidden_act {tree.get('hidden_act')!r} is not supported, only 'silu'")
+    rule(
+        tree.get("hidden_act", "silu") == "silu",
+        f"{source}: hidden_act {tree.get('hidden_act')!r} is not supported, only 'silu'",
+    )
     rule(
         not (tree["model_type"] == "qwen3" and tree.get("attention_bias")),
         f"{source}: attention_bias is not supported for qwen3",

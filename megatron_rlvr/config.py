@@ -1,4 +1,4 @@
-"""The configuration: a tree of dataclasses, read from YAML, changed by dotted overrides, checked before anything starts.
+"""The configuration: dataclasses read from YAML, changed by dotted overrides, checked before anything starts.
 
     config = load_config("examples/countdown_cpu/config.yaml", ["parallel.tp=2", "exploration.lp_reg.rho=0.05"])
 
@@ -288,13 +288,21 @@ def check(config: Config) -> None:
         f"rollout.tp={config.rollout_tp} must divide the number of ranks tp*pp*dp={world}: "
         f"each engine replica takes that many ranks",
     )
-    rule(parallel.vpp == 1 or parallel.pp > 1, f"parallel.vpp={parallel.vpp} needs parallel.pp > 1: one stage has nothing to interleave")
+    rule(
+        parallel.vpp == 1 or parallel.pp > 1,
+        f"parallel.vpp={parallel.vpp} needs parallel.pp > 1: one stage has nothing to interleave",
+    )
     rule(
         not parallel.sequence_parallel or parallel.tp > 1,
         "parallel.sequence_parallel needs parallel.tp > 1: it shards over the tensor-parallel ranks",
     )
-    rule(bool(config.verifier), "verifier is not set: name the one that scores the responses, for example verifier=math")
-    rule(bool(config.model.path), "model.path is not set: give a Hugging Face folder (config.json, tokenizer, safetensors)")
+    rule(
+        bool(config.verifier), "verifier is not set: name the one that scores the responses, for example verifier=math"
+    )
+    rule(
+        bool(config.model.path),
+        "model.path is not set: give a Hugging Face folder (config.json, tokenizer, safetensors)",
+    )
     rule(bool(config.data.path), "data.path is not set: give the file that holds the prompts")
 
 
@@ -314,19 +322,28 @@ def _check_ranges(config: Config) -> None:
     }
     for name, value in at_least_one.items():
         rule(value >= 1, f"{name} must be at least 1, not {value}")
-    rule(config.rollout.temperature > 0, f"rollout.temperature must be above 0, not {config.rollout.temperature}: greedy decoding has no log-probs to learn from")
+    rule(
+        config.rollout.temperature > 0,
+        f"rollout.temperature must be above 0, not {config.rollout.temperature}: "
+        f"greedy decoding has no log-probs to learn from",
+    )
     rule(0 <= config.model.dropout < 1, f"model.dropout must be in [0, 1), not {config.model.dropout}")
     rule(config.optimizer.lr > 0, f"optimizer.lr must be above 0, not {config.optimizer.lr}")
     rule(len(config.optimizer.betas) == 2, f"optimizer.betas must hold two numbers, not {config.optimizer.betas}")
     rule(
         config.algorithm.dual_clip == 0 or config.algorithm.dual_clip > 1,
-        f"algorithm.dual_clip must be above 1 (or 0 for off), not {config.algorithm.dual_clip}: it bounds a ratio that is 1 on-policy",
+        f"algorithm.dual_clip must be above 1 (or 0 for off), not {config.algorithm.dual_clip}: "
+        f"it bounds a ratio that is 1 on-policy",
     )
     rule(
         not (config.algorithm.loss == "plain_clip" and config.algorithm.dual_clip),
-        "algorithm.dual_clip has no effect with algorithm.loss=plain_clip, which already bounds the ratio: drop one of them",
+        "algorithm.dual_clip has no effect with algorithm.loss=plain_clip, which already bounds the ratio: "
+        "drop one of them",
     )
-    rule(0 <= config.algorithm.clip_low <= 1, f"algorithm.clip_low must be in [0, 1], not {config.algorithm.clip_low}: a ratio is never negative")
+    rule(
+        0 <= config.algorithm.clip_low <= 1,
+        f"algorithm.clip_low must be in [0, 1], not {config.algorithm.clip_low}: a ratio is never negative",
+    )
 
 
 def _check_batch(config: Config) -> None:
@@ -362,9 +379,17 @@ def batch_table(config: Config) -> list[tuple[str, str, str]]:
         ("engine replicas", f"{replicas}", f"{config.world_size} ranks / rollout.tp {config.rollout_tp}"),
         ("prompts per step", f"{rollout.prompts_per_step}", "rollout.prompts_per_step"),
         ("responses per step", f"{responses}", f"prompts x {rollout.responses_per_prompt} responses each"),
-        ("tokens per step", f"<= {responses * longest}", f"responses x (prompt <= {config.data.max_prompt_length} + response <= {rollout.max_response_length})"),
+        (
+            "tokens per step",
+            f"<= {responses * longest}",
+            f"responses x (prompt <= {config.data.max_prompt_length} + response <= {rollout.max_response_length})",
+        ),
         ("updates per step", f"{trainer.updates_per_rollout}", "trainer.updates_per_rollout, each over whole groups"),
         ("responses per update", f"{per_update}", f"over {parallel.dp} data-parallel rank(s)"),
         ("microbatches per update and rank", f"<= {most}", f"packed to {trainer.microbatch_tokens} tokens each"),
-        ("steps", f"{trainer.num_steps}", f"{trainer.num_steps * trainer.updates_per_rollout} optimizer updates in all"),
+        (
+            "steps",
+            f"{trainer.num_steps}",
+            f"{trainer.num_steps * trainer.updates_per_rollout} optimizer updates in all",
+        ),
     ]

@@ -9,14 +9,14 @@ from megatron_rlvr.verifiers import is_scored
 
 
 def pass_at_k(samples: int, right: int, k: int) -> float:
-    """Chance that k of ``samples`` drawn without replacement hold a right one (Chen et al. 2021, arXiv 2107.03374, Eq. 1)."""
+    """Chance that k of ``samples``, drawn without replacement, hold a right one (arXiv 2107.03374, Eq. 1)."""
     if k > samples:
         raise ValueError(f"pass@{k} needs at least {k} samples, not {samples}")
     return 1.0 - comb(samples - right, k) / comb(samples, k)
 
 
 def summarise(groups: list[RolloutGroup]) -> dict[str, float]:
-    """eval/pass@1, eval/pass@K with K the samples per prompt, eval/distinct (different responses per prompt), eval/length.
+    """eval/pass@1, eval/pass@K for K samples a prompt, eval/distinct (different responses per prompt), eval/length.
 
     A response counts as right when its reward is above one half. Responses that no verifier could judge are left out;
     a prompt with fewer than K judged responses counts for pass@1 alone.

@@ -160,12 +160,12 @@ def _fork_cpu_generator(self: Any, name: str = "model-parallel-rng") -> Iterator
 
 @contextlib.contextmanager
 def private_shared_memory(job: str) -> Iterator[None]:
-    """Build a vLLM engine in here: its ranks' shared memory bears the name ``job`` and loses it once all have mapped it.
+    """Build a vLLM engine in here: its ranks' shared memory is named after ``job``, until all of them have mapped it.
 
-    On a CPU vLLM names the segment after the rendezvous, which under torchrun is always "//" (v1/worker/cpu_worker.py:148,
-    distributed/device_communicators/cpu_communicator.py:237): two jobs on one machine collide, and so does a run with
-    what a killed one left. Its object queues (shm_broadcast.py:337) have names of their own, but a killed run leaves them
-    too. A mapped segment lives on without its name, and the kernel frees it with its last process.
+    On a CPU vLLM names the segment after the rendezvous, which under torchrun is always "//"
+    (v1/worker/cpu_worker.py:148, distributed/device_communicators/cpu_communicator.py:237): two jobs on one machine
+    collide, and so does a run with what a killed one left. Its object queues (shm_broadcast.py:337) have names of their
+    own, but a killed run leaves them too. A mapped segment lives on without its name until its last process ends.
     ``job`` must be the same on all ranks and new for each run.
     """
     from vllm.distributed.device_communicators.cpu_communicator import _CPUSHMDistributed as Channel

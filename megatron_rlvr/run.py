@@ -75,7 +75,7 @@ class Run:
 
     def _due_after(self, step: int) -> bool:
         every = self.config.trainer.save_every
-        return step == self.config.trainer.num_steps or bool(every) and step % every == 0
+        return step == self.config.trainer.num_steps or (every > 0 and step % every == 0)
 
     def _agreed_stop(self) -> int:
         """The signal that any rank received: all of them stop at the same step."""
@@ -129,7 +129,9 @@ class Run:
                 pass
             return
         save_hf(weights, Path(self.config.model.path), target)
-        (self.folder / "summary.json").write_text(json.dumps({"steps": self.config.trainer.num_steps, **final}, indent=1))
+        (self.folder / "summary.json").write_text(
+            json.dumps({"steps": self.config.trainer.num_steps, **final}, indent=1)
+        )
         for name, value in final.items():
             self.console.print(f"{name} {value:.3f}", highlight=False)
         self.console.print(f"model   {target}", highlight=False)
@@ -137,7 +139,7 @@ class Run:
 
 
 class Records:
-    """metrics.jsonl, rollouts.jsonl, trackers and the report of a run; the report is remade every REPORT_EVERY steps."""
+    """What a run writes about its steps; the report is made anew every REPORT_EVERY of them."""
 
     def __init__(self, config: Config, folder: Path, done: int) -> None:
         dump(config, folder / "config.yaml")

@@ -1,6 +1,7 @@
 """The folder of a run: what it holds, whether a run may start or go on in it.
 
-RUN/config.yaml, metrics.jsonl, rollouts.jsonl, report.html, tensorboard/, checkpoints/step_N/, logs/rank_R.log, summary.json, hf/.
+RUN/config.yaml, metrics.jsonl, rollouts.jsonl, report.html, summary.json, tensorboard/, checkpoints/step_N/,
+logs/rank_R.log, hf/.
 """
 
 from __future__ import annotations
@@ -10,7 +11,17 @@ from pathlib import Path
 
 from megatron_rlvr.config import Config, ConfigError
 
-RECORDS = ("config.yaml", "metrics.jsonl", "rollouts.jsonl", "report.html", "summary.json", "tensorboard", "checkpoints", "hf", "logs")
+RECORDS = (
+    "config.yaml",
+    "metrics.jsonl",
+    "rollouts.jsonl",
+    "report.html",
+    "summary.json",
+    "tensorboard",
+    "checkpoints",
+    "hf",
+    "logs",
+)
 
 
 def prepare_folder(config: Config) -> Path:

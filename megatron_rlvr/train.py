@@ -1,4 +1,4 @@
-"""The door: ``python -m megatron_rlvr.train CONFIG key=value ...`` starts the ranks itself; under torchrun it is one of them.
+"""The door: ``python -m megatron_rlvr.train CONFIG key=value ...`` starts the ranks; under torchrun it is one of them.
 
 Exit codes: 0 done, 2 a mistake in the config, the data or the command, 1 anything else, 128 + N stopped by signal N.
 """
@@ -40,7 +40,9 @@ def launch(config: Config, arguments: list[str]) -> int:
     from megatron_rlvr.launch.local import run_ranks
 
     _prepare(config)
-    return run_ranks([sys.executable, "-m", "megatron_rlvr.train", *arguments], config.world_size, config.run.port, {LAUNCHED: "1"})
+    return run_ranks(
+        [sys.executable, "-m", "megatron_rlvr.train", *arguments], config.world_size, config.run.port, {LAUNCHED: "1"}
+    )
 
 
 def _prepare(config: Config) -> None:
@@ -54,12 +56,13 @@ def _prepare(config: Config) -> None:
 
 
 def be_rank(config: Config) -> int:
-    """One rank's whole life. Its output goes to RUN/logs/rank_R.log; rank 0 keeps the terminal for progress and errors."""
+    """One rank's whole life. Its output goes to RUN/logs/rank_R.log; rank 0 keeps the terminal for what people read."""
     die_with_parent()
     rank = int(os.environ["RANK"])
     if int(os.environ["WORLD_SIZE"]) != config.world_size:
         raise ConfigError(
-            f"{os.environ['WORLD_SIZE']} ranks were started, but parallel.tp * pp * dp = {config.world_size}: set parallel.dp"
+            f"{os.environ['WORLD_SIZE']} ranks were started, but parallel.tp * pp * dp = {config.world_size}: "
+            f"set parallel.dp so that they agree"
         )
     if rank == 0 and LAUNCHED not in os.environ:
         _prepare(config)
@@ -73,7 +76,11 @@ def be_rank(config: Config) -> int:
         return USER_ERROR
     except Exception as error:
         traceback.print_exc()
-        print(f"error on rank {rank}: {type(error).__name__}: {error}\n  see {config.run_dir}/logs/rank_{rank}.log", file=terminal, flush=True)
+        print(
+            f"error on rank {rank}: {type(error).__name__}: {error}\n  see {config.run_dir}/logs/rank_{rank}.log",
+            file=terminal,
+            flush=True,
+        )
         return FAILURE
     finally:
         sys.stdout.flush()

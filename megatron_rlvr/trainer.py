@@ -1,6 +1,6 @@
 """The RL step, and the run around it.
 
-    groups -> verdicts -> packed batch -> old log-probs -> rewards -> advantages -> updates -> weights to the engine, proven
+    prompts -> rollouts -> verdicts -> packed batch -> old log-probs -> rewards -> advantages -> updates -> weight sync
 
 Every rank runs this same program; what differs between ranks is hidden in the groups, the policy and the engine.
 """
@@ -95,7 +95,11 @@ class Trainer:
         self.policy_version += len(batch.updates)
         with self.phase("sync"):
             sync = self.push_weights()
-        metrics = {**self._rollout_metrics(groups), **reduce.reduce_meter(meter, self.groups).means(), **updates.means()}
+        metrics = {
+            **self._rollout_metrics(groups),
+            **reduce.reduce_meter(meter, self.groups).means(),
+            **updates.means(),
+        }
         metrics |= {f"sync/{name}": value for name, value in sync.metrics().items()}
         return metrics | self._times(time.perf_counter() - started, batch), groups
 
@@ -103,7 +107,9 @@ class Trainer:
         """Prompts, responses, verdicts; goes on sampling while a method turns groups away (DAPO's dynamic sampling)."""
         wanted, groups = self.config.rollout.prompts_per_step, []
         for attempt in range(MAX_ATTEMPTS):
-            prompts = self.prompts.take(self.prompt_position, wanted - len(groups), self.config.seed, self.config.data.shuffle)
+            prompts = self.prompts.take(
+                self.prompt_position, wanted - len(groups), self.config.seed, self.config.data.shuffle
+            )
             self.prompt_position += len(prompts)
             collected = self.collector.collect(
                 prompts,
@@ -130,7 +136,10 @@ class Trainer:
         """This data-parallel rank's share of the groups, on its device."""
         parallel, scale = self.config.parallel, self.config.reward.scale
         rewards = [
-            [verifiers.reward_of(item.verdict, scale) if verifiers.is_scored(item.verdict) else None for item in group.rollouts]
+            [
+                verifiers.reward_of(item.verdict, scale) if verifiers.is_scored(item.verdict) else None
+                for item in group.rollouts
+            ]
             for group in groups
         ]
         batch = pack(
@@ -147,7 +156,9 @@ class Trainer:
     def advantages(self, batch: Batch, rewards: Tensor, groups: list[RolloutGroup]) -> Tensor:
         """[S] shaped rewards -> [T] advantages, each response's compared with its group's over every rank."""
         of_step = reduce.gather_by_index(rewards, batch.response_ids, batch.num_step_responses, self.groups.dp)
-        scored = torch.tensor([[verifiers.is_scored(rollout.verdict) for rollout in group.rollouts] for group in groups])
+        scored = torch.tensor(
+            [[verifiers.is_scored(rollout.verdict) for rollout in group.rollouts] for group in groups]
+        )
         estimate = ESTIMATORS[self.config.algorithm.advantage]
         advantages = estimate(of_step.view(scored.shape), scored.to(of_step.device))
         return batch.per_token(advantages.flatten()[batch.response_ids])

@@ -10,7 +10,7 @@ after reading ``token_ids[t]``. The shift happens once, in packing.py; nothing e
 from __future__ import annotations
 
 from dataclasses import dataclass, field, fields
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -90,7 +90,7 @@ class Microbatch:
     returns: Tensor = None  # type: ignore[assignment]  # [t] fp32
     extras: dict[str, Tensor] = field(default_factory=dict)  # name -> [t], from the exploration methods
 
-    FILLED_BY = {
+    FILLED_BY: ClassVar[dict[str, str]] = {
         "old_log_probs": "policy.fill_log_probs",
         "entropy": "policy.fill_log_probs",
         "ref_log_probs": "reference.fill_log_probs",

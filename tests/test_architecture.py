@@ -40,7 +40,13 @@ def test_reads_qwen3(tmp_path):
 
 def test_reads_qwen2_without_head_dim(tmp_path):
     shape = read(tmp_path, model_type="qwen2", head_dim=..., tie_word_embeddings=...)
-    assert (shape.family, shape.head_dim, shape.qkv_bias, shape.qk_norm, shape.tied) == ("qwen2", 16, True, False, False)
+    assert (shape.family, shape.head_dim, shape.qkv_bias, shape.qk_norm, shape.tied) == (
+        "qwen2",
+        16,
+        True,
+        False,
+        False,
+    )
 
 
 def test_rope_theta_in_either_place(tmp_path):

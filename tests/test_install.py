@@ -20,12 +20,13 @@ LEFT_OUT = {"torch", "torchvision", "torchaudio", "torchcodec"}
 
 @pytest.fixture(scope="module")
 def lock() -> dict[str, str]:
-    """Package -> version of every line of the lock; each line must hold a name, a version, one hash, and nothing else."""
+    """Package -> version. A line holds a name, a version, one hash, and nothing else: no host, no path."""
     lines = [line for line in (ROOT / "requirements/cpu.lock").read_text().splitlines() if not line.startswith("#")]
     matches = [re.fullmatch(r"([a-z0-9-]+)==([\w.!]+) --hash=sha256:[0-9a-f]{64}", line) for line in lines]
     assert None not in matches, f"not a plain pin: {lines[matches.index(None)]}"
-    assert lines == sorted(lines) and len({match[1] for match in matches if match}) == len(lines) > 100
-    return {match[1]: match[2] for match in matches if match}
+    pins = {match[1]: match[2] for match in matches if match}
+    assert list(pins) == sorted(pins) and len(pins) == len(lines) > 100
+    return pins
 
 
 @pytest.fixture(scope="module")

@@ -216,7 +216,7 @@ class LpReg(Exploration):
         return candidates
 
     def _percentiles(self, tokens: Microbatch, log_probs: Tensor, groups: ParallelGroups) -> dict[int, Tensor]:
-        """Side -> the k-th lowest log-prob of the pool over the data-parallel ranks, -inf where nothing may be regularised."""
+        """Side -> the k-th lowest log-prob of the pool over the data-parallel ranks; -inf: nothing is regularised."""
         limits = {}
         for sign, rho in self._sides():
             pool = tokens.loss_mask

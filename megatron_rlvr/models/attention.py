@@ -104,7 +104,7 @@ class PackedAttention(MegatronModule):
         return output.transpose(1, 2).reshape(rows * longest, -1).index_select(0, places)
 
     def _dropout_stream(self, dropout: float) -> AbstractContextManager[None]:
-        """Each tensor-parallel rank draws masks of its own, as the whole block already does under sequence parallelism."""
+        """Masks of its own for each tensor-parallel rank; under sequence parallelism the whole block has them."""
         if dropout and not self.config.sequence_parallel:
             return get_cuda_rng_tracker().fork()
         return nullcontext()

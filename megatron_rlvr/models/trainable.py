@@ -67,9 +67,7 @@ class Trainable:
             use_distributed_optimizer=settings.distributed,
         )
         # Without the overrides, and without the scheduler that multiplies them in, norms and biases decay too.
-        return get_megatron_optimizer(
-            options, self.replicas, config_overrides=get_standard_config_overrides(options)
-        )
+        return get_megatron_optimizer(options, self.replicas, config_overrides=get_standard_config_overrides(options))
 
     def _build_scheduler(self, config: Config, settings: OptimizerConfig) -> OptimizerParamScheduler:
         updates = config.trainer.num_steps * config.trainer.updates_per_rollout

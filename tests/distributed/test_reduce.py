@@ -44,15 +44,17 @@ def test_means_deviations_and_quantiles_are_those_of_all_values_together():
         return found
 
     for found in run_ranks(WORLD, work):
-        for seed, (quantiles, mean, std) in zip(seeds, found):
+        for seed, (quantiles, mean, std) in zip(seeds, found, strict=True):
             values, masks = values_of(seed)
-            together = torch.cat([value[mask] for value, mask in zip(values, masks)]).sort().values
+            together = torch.cat([value[mask] for value, mask in zip(values, masks, strict=True)]).sort().values
             ranks = [math.ceil(round(share * together.numel(), 6)) for share in shares]
             assert quantiles == [together[rank - 1].item() for rank in ranks]
             assert mean == pytest.approx(together.double().mean().item(), rel=1e-6)
             assert std == pytest.approx(together.double().std().item(), rel=1e-6)
             lowest = [int((together <= quantile).sum()) for quantile in quantiles]
-            assert all(selected >= rank for selected, rank in zip(lowest, ranks))  # ties may add, never take away
+            assert all(
+                selected >= rank for selected, rank in zip(lowest, ranks, strict=True)
+            )  # ties may add, never take away
 
 
 def test_a_share_counts_exactly_and_ties_are_all_at_or_below():

@@ -100,9 +100,7 @@ def sharded(case: Case, dtype: torch.dtype) -> tuple[dict[str, Tensor], Tensor]:
     """(statistics, gradient of this rank's columns) of sum_i upstream_i * statistic_i."""
     group = dist.group.WORLD if dist.get_world_size() > 1 else None
     logits = own_columns(case, dtype)
-    found = token_statistics(
-        logits, case.targets, group=group, vocab_size=case.logits.shape[1], options=case.options
-    )
+    found = token_statistics(logits, case.targets, group=group, vocab_size=case.logits.shape[1], options=case.options)
     values = {name: getattr(found, name) for name in FIELDS}
     weighted(values, case).backward()
     return {name: value.detach() for name, value in values.items()}, logits.grad
@@ -190,7 +188,9 @@ def test_min_p_takes_two_collectives_fixed_tau_three_and_the_backward_none():
             with pytest.MonkeyPatch.context() as patch:
                 for name in (name for name in names if callable(getattr(dist, name))):
                     original = getattr(dist, name)
-                    patch.setattr(dist, name, lambda *a, f=original, n=name, **k: (calls.append(n), f(*a, **k))[1])
+                    patch.setattr(
+                        dist, name, lambda *a, f=original, n=name, to=calls, **k: (to.append(n), f(*a, **k))[1]
+                    )
                 found = token_statistics(logits, targets, group=dist.group.WORLD, options=options)
                 forward = len(calls)
                 (found.log_prob + found.entropy + found.log_kept_mass).sum().backward()

@@ -297,7 +297,7 @@ def test_the_current_policys_proxy_needs_nothing_stored():
     batch, lp_reg = make_batch(LENGTHS), method(4, proxy_source="current", rho=0.3)
     logits = old_and_current(batch, lp_reg, 0.0)
     assert batch.extras == {}
-    loss, gradient, _ = update_loss(batch, logits, lp_reg, "plain_clip", CLIP)
+    loss, _, _ = update_loss(batch, logits, lp_reg, "plain_clip", CLIP)
     expected, _ = paper_objective(logits, batch, 0.3, 1.0, full_kl=True)
     assert torch.allclose(loss, expected, rtol=1e-6)
 

@@ -28,7 +28,9 @@ def test_layouts_give_the_same_rollouts_losses_and_gradients(train, tmp_path: Pa
         )
     one, four = metrics(folders["one"]), metrics(folders["four"])
     assert [row["step"] for row in one] == [row["step"] for row in four] == [1, 2, 3]
-    sampled = [[(row["prompt_id"], row["sample"], row["response"]) for row in rollouts(folders[name])] for name in folders]
+    sampled = [
+        [(row["prompt_id"], row["sample"], row["response"]) for row in rollouts(folders[name])] for name in folders
+    ]
     assert len(sampled[0]) == 3 * 256
     assert sampled[0] == sampled[1]
     for left, right in zip(one, four, strict=True):
@@ -41,7 +43,7 @@ def test_layouts_give_the_same_rollouts_losses_and_gradients(train, tmp_path: Pa
 
 
 def test_first_update_of_an_on_policy_step_has_ratio_one(train, tmp_path: Path) -> None:
-    """Data-parallel and distributed-optimizer this time; one update per rollout, so the old policy is the current one."""
+    """Two data-parallel ranks; one update per rollout, so the old policy is the current one."""
     train(
         "trainer.num_steps=2",
         "trainer.updates_per_rollout=1",

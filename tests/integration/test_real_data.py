@@ -28,7 +28,12 @@ def save_byte_tokenizer(folder: Path) -> None:
 @pytest.mark.real_data
 def test_two_steps_on_dapo(train, tmp_path: Path) -> None:
     model = make_folder(
-        tmp_path / "model", vocab_size=257, num_hidden_layers=2, head_dim=32, max_position_embeddings=8192, eos_token_id=256
+        tmp_path / "model",
+        vocab_size=257,
+        num_hidden_layers=2,
+        head_dim=32,
+        max_position_embeddings=8192,
+        eos_token_id=256,
     )
     save_byte_tokenizer(model)
     config = {
