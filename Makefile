@@ -11,7 +11,8 @@ BIN := $(VENV)/bin
 RUN := OMP_NUM_THREADS=1 $(BIN)/python
 # Bytecode is written at the first import, so the modules that nothing imports are never compiled.
 PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet --no-compile
-# Touched last: a half-finished install has none and starts over, and so does one older than the lock.
+# Touched last: a half-finished install has none and starts over, and so does one older than the lock. torch comes
+# first, because it is what a machine may fail to find.
 STAMP := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
@@ -24,15 +25,13 @@ install: ## .venv with the CPU environment, checked
 	@if $(MAKE) -q $(STAMP); then $(RUN) tools/check_environment.py; \
 	else $(MAKE) --no-print-directory $(STAMP); fi
 
-$(STAMP): requirements/cpu.lock setup.py
+$(STAMP): requirements/cpu.lock
 	@$(PYTHON) -c 'import sys, ensurepip; sys.exit(sys.version_info[:2] != (3, 11))' 2>/dev/null || { \
 	  echo "$(PYTHON) must be Python 3.11 with venv: apt-get install python3.11 python3.11-venv," \
 	       "or name another one with make install PYTHON=/path/to/python3.11" >&2; exit 1; }
 	$(PYTHON) -m venv --clear $(VENV)
-	@grep '^pip==' requirements/cpu.lock > $(VENV)/pip.lock
+	@grep '^pip==' requirements/cpu.lock > $(VENV)/pip.lock  # twice as fast as the one that Python 3.11 brings
 	$(PIP) --require-hashes --no-deps -r $(VENV)/pip.lock
-	@echo "installing requirements/cpu.lock, then $(TORCH): some minutes, 4 GB on disk"
-	$(PIP) --require-hashes --no-deps -r requirements/cpu.lock
 	@$(PIP) --no-deps --retries 1 --timeout 15 $(TORCH) > $(VENV)/torch.log 2>&1 || { \
 	  echo "pip's own configuration does not serve $(TORCH): taking it from $(TORCH_INDEX)"; \
 	  $(PIP) --no-deps --retries 1 --timeout 20 --index-url $(TORCH_INDEX) $(TORCH); } || { \
@@ -40,7 +39,9 @@ $(STAMP): requirements/cpu.lock setup.py
 	  echo "$(TORCH) is neither in pip's own configuration nor at $(TORCH_INDEX):" \
 	       "name a mirror of PyTorch's CPU wheels with make install TORCH_INDEX=URL," \
 	       "or point pip at a folder that holds the wheel with PIP_FIND_LINKS=FOLDER" >&2; exit 1; }
-	$(PIP) --no-build-isolation --no-deps -e .
+	@echo "installing requirements/cpu.lock: some minutes, 4 GB on disk"
+	$(PIP) --require-hashes --no-deps -r requirements/cpu.lock
+	@PYTHONWARNINGS=ignore $(PIP) --no-build-isolation --no-deps -e .
 	$(RUN) tools/check_environment.py
 	@touch $@
 
@@ -83,7 +84,8 @@ launcher: .venv-launcher/.installed ## .venv-launcher with NeMo-Run, for submitt
 
 .venv-launcher/.installed: setup.py
 	$(PYTHON) -m venv --clear .venv-launcher
-	.venv-launcher/bin/python -m pip --disable-pip-version-check install --quiet -e '.[launch]'
+	.venv-launcher/bin/python -m pip --disable-pip-version-check install --quiet --upgrade pip
+	PYTHONWARNINGS=ignore .venv-launcher/bin/python -m pip --disable-pip-version-check install --quiet --no-compile -e '.[launch]'
 	@touch $@
 
 clean: ## caches and build outputs; environments and runs stay

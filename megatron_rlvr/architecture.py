@@ -102,12 +102,12 @@ class Architecture:
 
 
 def _from_tree(tree: dict[str, Any], source: Path) -> Architecture:
-    family = tree.get("model_type")
+    family: Any = tree.get("model_type")
     supported = get_args(Family)
     rule(family in supported, f"{source}: model_type {family!r} is not supported; supported: {', '.join(supported)}")
 
     def need(key: str) -> int:
-        value = tree.get(key)
+        value: Any = tree.get(key)
         rule(isinstance(value, int) and value > 0, f"{source}: {key} must be a positive integer, not {value!r}")
         return value
 

@@ -255,6 +255,8 @@ def _convert_scalar(hint: Any, value: Any, name: str) -> Any:
             return float(value)
         except ValueError:
             pass
+    if hint is str and value is None:  # `key=` on the command line, `key:` in the file
+        return ""
     if hint is float and isinstance(value, int) and not isinstance(value, bool):
         return float(value)
     if not isinstance(value, hint) or (hint is int and isinstance(value, bool)):

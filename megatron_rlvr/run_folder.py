@@ -25,7 +25,7 @@ RECORDS = (
 
 
 def prepare_folder(config: Config) -> Path:
-    """The run's folder, ready to be written. Raises ConfigError: it holds a run, or none although it must resume one."""
+    """The run's folder, ready to write. Raises ConfigError: it holds a run, or none although it must resume one."""
     folder, resume = config.run_dir, config.run.resume
     if resume == "must" and not checkpoints(folder):
         raise ConfigError(f"run.resume=must, but {folder} holds no checkpoint: start with run.resume=never or auto")

@@ -41,7 +41,7 @@ class Sample:
 
 
 class EngineNotReady(RuntimeError):
-    """The engine's weights are not known to be the policy's: sampling from them would train on somebody else's words."""
+    """The engine's weights are not known to be the policy's: samples of them would be somebody else's words."""
 
 
 class Engine(Protocol):
@@ -56,7 +56,7 @@ class Engine(Protocol):
         ...
 
     def load_weights(self, weights: Iterable[tuple[str, Tensor]]) -> None:
-        """Replace every weight by (Hugging Face name, whole tensor), a stream; forgets what was cached of the old ones."""
+        """Replace every weight by a stream of (Hugging Face name, whole tensor); forget what was cached of the old."""
         ...
 
     def parameter_names(self) -> set[str]:

@@ -69,7 +69,7 @@ class VllmEngine:
         return [_sample(output.outputs[0]) for output in outputs]
 
     def load_weights(self, weights: Iterable[tuple[str, Tensor]]) -> None:
-        """Stream (Hugging Face name, whole tensor) into the engine, which fuses and cuts them itself; leaves it not ready."""
+        """Stream (Hugging Face name, whole tensor) into vLLM, which fuses and cuts them itself; leaves it not ready."""
         self.ready = False
         with _process_unchanged():
             self._wake()
@@ -93,7 +93,7 @@ class VllmEngine:
         kernel = getattr(module, "cpu_linear", None)
         # The embedding has such a copy too, but looks its rows up in the weight itself.
         if kernel is None or leaf != "weight" or path.endswith("embed_tokens"):
-            return tensor if tensor.dim() == 1 else tensor[:, columns]
+            return tensor.detach() if tensor.dim() == 1 else tensor.detach()[:, columns]
         identity = torch.zeros(columns.stop - columns.start, self._columns(module), dtype=self._model_dtype)
         identity[:, columns].fill_diagonal_(1)
         return kernel(identity, tensor, None).T
@@ -143,7 +143,7 @@ def _check_head_dim(architecture: Architecture) -> None:
     sizes = CPUAttentionBackend.get_supported_head_sizes()
     rule(
         architecture.head_dim in sizes,
-        f"the model's head_dim={architecture.head_dim} is none that vLLM computes on a CPU: {', '.join(map(str, sizes))}",
+        f"the model's head_dim={architecture.head_dim} is not one that vLLM computes on a CPU: {sizes}",
     )
 
 

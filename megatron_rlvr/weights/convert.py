@@ -1,4 +1,4 @@
-"""Hugging Face folders in and out: safetensors -> this rank's Megatron parameters, and whole tensors -> a new folder."""
+"""Hugging Face folders in and out: safetensors -> Megatron parameters, and whole tensors -> a new folder."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ class Checkpoint:
         if (self.folder / _INDEX).is_file():
             return json.loads((self.folder / _INDEX).read_text())["weight_map"]
         if not (self.folder / _SINGLE).is_file():
-            raise ConfigError(f"{self.folder} holds neither {_SINGLE} nor {_INDEX}: give a folder with safetensors weights")
+            raise ConfigError(f"{self.folder} holds neither {_SINGLE} nor {_INDEX}: give a folder with safetensors")
         try:
             with safe_open(self.folder / _SINGLE, framework="pt") as file:
                 return dict.fromkeys(file.keys(), _SINGLE)
@@ -52,16 +52,20 @@ class Checkpoint:
         self._stack.close()
 
     def check(self, shapes: dict[str, tuple[int, ...]], ignored: Sequence[str] = ()) -> None:
-        """Whether the folder holds exactly these tensors. Raises ConfigError naming the first that is wrong and its file."""
+        """Whether the folder holds exactly these tensors. Raises ConfigError with the first wrong one and its file."""
         for name, shape in shapes.items():
             if name not in self.files:
                 raise ConfigError(f"{self.folder}: tensor {name} is missing")
             found = tuple(self._file(name).get_slice(name).get_shape())
             if found != shape:
-                raise ConfigError(f"{self._path(name)}: tensor {name} has shape {list(found)}, config.json asks for {list(shape)}")
+                raise ConfigError(
+                    f"{self._path(name)}: tensor {name} has shape {list(found)}, config.json asks for {list(shape)}"
+                )
         unknown = sorted(set(self.files) - set(shapes) - set(ignored))
         if unknown:
-            raise ConfigError(f"{self._path(unknown[0])}: tensor {unknown[0]} is not part of the model ({len(unknown)} such)")
+            raise ConfigError(
+                f"{self._path(unknown[0])}: tensor {unknown[0]} is not part of the model ({len(unknown)} such)"
+            )
 
     def tensor(self, name: str) -> Tensor:
         return self._file(name).get_tensor(name)
@@ -77,7 +81,7 @@ class Checkpoint:
             except (SafetensorError, OSError) as error:
                 raise ConfigError(f"{path}, wanted for tensor {name}, cannot be read: {error}") from error
         file = self._open[path.name]
-        if name not in file.keys():
+        if name not in set(file.keys()):
             raise ConfigError(f"{path}: tensor {name} is missing, although {_INDEX} names it there")
         return file
 

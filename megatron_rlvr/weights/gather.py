@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -25,7 +26,8 @@ def global_parameters(chunks: Sequence[nn.Module]) -> dict[str, nn.Parameter]:
     named: dict[str, nn.Parameter] = {}
     for chunk in chunks:
         # Megatron counts layers over all stages from 1.
-        numbers = {str(index): layer.layer_number - 1 for index, layer in enumerate(chunk.decoder.layers)}
+        layers: Any = chunk.get_submodule("decoder.layers")
+        numbers = {str(index): layer.layer_number - 1 for index, layer in enumerate(layers)}
         for name, parameter in chunk.named_parameters():
             if name.startswith("decoder.layers."):
                 _, _, local, rest = name.split(".", 3)

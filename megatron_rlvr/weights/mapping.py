@@ -101,9 +101,10 @@ def entries(architecture: Architecture) -> list[Entry]:
 
 
 def _fill(row: Row, layer: int | None) -> Entry:
-    return Entry(
-        layer, tuple(name.format(layer) for name in row.megatron), tuple(name.format(layer) for name in row.hf), row.kind
-    )
+    def named(patterns: tuple[str, ...]) -> tuple[str, ...]:
+        return tuple(pattern.format(layer) for pattern in patterns)
+
+    return Entry(layer, named(row.megatron), named(row.hf), row.kind)
 
 
 def find(architecture: Architecture, megatron_name: str) -> Entry:
@@ -186,7 +187,7 @@ def to_megatron(
 
 
 def to_hf(entry: Entry, shards: Sequence[Tensor], architecture: Architecture) -> list[Tensor]:
-    """Every rank's Megatron tensor, in rank order -> whole Hugging Face tensors in the order of ``entry.hf``, contiguous."""
+    """Every rank's Megatron tensor, in rank order -> whole tensors in the order of ``entry.hf``, contiguous."""
     if entry.kind == "replicated":
         return [shards[0]]
     if entry.kind == "row":

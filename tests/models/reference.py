@@ -1,4 +1,4 @@
-"""The same quantities from transformers in fp64 and one process, one response at a time: nothing packed, nothing sharded."""
+"""The same quantities from transformers in fp64, one response at a time: nothing packed, nothing sharded."""
 
 from __future__ import annotations
 

@@ -36,6 +36,8 @@ OPTIMIZER = {
 UPDATES = 3
 MODELS = ("qwen3-tied", "qwen2-untied")  # tied embeddings and query-key norms; biases and a head of its own
 
+COVERED = [Layout(tp=2), Layout(pp=2)]  # by those that add sequence parallelism and virtual stages
+
 NORM = 1e-4  # relative: from the second update on it carries the first one's rounding
 WEIGHT = 2e-5  # of the tensor's largest entry
 
@@ -114,7 +116,7 @@ def _train_one(layout: Layout, ranks: Any, case: Case, wanted: Expected, sharded
     }
 
 
-@pytest.mark.parametrize("layout", LAYOUTS, ids=str)
+@pytest.mark.parametrize("layout", [layout for layout in LAYOUTS if layout not in COVERED], ids=str)
 def test_three_updates_equal_adamw(layout: Layout, cases: dict[str, Case], expected: dict[str, Expected]) -> None:
     assert all(norm > OPTIMIZER["clip_grad"] for wanted in expected.values() for norm in wanted.norms)  # clipping acts
     results = run_ranks(layout.ranks, _train, layout, cases, expected, timeout=100)

@@ -1,10 +1,11 @@
 """A real vLLM engine on real ranks: what it samples, what it holds, and every way in which a sync can fail.
 
-Starting an engine costs many seconds, so engine_checks.py runs every check in one start per layout, and each is a test here.
+Starting an engine costs many seconds: engine_checks.py runs every check in one start per layout, each is a test here.
 """
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import re
@@ -43,17 +44,17 @@ def _launch(folder: Path, family: str, tied: str, tp: int) -> list[dict[str, str
         own = {key: str(value) for key, value in {**common, "RANK": rank, "LOCAL_RANK": rank}.items()}
         with open(logs[rank], "w") as log:
             ranks.append(
-                subprocess.Popen(arguments, cwd=ROOT, env=os.environ | own, stdout=log, stderr=log, start_new_session=True)
+                subprocess.Popen(
+                    arguments, cwd=ROOT, env=os.environ | own, stdout=log, stderr=log, start_new_session=True
+                )
             )
     try:
         deadline = time.monotonic() + DEADLINE
         codes = [rank.wait(timeout=deadline - time.monotonic()) for rank in ranks]
     finally:
         for rank in ranks:
-            try:
+            with contextlib.suppress(ProcessLookupError):
                 os.killpg(rank.pid, signal.SIGKILL)
-            except ProcessLookupError:
-                pass
             rank.wait()
     assert codes == [0] * tp, "\n".join(log.read_text()[-3000:] for log in logs)
     return [json.loads((folder / f"outcome-{rank}.json").read_text()) for rank in range(tp)]

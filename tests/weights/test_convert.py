@@ -67,7 +67,8 @@ def test_missing_unknown_and_misshapen_tensors(saved):
     broken = {
         f"tensor {norm} is missing": {name: tensor for name, tensor in weights.items() if name != norm},
         f"model.safetensors: tensor {norm} has shape .31., config.json asks for .32.": weights | {norm: torch.ones(31)},
-        "model.safetensors: tensor model.layers.9.extra is not part of the model": weights | {"model.layers.9.extra": torch.ones(2)},
+        "model.safetensors: tensor model.layers.9.extra is not part of the model": weights
+        | {"model.layers.9.extra": torch.ones(2)},
     }
     for message, tensors in broken.items():
         save_file(tensors, file)
@@ -88,7 +89,10 @@ def test_truncated_files(saved, tmp_path):
     name = "model.layers.3.mlp.up_proj.weight"
     shard = sharded / located[name]
     shard.write_bytes(shard.read_bytes()[:-8])
-    with pytest.raises(ConfigError, match=f"{shard.name}, wanted for tensor .*, cannot be read"), Checkpoint(sharded) as checkpoint:
+    with (
+        pytest.raises(ConfigError, match=f"{shard.name}, wanted for tensor .*, cannot be read"),
+        Checkpoint(sharded) as checkpoint,
+    ):
         checkpoint.check(shapes(model))
     shard.unlink()
     with pytest.raises(ConfigError, match=f"{shard.name}, wanted for tensor"), Checkpoint(sharded) as checkpoint:

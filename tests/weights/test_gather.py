@@ -1,4 +1,4 @@
-"""Hugging Face folder -> Megatron chunks on real ranks -> Hugging Face tensors: the bytes of the file, on every rank."""
+"""Hugging Face folder -> Megatron chunks on real ranks -> whole tensors: the bytes of the file, on every rank."""
 
 from __future__ import annotations
 
@@ -45,7 +45,9 @@ def gathered(layout: dict, folders: dict, bucket_bytes: int) -> list[str]:
         # The last stage's copy of a tied embedding is not gathered, so it is looked at here.
         table = mapping.entries(architecture)[0]
         shard = mapping.to_megatron(table, [wanted[table.hf[0]]], architecture, groups.tp_rank, groups.tp_size)
-        copies = [value for chunk in chunks for name, value in chunk.named_parameters() if name == "output_layer.weight"]
+        copies = [
+            value for chunk in chunks for name, value in chunk.named_parameters() if name == "output_layer.weight"
+        ]
         if architecture.tied and not all(torch.equal(copy, shard) for copy in copies):
             problems.append(f"{folder.name}: the last stage's copy of the embedding")
     return problems

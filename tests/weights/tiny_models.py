@@ -20,11 +20,21 @@ def make_model(family: str, tied: bool, seed: int = 0, layers: int = 4) -> Any:
     """
     config_class = {"qwen2": transformers.Qwen2Config, "qwen3": transformers.Qwen3Config}[family]
     config = config_class(
-        hidden_size={"qwen2": 128, "qwen3": 64}[family], num_hidden_layers=layers, num_attention_heads=4, num_key_value_heads=2, intermediate_size=96,
-        vocab_size=VOCAB, max_position_embeddings=128, tie_word_embeddings=tied, eos_token_id=END, bos_token_id=None,
-        pad_token_id=None, rope_parameters={"rope_type": "default", "rope_theta": 10000.0}, dtype="float32",
+        hidden_size={"qwen2": 128, "qwen3": 64}[family],
+        num_hidden_layers=layers,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        intermediate_size=96,
+        vocab_size=VOCAB,
+        max_position_embeddings=128,
+        tie_word_embeddings=tied,
+        eos_token_id=END,
+        bos_token_id=None,
+        pad_token_id=None,
+        rope_parameters={"rope_type": "default", "rope_theta": 10000.0},
+        dtype="float32",
         **({"head_dim": 32} if family == "qwen3" else {}),
-    )  # fmt: skip
+    )
     torch.manual_seed(seed)
     model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
     with torch.no_grad():
@@ -44,4 +54,6 @@ def save_model(folder: Path, family: str, tied: bool, seed: int = 0, **options: 
 def weights_of(model: Any) -> dict[str, torch.Tensor]:
     """What its checkpoint holds: a tied head is not in it."""
     tied = model.config.tie_word_embeddings
-    return {name: tensor.clone() for name, tensor in model.state_dict().items() if not (tied and name == "lm_head.weight")}
+    return {
+        name: tensor.clone() for name, tensor in model.state_dict().items() if not (tied and name == "lm_head.weight")
+    }

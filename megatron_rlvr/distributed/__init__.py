@@ -1,0 +1,1 @@
+"""Collectives: the only folder where ranks speak to each other."""

@@ -1,0 +1,1 @@
+"""Starting ranks: on this machine, or as jobs on a cluster."""

@@ -1,0 +1,1 @@
+"""The policy and the critic: Megatron-core models, their schedule, and their checkpoints."""

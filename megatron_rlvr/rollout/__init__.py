@@ -1,0 +1,1 @@
+"""Rollouts: the vLLM engine, and what its samples become."""
