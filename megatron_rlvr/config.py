@@ -325,9 +325,9 @@ def _check_ranges(config: Config) -> None:
     for name, value in at_least_one.items():
         rule(value >= 1, f"{name} must be at least 1, not {value}")
     rule(
-        config.rollout.temperature > 0,
-        f"rollout.temperature must be above 0, not {config.rollout.temperature}: "
-        f"greedy decoding has no log-probs to learn from",
+        0 < config.rollout.temperature <= 2,
+        f"rollout.temperature must be in (0, 2], not {config.rollout.temperature}: "
+        f"greedy decoding has no log-probs to learn from, and the engine refuses more than 2",
     )
     rule(0 <= config.model.dropout < 1, f"model.dropout must be in [0, 1), not {config.model.dropout}")
     rule(config.optimizer.lr > 0, f"optimizer.lr must be above 0, not {config.optimizer.lr}")
@@ -356,9 +356,12 @@ def _check_batch(config: Config) -> None:
         f"each update takes whole groups",
     )
     responses = rollout.prompts_per_step // updates * rollout.responses_per_prompt
+    interleaved = config.parallel.pp if config.parallel.vpp > 1 else 1
     rule(
-        responses >= dp,
-        f"an update has {responses} responses, fewer than parallel.dp={dp}: every data-parallel rank needs one",
+        responses % (dp * interleaved) == 0,
+        f"an update has {responses} responses, which parallel.dp={dp}"
+        + (f" x parallel.pp={interleaved} (stages of parallel.vpp interleave)" if interleaved > 1 else "")
+        + " must divide: every data-parallel rank runs the same number of microbatches",
     )
     longest = config.data.max_prompt_length + rollout.max_response_length
     rule(

@@ -20,6 +20,7 @@ RECORDS = (
     "tensorboard",
     "checkpoints",
     "hf",
+    "initial_hf",
     "logs",
 )
 

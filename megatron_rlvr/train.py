@@ -17,6 +17,7 @@ from megatron_rlvr.config import Config, ConfigError, load_config
 from megatron_rlvr.processes import die_with_parent
 
 LAUNCHED = "MEGATRON_RLVR_LAUNCHED"  # set for ranks whose launcher has already prepared model and folder
+INITIAL = "initial_hf"  # the run's own folder of random weights
 USER_ERROR, FAILURE = 2, 1
 
 
@@ -49,10 +50,13 @@ def _prepare(config: Config) -> None:
     """Whatever can be refused is refused here, in one process, before the slow imports of Megatron and vLLM."""
     from megatron_rlvr import preflight
     from megatron_rlvr.run_folder import prepare_folder
+    from megatron_rlvr.weights.initial import write_initial
 
     preflight.prepare(config)
     preflight.check(config)
-    prepare_folder(config)
+    folder = prepare_folder(config)
+    if config.model.random_init and not (folder / INITIAL).exists():
+        write_initial(config.model.path, folder / INITIAL, config.seed)
 
 
 def be_rank(config: Config) -> int:
@@ -66,6 +70,8 @@ def be_rank(config: Config) -> int:
         )
     if rank == 0 and LAUNCHED not in os.environ:
         _prepare(config)
+    if config.model.random_init:
+        config.model.path, config.model.random_init = str(config.run_dir / INITIAL), False
     terminal = _redirect_output(config.run_dir / "logs" / f"rank_{rank}.log")
     try:
         return _run(config, terminal)

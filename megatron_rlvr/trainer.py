@@ -105,7 +105,8 @@ class Trainer:
 
     def rollout(self, step: int) -> list[RolloutGroup]:
         """Prompts, responses, verdicts; goes on sampling while a method turns groups away (DAPO's dynamic sampling)."""
-        wanted, groups = self.config.rollout.prompts_per_step, []
+        wanted = self.config.rollout.prompts_per_step
+        groups: list[RolloutGroup] = []
         for attempt in range(MAX_ATTEMPTS):
             prompts = self.prompts.take(
                 self.prompt_position, wanted - len(groups), self.config.seed, self.config.data.shuffle

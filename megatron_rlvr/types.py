@@ -49,7 +49,7 @@ class Rollout:
     finish_reason: FinishReason
     policy_version: int
     text: str = ""
-    verdict: Verdict | None = None
+    verdict: Verdict = None  # type: ignore[assignment]  # None until a verifier has judged it
 
 
 @dataclass

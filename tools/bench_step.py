@@ -1,8 +1,8 @@
-"""Steps per second on the countdown example, beside TRL's GRPOTrainer where that is installed: python tools/bench_step.py
+"""Steps per second on the countdown example, beside TRL's GRPOTrainer where it is installed: python tools/bench_step.py
 
 One step is 16 prompts x 16 samples of up to 7 tokens and the config's number of updates, here and there: plain GRPO
-(token mean, clip 0.2), AdamW, float32, the same model folder, prompts and reward. Ours runs as the config lays it out, TRL in one
-process with a thread per core and transformers generation. Runs alternate, so that a busy machine slows both alike.
+(token mean, clip 0.2), AdamW, float32, the same model folder, prompts and reward. Ours runs as the config lays it out,
+TRL in one process with a thread per core and transformers generation. Runs alternate, so that a busy machine slows both.
 Each prints one JSON line; the last line holds the ratio of the medians.
 """
 
@@ -31,7 +31,9 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--steps", type=int, default=20, help="measured steps per run (default: %(default)s)")
     parser.add_argument("--rounds", type=int, default=3, help="runs of each implementation (default: %(default)s)")
-    parser.add_argument("--trl-python", default=sys.executable, help="interpreter that can import trl (default: this one)")
+    parser.add_argument(
+        "--trl-python", default=sys.executable, help="interpreter that can import trl (default: this one)"
+    )
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="overrides of our side's config")
     options = parser.parse_args()
     implementations = {"ours": ours}
@@ -76,11 +78,13 @@ def trl(folder: Path, options: argparse.Namespace) -> dict[str, Any]:
     """One run of TRL's trainer in its own interpreter, which runs ``train_with_trl`` of this file."""
     marks = folder / "steps.jsonl"
     code = f"import bench_step; bench_step.train_with_trl({str(folder)!r}, {str(marks)!r}, {SKIPPED + options.steps})"
-    return measure([options.trl_python, "-W", "ignore", "-c", code], marks, options.steps, threads=os.cpu_count() or 1)[0]
+    return measure([options.trl_python, "-W", "ignore", "-c", code], marks, options.steps, threads=os.cpu_count() or 1)[
+        0
+    ]
 
 
 def measure(command: list[str], marks: Path, steps: int, threads: int) -> tuple[dict[str, Any], list[dict]]:
-    """Run ``command``, which appends a JSON line to ``marks`` after each step -> figures of the last ``steps``, their lines.
+    """Run ``command``, which appends a JSON line to ``marks`` after each step -> figures and lines of the last ``steps``.
 
     Raises RuntimeError with the end of its output when it fails, TimeoutError after DEADLINE seconds.
     """
@@ -98,7 +102,11 @@ def measure(command: list[str], marks: Path, steps: int, threads: int) -> tuple[
             process.wait(DEADLINE)
             log.unlink()
     wall, cpu = (last - first for first, last in zip(start, end, strict=True))
-    figures = {"steps": steps, "steps_per_second": round(steps / wall, 4), "cpu_seconds_per_step": round(cpu / steps, 3)}
+    figures = {
+        "steps": steps,
+        "steps_per_second": round(steps / wall, 4),
+        "cpu_seconds_per_step": round(cpu / steps, 3),
+    }
     return figures, [json.loads(line) for line in marks.read_text().splitlines()[SKIPPED:]]
 
 
@@ -107,7 +115,9 @@ def wait_for_lines(process: subprocess.Popen, marks: Path, count: int, log: Path
     deadline = time.monotonic() + DEADLINE
     while not marks.exists() or marks.read_bytes().count(b"\n") < count:
         if process.poll() is not None:
-            raise RuntimeError(f"ended with exit code {process.returncode} before step {count}:\n{log.read_text()[-3000:]}")
+            raise RuntimeError(
+                f"ended with exit code {process.returncode} before step {count}:\n{log.read_text()[-3000:]}"
+            )
         if time.monotonic() > deadline:
             raise TimeoutError(f"no step {count} after {DEADLINE:.0f} s:\n{log.read_text()[-3000:]}")
         time.sleep(POLL)
@@ -132,7 +142,7 @@ def cpu_seconds(pid: int) -> float:
 
 
 def train_with_trl(folder: str, marks: str, steps: int) -> None:
-    """TRL's side, in TRL's interpreter: the same model, prompts, reward and batch sizes; a line in ``marks`` per step."""
+    """TRL's side, in its own interpreter: same model, prompts, reward and batch sizes; a line in ``marks`` per step."""
     from datasets import load_dataset
     from transformers import AutoTokenizer, TrainerCallback
     from trl import GRPOConfig, GRPOTrainer

@@ -43,8 +43,6 @@ class Needs:
 
     old_log_probs: bool = False
     entropy: bool = False
-    reference: bool = False
-    critic: bool = False
     threshold: Threshold | None = None
 
     def merge(self, other: Needs) -> Needs:
@@ -57,8 +55,6 @@ class Needs:
         return Needs(
             old_log_probs=self.old_log_probs or other.old_log_probs,
             entropy=self.entropy or other.entropy,
-            reference=self.reference or other.reference,
-            critic=self.critic or other.critic,
             threshold=self.threshold or other.threshold,
         )
 

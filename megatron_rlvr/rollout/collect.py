@@ -1,4 +1,4 @@
-"""Prompts -> verified rollout groups on every rank: each engine replica samples and judges its share, then all share all."""
+"""Prompts -> verified rollout groups on every rank: each engine replica samples and judges its share of them."""
 
 from __future__ import annotations
 
@@ -34,8 +34,10 @@ class RolloutCollector:
         self.replica = groups.rank // config.rollout_tp
         self.speaks_for_replica = groups.rank % config.rollout_tp == 0
 
-    def collect(self, prompts: list[Prompt], responses: int, *, step: int, attempt: int, policy_version: int) -> Collected:
-        """``responses`` samples of each prompt. What is sampled depends on (seed, step, attempt, prompt, sample) alone."""
+    def collect(
+        self, prompts: list[Prompt], responses: int, *, step: int, attempt: int, policy_version: int
+    ) -> Collected:
+        """``responses`` samples of each prompt; they depend on (seed, step, attempt, prompt, sample) alone."""
         started = time.perf_counter()
         share = prompts[self.replica :: self.replicas]
         samples = iter(self.engine.generate(self._requests(share, responses, step, attempt)))
@@ -48,7 +50,11 @@ class RolloutCollector:
         verified = time.perf_counter()
         shares = [part for part in reduce.gather_objects(mine, self.groups.world) if part]
         ordered = [shares[place % self.replicas][place // self.replicas] for place in range(len(prompts))]
-        seconds = {"generate": sampled - started, "verify": verified - sampled, "gather": time.perf_counter() - verified}
+        seconds = {
+            "generate": sampled - started,
+            "verify": verified - sampled,
+            "gather": time.perf_counter() - verified,
+        }
         return Collected(ordered, seconds)
 
     def _requests(self, prompts: list[Prompt], responses: int, step: int, attempt: int) -> list[Request]:
