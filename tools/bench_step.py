@@ -2,7 +2,7 @@
 
 One step is 16 prompts x 16 samples of up to 7 tokens and the config's number of updates, here and there: plain GRPO
 (token mean, clip 0.2), AdamW, float32, the same model folder, prompts and reward. Ours runs as the config lays it out,
-TRL in one process with a thread per core and transformers generation. Runs alternate, so that a busy machine slows both.
+TRL in one process with a thread per core and transformers generation. Runs alternate: a busy machine slows both.
 Each prints one JSON line; the last line holds the ratio of the medians.
 """
 
@@ -84,7 +84,7 @@ def trl(folder: Path, options: argparse.Namespace) -> dict[str, Any]:
 
 
 def measure(command: list[str], marks: Path, steps: int, threads: int) -> tuple[dict[str, Any], list[dict]]:
-    """Run ``command``, which appends a JSON line to ``marks`` after each step -> figures and lines of the last ``steps``.
+    """Run ``command``, which appends a JSON line to ``marks`` after each step -> figures, last lines.
 
     Raises RuntimeError with the end of its output when it fails, TimeoutError after DEADLINE seconds.
     """

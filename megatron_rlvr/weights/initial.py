@@ -18,7 +18,8 @@ STD = 0.02  # of the matrices, where config.json gives no initializer_range
 def write_initial(source: str | Path, target: str | Path, seed: int) -> None:
     """``source``'s config and tokenizer with weights drawn from ``seed``.
 
-    Matrices are N(0, initializer_range), norms 1, biases 0. One process writes. Raises ConfigError for a source that is no supported model.
+    Matrices are N(0, initializer_range), norms 1, biases 0. One process writes. Raises ConfigError for a source that is
+    no supported model.
     """
     source, target = Path(source), Path(target)
     architecture = Architecture.from_folder(source)
