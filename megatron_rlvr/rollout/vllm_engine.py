@@ -120,6 +120,7 @@ class VllmEngine:
             ignore_eos=True,  # the end tokens are all in stop_token_ids
             logprobs=0,  # of the sampled token alone
             detokenize=False,
+            skip_clone=True,  # made for this one request: vLLM need not copy it deeply
         )
 
     def _sleep(self) -> None:

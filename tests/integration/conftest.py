@@ -11,9 +11,11 @@ from pathlib import Path
 
 import pytest
 
+from megatron_rlvr.processes import free_port
+
 ROOT = Path(__file__).parents[2]
 CONFIG = "examples/countdown_cpu/config.yaml"
-DEADLINE = 240.0  # seconds; a run of a few steps takes 20 to 40
+DEADLINE = 600.0  # seconds; a run of a few steps takes 20 to 60 on two idle cores, several times that on busy ones
 
 
 @pytest.fixture(scope="session")
@@ -25,11 +27,13 @@ def countdown() -> Path:
 
 @pytest.fixture
 def start(countdown: Path) -> Iterator[Callable[..., subprocess.Popen]]:
-    """start("key=value", ...) -> a launcher process of its own session; whatever is left of it is killed afterwards."""
+    """start("key=value", ...) -> a launcher, ours or torchrun with that many ranks; killed where it is left over."""
     started = []
 
-    def start_run(*overrides: str, config: str = CONFIG) -> subprocess.Popen:
-        command = [sys.executable, "-m", "megatron_rlvr.train", config, "logging.tensorboard=false", *overrides]
+    def start_run(*overrides: str, config: str = CONFIG, torchrun: int = 0) -> subprocess.Popen:
+        meeting = ["torch.distributed.run", f"--nproc-per-node={torchrun}", f"--master-port={free_port()}", "-m"]
+        door = [*(meeting if torchrun else []), "megatron_rlvr.train"]
+        command = [sys.executable, "-m", *door, config, "logging.tensorboard=false", *overrides]
         environment = {**os.environ, "OMP_NUM_THREADS": "1"}
         process = subprocess.Popen(
             command, cwd=ROOT, env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
@@ -48,8 +52,8 @@ def start(countdown: Path) -> Iterator[Callable[..., subprocess.Popen]]:
 def train(start: Callable[..., subprocess.Popen]) -> Callable[..., str]:
     """train("key=value", ..., code=0) -> the output of a run that ended with that exit code."""
 
-    def run(*overrides: str, code: int = 0, config: str = CONFIG) -> str:
-        process = start(*overrides, config=config)
+    def run(*overrides: str, code: int = 0, config: str = CONFIG, torchrun: int = 0) -> str:
+        process = start(*overrides, config=config, torchrun=torchrun)
         output, _ = process.communicate(timeout=DEADLINE)
         assert process.returncode == code, output + logs(overrides)
         return output

@@ -43,13 +43,14 @@ def test_layouts_give_the_same_rollouts_losses_and_gradients(train, tmp_path: Pa
 
 
 def test_first_update_of_an_on_policy_step_has_ratio_one(train, tmp_path: Path) -> None:
-    """Two data-parallel ranks; one update per rollout, so the old policy is the current one."""
+    """Two data-parallel ranks under torchrun; one update per rollout, so the old policy is the current one."""
     train(
         "trainer.num_steps=2",
         "trainer.updates_per_rollout=1",
         "parallel.tp=1",
         "parallel.dp=2",
         f"run.dir={tmp_path / 'run'}",
+        torchrun=2,
     )
     for row in metrics(tmp_path / "run"):
         assert abs(row["policy/ratio_max"] - 1) < 1e-6
