@@ -73,4 +73,5 @@ def test_rows_that_cannot_be_used(train, countdown: Path, tmp_path: Path) -> Non
     both = tmp_path / "both.jsonl"
     both.write_text("\n".join([*good, without_answer, too_long]) + "\n")
     output = train(f"data.path={both}", "trainer.num_steps=1", f"run.dir={tmp_path / 'both'}")
-    assert "2 of 22" in output, output
+    assert "20 of 22 rows are prompts" in output, output
+    assert "no answer" in output and "longer than data.max_prompt_length=16" in output, output
