@@ -15,6 +15,7 @@ from megatron_rlvr.processes import free_port
 
 ROOT = Path(__file__).parents[2]
 CONFIG = "examples/countdown_cpu/config.yaml"
+QUICK = ["logging.tensorboard=false", "data.eval_path="]  # a last evaluation takes longer than three steps
 DEADLINE = 600.0  # seconds; a run of a few steps takes 20 to 60 on two idle cores, several times that on busy ones
 
 
@@ -33,7 +34,7 @@ def start(countdown: Path) -> Iterator[Callable[..., subprocess.Popen]]:
     def start_run(*overrides: str, config: str = CONFIG, torchrun: int = 0) -> subprocess.Popen:
         meeting = ["torch.distributed.run", f"--nproc-per-node={torchrun}", f"--master-port={free_port()}", "-m"]
         door = [*(meeting if torchrun else []), "megatron_rlvr.train"]
-        command = [sys.executable, "-m", *door, config, "logging.tensorboard=false", *overrides]
+        command = [sys.executable, "-m", *door, config, *QUICK, *overrides]
         environment = {**os.environ, "OMP_NUM_THREADS": "1"}
         process = subprocess.Popen(
             command, cwd=ROOT, env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT

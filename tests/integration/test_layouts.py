@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from pathlib import Path
 
@@ -49,11 +50,16 @@ def test_first_update_of_an_on_policy_step_has_ratio_one(train, tmp_path: Path) 
         "trainer.updates_per_rollout=1",
         "parallel.tp=1",
         "parallel.dp=2",
+        "data.eval_path=examples/countdown_cpu/build/eval.jsonl",
+        "trainer.eval_every=0",
+        "trainer.eval_responses=2",
         f"run.dir={tmp_path / 'run'}",
         torchrun=2,
     )
     for row in metrics(tmp_path / "run"):
         assert abs(row["policy/ratio_max"] - 1) < 1e-6
         assert row["sync/verified"] is True
+    summary = json.loads((tmp_path / "run" / "summary.json").read_text())
+    assert 0 < summary["eval/pass@1"] < summary["eval/pass@2"] < 1
     assert (tmp_path / "run" / "hf" / "config.json").exists()
     assert "<svg" in (tmp_path / "run" / "report.html").read_text()
