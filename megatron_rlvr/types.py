@@ -24,7 +24,7 @@ FinishReason = Literal["stop", "length"]
 class Prompt:
     """One question, already a token sequence.
 
-    Prompt(id="train/17", text="3,5,7=38>", token_ids=(3, 11, 5, 11, 7, 16, 3, 8, 17), verifier="countdown",
+    Prompt(id="train/17", text="3,5,7=38>", token_ids=(3, 13, 5, 13, 7, 14, 3, 8, 15), verifier="countdown",
            answer={"numbers": [3, 5, 7], "target": 38})
     """
 
@@ -39,7 +39,7 @@ class Prompt:
 class Rollout:
     """One sampled response, with the log-probs that the engine sampled it with.
 
-    Rollout(sample_index=0, response_ids=[5, 13, 7, 12, 3, 1], rollout_log_probs=[-0.4, ...], finish_reason="stop",
+    Rollout(sample_index=0, response_ids=[5, 12, 7, 10, 3, 16], rollout_log_probs=[-0.4, ...], finish_reason="stop",
             policy_version=12, text="5*7+3")
     """
 

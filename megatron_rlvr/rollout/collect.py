@@ -74,7 +74,9 @@ class RolloutCollector:
         rollouts = []
         for index in range(responses):
             sample = next(samples)
-            text = self.tokenizer.decode(sample.response_ids, skip_special_tokens=True)
+            # Without the end token, but with any other special one: hidden from the verifier, it would earn a reward.
+            said = sample.response_ids[:-1] if sample.finish_reason == "stop" else sample.response_ids
+            text = self.tokenizer.decode(said)
             rollouts.append(
                 Rollout(index, sample.response_ids, sample.log_probs, sample.finish_reason, policy_version, text)
             )

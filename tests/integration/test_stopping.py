@@ -12,7 +12,7 @@ import pytest
 
 from tests.integration.conftest import DEADLINE, logs, metrics
 
-TIMES = ("time/", "tokens/per_second", "sync/seconds")
+TIMES = ("time/", "tokens/per_second", "sync/seconds", "sync/proof_seconds")
 
 
 def wait_for_step(folder: Path, step: int, process) -> None:
