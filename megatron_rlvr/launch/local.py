@@ -59,15 +59,13 @@ def _start(command: list[str], rank: int, count: int, port: int, extra: dict[str
 def _wait(ranks: list[subprocess.Popen], asked: list[int]) -> int:
     deadline = None
     failed = 0
-    while any(rank.poll() is None for rank in ranks):
-        if not failed:
-            failed = next((code for code in (rank.returncode for rank in ranks) if code), 0)
+    while None in (codes := [rank.poll() for rank in ranks]):
+        failed = failed or next((code for code in codes if code), 0)
         if deadline is None and (failed or asked):
             deadline = time.monotonic() + (STOP_GRACE if asked else CRASH_GRACE)
         if deadline is not None and time.monotonic() > deadline:
             _signal_all(ranks, signal.SIGKILL)
         time.sleep(POLL)
-    codes = [rank.returncode for rank in ranks]
     return failed or next((code for code in codes if code), 0)
 
 

@@ -92,6 +92,10 @@ def test_a_worker_that_died_while_idle_is_replaced_and_no_answer_pays(own):
         pool.score([("1", "1")])
         (worker,) = workers()
         worker.kill()
+        deadline = time.monotonic() + 20
+        while worker.status() != psutil.STATUS_ZOMBIE:  # until then it could still be handed an answer
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
         assert [verdict.status for verdict in pool.score([("1", "1")] * 4)] == ["ok"] * 4
         assert len(workers()) == 1 and workers() != [worker]
     assert workers() == []
