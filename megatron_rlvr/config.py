@@ -67,7 +67,7 @@ class RolloutConfig:
     max_response_length: int = 1024  # tokens
     temperature: float = 1.0
     tp: int = 0  # tensor-parallel ranks of the engine; 0: as many as the policy's
-    kv_cache_mib: int = 64  # on the CPU; a GPU takes `gpu_memory_utilization`
+    kv_cache_mib: int = 256  # on the CPU; a GPU takes `gpu_memory_utilization`
     gpu_memory_utilization: float = 0.5
     max_running: int = 256  # sequences that the engine decodes together
 

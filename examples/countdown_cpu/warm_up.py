@@ -32,7 +32,7 @@ from megatron_rlvr.processes import free_port  # noqa: E402
 from megatron_rlvr.types import Batch, Microbatch, Prompt, Rollout, RolloutGroup, Update  # noqa: E402
 from megatron_rlvr.weights.convert import save_hf  # noqa: E402
 
-UPDATES, PAIRS = 200, 64  # pairs of a puzzle and a right answer per update
+UPDATES, PAIRS = 250, 64  # pairs of a puzzle and a right answer per update
 
 
 def make_model(target: Path, puzzles: list[Puzzle], seed: int) -> float:

@@ -1,11 +1,14 @@
 """Attention over packed responses, and the norm that goes with it: a layer spec without Transformer Engine.
 
 megatron-core's own core attention refuses packed sequences (transformer/dot_product_attention.py:153), and its torch
-norm refuses sequence parallelism (transformer/torch_norm.py:32). Both classes run on a CPU and on a GPU alike.
+norm refuses sequence parallelism (transformer/torch_norm.py:32). Both classes run on a CPU and on a GPU alike. The
+rotation of queries and keys is done here too: laid out one response a row, all rows share one table, where megatron's
+own (rope_utils.py:178) cuts and joins a piece per response, in every layer.
 """
 
 from __future__ import annotations
 
+import functools
 import math
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
@@ -53,7 +56,8 @@ class PackedSequences(PackedSeqParams):
 class PackedAttention(MegatronModule):
     """Causal attention in which no response sees another: the packed tokens are laid out one response a row.
 
-    A row's padding stands behind its tokens, so causality alone keeps it out of every output that is read.
+    A row's padding stands behind its tokens, so causality alone keeps it out of every output that is read. Queries and
+    keys arrive unrotated; rotary embedding (arXiv 2104.09864 Eq 34, halves instead of pairs) has base ``rotary_base``.
     """
 
     def __init__(
@@ -66,9 +70,12 @@ class PackedAttention(MegatronModule):
         softmax_scale: float | None = None,
         cp_comm_type: str | None = None,
         pg_collection: ProcessGroupCollection | None = None,
+        *,
+        rotary_base: float,
         **unused: Any,
     ) -> None:
         super().__init__(config=config)
+        self.rotary_base = rotary_base
         self.scale = softmax_scale or 1.0 / math.sqrt(config.kv_channels)
         self.dropout = config.attention_dropout if attention_dropout is None else attention_dropout
 
@@ -93,7 +100,8 @@ class PackedAttention(MegatronModule):
             return tensor.index_select(0, index).view(rows, longest, *tensor.shape[1:]).transpose(1, 2)
 
         repeat = query.shape[1] // key.shape[1]
-        query, key, value = pad(query), pad(key), pad(value)
+        table = _rotation(longest, query.shape[-1], self.rotary_base, query.dtype, query.device)
+        query, key, value = _rotate(pad(query), table), _rotate(pad(key), table), pad(value)
         if repeat > 1:
             key, value = key.repeat_interleave(repeat, dim=1), value.repeat_interleave(repeat, dim=1)
         dropout = self.dropout if self.training else 0.0
@@ -108,6 +116,21 @@ class PackedAttention(MegatronModule):
         if dropout and not self.config.sequence_parallel:
             return get_cuda_rng_tracker().fork()
         return nullcontext()
+
+
+@functools.lru_cache(maxsize=32)
+def _rotation(length: int, size: int, base: float, dtype: torch.dtype, device: torch.device) -> tuple[Tensor, Tensor]:
+    """(cos, sin) [length, size] of position times frequency; sin carries the sign of its half."""
+    frequencies = 1.0 / base ** (torch.arange(0, size, 2, dtype=torch.float32, device=device) / size)
+    angles = torch.outer(torch.arange(length, dtype=torch.float32, device=device), frequencies)
+    cos, sin = angles.cos(), angles.sin()
+    return torch.cat([cos, cos], dim=1).to(dtype), torch.cat([-sin, sin], dim=1).to(dtype)
+
+
+def _rotate(tensor: Tensor, table: tuple[Tensor, Tensor]) -> Tensor:
+    """[..., L, d] with each pair (x_i, x_i+d/2) turned by its position's angle."""
+    cos, sin = table
+    return torch.addcmul(tensor * cos, tensor.roll(tensor.shape[-1] // 2, -1), sin)
 
 
 class RMSNorm(torch.nn.RMSNorm):

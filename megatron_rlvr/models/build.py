@@ -105,7 +105,7 @@ def layer_spec(
     layer = spec.submodules
     layer.input_layernorm = layer.pre_mlp_layernorm = RMSNorm
     attention = layer.self_attention.submodules
-    attention.core_attention = PackedAttention
+    attention.core_attention = ModuleSpec(PackedAttention, params={"rotary_base": architecture.rope_theta})
     if architecture.qk_norm:
         attention.q_layernorm = attention.k_layernorm = RMSNorm
     layers = get_num_layers_to_build(config, vp_stage=vp_stage)
@@ -132,7 +132,8 @@ def _build_chunk(
         post_process=parallel_state.is_pipeline_last_stage(ignore_virtual=False, vp_stage=vp_stage),
         parallel_output=True,
         share_embeddings_and_output_weights=architecture.tied,
-        position_embedding_type="rope",
+        # The local layers rotate queries and keys inside their attention.
+        position_embedding_type="rope" if platform.has_transformer_engine() else "none",
         rotary_base=architecture.rope_theta,
         vp_stage=vp_stage,
     )

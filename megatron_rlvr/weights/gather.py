@@ -5,8 +5,10 @@ The same walk feeds the rollout engine after each update and writes the final ch
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -54,51 +56,58 @@ def hf_weights(
     """
     own = global_parameters(chunks)
     dtype = next(iter(own.values())).dtype
-    for owner, bucket in _buckets(architecture, groups, len(chunks), bucket_bytes // dtype.itemsize):
-        gathered = _gather_bucket(bucket, owner, own, architecture, groups)
+    for bucket in _buckets(architecture, groups.tp_size, groups.pp_size, len(chunks), bucket_bytes // dtype.itemsize):
+        gathered = _gather_bucket(bucket, own, groups)
         offset = 0
-        for entry in bucket:
-            shape = mapping.shard_shape(entry, architecture, groups.tp_size)
+        for entry, shape in bucket.shards:
             stop = offset + math.prod(shape)
             shards = [flat[offset:stop].view(shape) for flat in gathered]
             yield from zip(entry.hf, mapping.to_hf(entry, shards, architecture), strict=True)
             offset = stop
 
 
+@dataclass(frozen=True)
+class _Bucket:
+    """What travels together: entries of one pipeline stage, and the shape of one tensor-parallel rank's part of each.
+
+    _Bucket(owner=1, shards=((final norm, (64,)), (output layer, (512, 64))))
+    """
+
+    owner: int
+    shards: tuple[tuple[Entry, tuple[int, ...]], ...]
+
+    @property
+    def size(self) -> int:
+        """Elements of one tensor-parallel rank's part."""
+        return sum(math.prod(shape) for _, shape in self.shards)
+
+
+@functools.lru_cache(maxsize=8)
 def _buckets(
-    architecture: Architecture, groups: ParallelGroups, num_chunks: int, limit: int
-) -> Iterator[tuple[int, list[Entry]]]:
-    """(owner stage, entries): runs of entries of one stage that hold at most ``limit`` elements over all shards."""
-    bucket: list[Entry] = []
-    current, held = 0, 0
+    architecture: Architecture, tp_size: int, pp_size: int, num_chunks: int, limit: int
+) -> tuple[_Bucket, ...]:
+    """Runs of entries of one stage that hold at most ``limit`` elements over all shards, or a single larger entry."""
+    buckets: list[_Bucket] = []
     for entry in mapping.entries(architecture):
-        owner = owner_stage(entry, architecture, groups.pp_size, num_chunks)
-        size = math.prod(mapping.shard_shape(entry, architecture, groups.tp_size)) * groups.tp_size
-        if bucket and (owner != current or held + size > limit):
-            yield current, bucket
-            bucket, held = [], 0
-        bucket.append(entry)
-        current, held = owner, held + size
-    if bucket:
-        yield current, bucket
+        owner = owner_stage(entry, architecture, pp_size, num_chunks)
+        part = _Bucket(owner, ((entry, mapping.shard_shape(entry, architecture, tp_size)),))
+        last = buckets[-1] if buckets else None
+        if last and last.owner == owner and (last.size + part.size) * tp_size <= limit:
+            buckets[-1] = _Bucket(owner, last.shards + part.shards)
+        else:
+            buckets.append(part)
+    return tuple(buckets)
 
 
-def _gather_bucket(
-    bucket: list[Entry],
-    owner: int,
-    own: dict[str, nn.Parameter],
-    architecture: Architecture,
-    groups: ParallelGroups,
-) -> Tensor:
+def _gather_bucket(bucket: _Bucket, own: dict[str, nn.Parameter], groups: ParallelGroups) -> Tensor:
     """[tp_size, n]: each tensor-parallel rank's parameters of the bucket, end to end; the same on every stage."""
-    if groups.pp_rank == owner:
-        flat = torch.cat([_parameter(entry, own).detach().reshape(-1) for entry in bucket])
+    if groups.pp_rank == bucket.owner:
+        flat = torch.cat([_parameter(entry, own).detach().reshape(-1) for entry, _ in bucket.shards])
         gathered = all_gather_flat(flat, groups.tp)
     else:
-        size = sum(math.prod(mapping.shard_shape(entry, architecture, groups.tp_size)) for entry in bucket)
         like = next(iter(own.values()))
-        gathered = torch.empty(groups.tp_size, size, dtype=like.dtype, device=like.device)
-    broadcast_tensor(gathered, owner, groups.pp)
+        gathered = torch.empty(groups.tp_size, bucket.size, dtype=like.dtype, device=like.device)
+    broadcast_tensor(gathered, bucket.owner, groups.pp)
     return gathered
 
 

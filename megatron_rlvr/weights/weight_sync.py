@@ -2,13 +2,14 @@
 
 After every sync each tensor is compared, value by value, with what the engine's own kernels then compute with: not with
 what was sent, and cut by a slicer of our own that shares nothing with the engine's loader. Vectors and matrices of up
-to WHOLE_UP_TO columns are compared whole every time; of a wider one WINDOW columns, all rows, others each time, so that
-a whole round takes columns / WINDOW syncs. A stale, swapped or wrongly cut tensor shows in nearly every window; a lone
+to 128 columns are compared whole every time; of a wider one some columns, all rows, others each time (WIDTHS): a whole
+round takes columns / width syncs. A stale, swapped or wrongly cut tensor shows in nearly every column; a lone
 flipped element of a wide matrix within a round.
 """
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -22,9 +23,9 @@ from megatron_rlvr.distributed.groups import ParallelGroups
 from megatron_rlvr.distributed.reduce import all_max, gather_objects
 from megatron_rlvr.rollout.engine import Engine
 
-# Reading c of k columns back from a repacked [n, k] kernel costs n * k * c multiplications, so c is bounded.
-WHOLE_UP_TO = 256  # columns: a matrix with no more is compared whole after every sync
-WINDOW = 16  # columns of a wider matrix per sync
+# (up to so many columns, compared per sync). Reading c of k columns back from a repacked [n, k] kernel costs n * k * c
+# multiplications, so c falls; one column goes through the kernel's matrix-vector path at the speed of memory.
+WIDTHS = ((128, 128), (1024, 16), (math.inf, 1))
 
 _EMBEDDING, _HEAD = "model.embed_tokens.weight", "lm_head.weight"
 _ALL = slice(None)
@@ -184,10 +185,9 @@ def _by_columns(part: Tensor) -> Tensor:
 
 def _window(columns: int, syncs: int) -> slice:
     """The columns that sync number ``syncs`` compares; consecutive syncs walk through all of them."""
-    if columns <= WHOLE_UP_TO:
-        return slice(0, columns)
-    start = min(syncs % -(-columns // WINDOW) * WINDOW, columns - WINDOW)
-    return slice(start, start + WINDOW)
+    width = min(columns, next(width for most, width in WIDTHS if columns <= most))
+    start = min(syncs % -(-columns // width) * width, columns - width)
+    return slice(start, start + width)
 
 
 def _equal(found: Tensor, wanted: Tensor) -> bool:

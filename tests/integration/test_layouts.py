@@ -18,12 +18,13 @@ def close(left: float, right: float) -> bool:
 def test_layouts_give_the_same_rollouts_losses_and_gradients(train, tmp_path: Path) -> None:
     """Four ranks (tp 2, pp 2) against one: two engine replicas of two ranks against one engine of one."""
     folders = {}
-    for name, layout in {"one": (1, 1), "four": (2, 2)}.items():
+    for name, (tp, pp, engine_tp) in {"one": (1, 1, 1), "four": (2, 2, 2)}.items():
         folders[name] = tmp_path / name
         train(
             "trainer.num_steps=3",
-            f"parallel.tp={layout[0]}",
-            f"parallel.pp={layout[1]}",
+            f"parallel.tp={tp}",
+            f"parallel.pp={pp}",
+            f"rollout.tp={engine_tp}",
             "trainer.log_rollouts=256",
             f"run.dir={folders[name]}",
         )
