@@ -39,7 +39,12 @@ class Policy(Trainable):
     def statistics(self, logits: Tensor, micro: Microbatch, options: StatisticsOptions) -> TokenStatistics:
         """logits [t, V/tp] -> [t] statistics of the tokens that follow, over the whole vocabulary."""
         return token_statistics(
-            logits, micro.target_ids, group=self.groups.tp, vocab_size=self.architecture.vocab_size, options=options
+            logits,
+            micro.target_ids,
+            group=self.groups.tp,
+            vocab_size=self.architecture.vocab_size,
+            options=options,
+            overwrite=True,  # the matrix product that made the logits does not need them again
         )
 
     def fill_log_probs(self, batch: Batch, options: StatisticsOptions) -> TokenStatistics:

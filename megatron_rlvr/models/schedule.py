@@ -69,7 +69,9 @@ def _forward_step(consume: Consumer, forward_only: bool) -> Callable:
         output = model(input_ids=inputs[0], position_ids=inputs[1], attention_mask=None, packed_seq_params=packed)
 
         def finish(output: Tensor, non_loss_data: bool = False) -> Any:
-            result = consume(output[0, : micro.num_tokens], micro)
+            # Views alone, where no token is padding: indexing would copy the gradient of all logits.
+            output = output.flatten(0, 1)
+            result = consume(output[: micro.num_tokens] if len(output) > micro.num_tokens else output, micro)
             if forward_only:
                 return result
             # The token count goes unused: sum_gradients drops it.

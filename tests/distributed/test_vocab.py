@@ -16,10 +16,11 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from megatron_rlvr.config import ConfigError
+from megatron_rlvr.distributed import vocab_passes
 from megatron_rlvr.distributed.vocab import StatisticsOptions, TokenStatistics, token_statistics
 from tests.ranks import run_ranks
 
-FIELDS = ("log_prob", "entropy", "max_log_prob", "sum_squares", "log_kept_mass", "proxy_log_prob")
+FIELDS = ("log_prob", "entropy", "max_log_prob", "sum_squares", "log_kept_mass", "proxy_log_prob", "rank")
 DIFFERENTIABLE = ("log_prob", "entropy", "log_kept_mass")
 OPTIONS = [
     StatisticsOptions(),
@@ -58,6 +59,7 @@ def reference(logits: Tensor, targets: Tensor, options: StatisticsOptions) -> di
         "sum_squares": p.square().sum(1),
         "log_kept_mass": mass.log(),
         "proxy_log_prob": log_q.gather(1, at_target)[:, 0],
+        "rank": 1 + (z > z.gather(1, at_target)).double().sum(1),
     }
 
 
@@ -316,3 +318,42 @@ def test_bad_shapes_are_refused():
         token_statistics(torch.zeros(2, 3, 4), torch.zeros(2, dtype=torch.long))
     with pytest.raises(ValueError, match="vocab_size=5 is more than the 4 columns"):
         token_statistics(torch.zeros(1, 4), torch.zeros(1, dtype=torch.long), vocab_size=5)
+
+
+@pytest.mark.skipif(not vocab_passes._can_compile(), reason="needs a C++ compiler")
+@pytest.mark.parametrize(
+    ("dtype", "options"),
+    [
+        (torch.float32, StatisticsOptions(tau=1e-4)),
+        (torch.bfloat16, StatisticsOptions(min_p=0.02, temperature=0.7)),
+    ],
+)
+def test_fused_passes_of_a_real_vocabulary(dtype: torch.dtype, options: StatisticsOptions):
+    """From FUSE_FROM columns on: fp64's values to 2e-6, and no more of its gradient lost than the dtype must lose."""
+    vocab, padded = 20_011, 20_032
+    case = make_case(11, 24, vocab, padded, options)
+    padding = torch.full((24, padded - vocab), 1e4, dtype=torch.float64)
+    logits = torch.cat([case.logits, padding], dim=1).to(dtype).requires_grad_()
+    found = token_statistics(logits, case.targets, vocab_size=vocab, options=options)
+    weighted({name: getattr(found, name) for name in FIELDS}, case).backward()
+    values, gradient = expected(case, dtype)
+    for name in FIELDS:
+        torch.testing.assert_close(getattr(found, name).detach().double(), values[name], rtol=2e-6, atol=2e-6)
+    error = (logits.grad.double() - gradient).norm() / gradient.norm()
+    rounding = (gradient.to(dtype).double() - gradient).norm() / gradient.norm()
+    assert error < rounding + 1e-6
+
+
+def test_overwriting_puts_the_gradient_where_the_logits_were():
+    case = make_case(12, 9, 30, 32, StatisticsOptions(min_p=0.1))
+    want = expected(case, torch.float64)[1]
+    leaf = torch.cat([case.logits, torch.zeros(9, 2, dtype=torch.float64)], dim=1).requires_grad_()
+    logits = leaf * 1.0  # its backward does not read its result
+    address = logits.data_ptr()
+    found = token_statistics(logits, case.targets, vocab_size=30, options=case.options, overwrite=True)
+    total = weighted({name: getattr(found, name) for name in DIFFERENTIABLE}, case)
+    (gradient,) = torch.autograd.grad(total, logits, retain_graph=True)
+    assert gradient.data_ptr() == address
+    torch.testing.assert_close(gradient, want)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        total.backward()

@@ -190,7 +190,7 @@ def test_where_nothing_is_regularised_the_loss_is_the_surrogate(name):
 
 def _statistics_at(log_prob: Tensor) -> TokenStatistics:
     zeros = torch.zeros_like(log_prob)
-    return TokenStatistics(log_prob, zeros, zeros, zeros, zeros, zeros)
+    return TokenStatistics(log_prob, *[zeros] * 6)
 
 
 @pytest.mark.parametrize(("gap", "clamped", "free"), [(2.60, -12.463738, -12.463738), (2.62, 0.0, -12.735724)])

@@ -1,0 +1,133 @@
+"""The passes over [T, V/tp] logits behind the token statistics; nothing here talks to another rank.
+
+A pass is one expression over the whole matrix. For real vocabularies torch.compile fuses it into a single loop: each
+logit is read once and no matrix beside the logits exists. Where nothing can compile, or the vocabulary is so small that
+it would not pay, the same expression runs over blocks of rows that fit the cache: some times slower, no more memory.
+"""
+
+from __future__ import annotations
+
+import functools
+import logging
+import os
+import shutil
+from collections.abc import Callable, Iterator
+
+import torch
+from torch import Tensor
+
+from megatron_rlvr import platform
+
+log = logging.getLogger(__name__)
+
+FUSE_FROM = 4096  # local columns; compiling takes seconds, which a smaller vocabulary never earns back
+SPAN = 16384  # columns summed in one go: fp32 loses a digit over the 150,000 of a whole vocabulary
+BLOCK = {"cpu": 1 << 16, "cuda": 1 << 26}  # elements of an unfused block
+
+
+def maximum(logits: Tensor) -> Tensor:
+    """[T, n] -> [T] largest local logit in the dtype of the maths; -inf where there is no column."""
+    maths = torch.float64 if logits.dtype == torch.float64 else torch.float32
+    if logits.shape[1] == 0:
+        return logits.new_full(logits.shape[:1], -torch.inf, dtype=maths)
+    return logits.amax(dim=1).to(maths)
+
+
+def scales(temperature: float, threshold_temperature: float, like: Tensor) -> Tensor:
+    """[2] what a gap is multiplied with. A tensor, for a compiled loop would be compiled anew for every number."""
+    return like.new_tensor([1.0 / temperature, 1.0 / threshold_temperature])
+
+
+def sums(logits: Tensor, top: Tensor, floor: Tensor, target: Tensor, scale: Tensor) -> Tensor:
+    """[5, T] local sums, with t = (z - top) / temperature and e = exp t: e kept, e dropped, e t, e^2, [z > target].
+
+    top, floor, target: [T] maximum over all ranks, least kept gap at the threshold temperature, target's logit.
+    """
+    return _over_spans(_sums, logits, (top, floor, target), scale)
+
+
+def threshold_sum(logits: Tensor, top: Tensor, scale: Tensor) -> Tensor:
+    """[1, T] local sum of exp((z - top) / threshold_temperature), what a fixed threshold is measured against."""
+    return _over_spans(_threshold_sum, logits, (top,), scale)
+
+
+def overwrite_with_gradient(
+    logits: Tensor, top: Tensor, floor: Tensor, factors: tuple[Tensor, Tensor, Tensor], scale: Tensor
+) -> None:
+    """Put e (a + b t + c [kept]) in the place of each logit; ``factors`` a, b, c are [T]."""
+    _by_rows(_overwrite, logits, (top, floor, *factors), scale)
+
+
+def keeps(gap: Tensor, floor: Tensor, scale: Tensor) -> Tensor:
+    """Whether the threshold keeps a column: the one place that says so, so that rounding cannot answer it two ways."""
+    return gap * scale[1] >= floor
+
+
+def _sums(logits: Tensor, top: Tensor, floor: Tensor, target: Tensor, scale: Tensor) -> Tensor:
+    z = logits.to(top.dtype)
+    gap = z - top[:, None]
+    t = gap * scale[0]
+    e = t.exp()
+    kept = torch.where(keeps(gap, floor[:, None], scale), e, 0.0)
+    # e - kept is e or exactly 0: the dropped mass is summed by itself, for a difference of sums would cancel
+    parts = [kept, e - kept, e * _finite(t), e * e, torch.where(z > target[:, None], 1.0, 0.0)]
+    return torch.stack([part.sum(1) for part in parts])
+
+
+def _threshold_sum(logits: Tensor, top: Tensor, scale: Tensor) -> Tensor:
+    return ((logits.to(top.dtype) - top[:, None]) * scale[1]).exp().sum(1)[None]
+
+
+def _overwrite(logits: Tensor, top: Tensor, floor: Tensor, a: Tensor, b: Tensor, c: Tensor, scale: Tensor) -> Tensor:
+    gap = logits.to(top.dtype) - top[:, None]
+    t = gap * scale[0]
+    factor = a[:, None] + b[:, None] * _finite(t) + torch.where(keeps(gap, floor[:, None], scale), c[:, None], 0.0)
+    logits.copy_(t.exp() * factor)
+    return top.new_empty(0, logits.shape[0])
+
+
+def _finite(t: Tensor) -> Tensor:
+    """0 in place of -inf: there p is 0, and 0 * -inf would be NaN where the limit of p ln p is 0."""
+    return torch.where(t == -torch.inf, 0.0, t)
+
+
+def _over_spans(
+    expression: Callable[..., Tensor], logits: Tensor, vectors: tuple[Tensor, ...], scale: Tensor
+) -> Tensor:
+    """The [k, T] sums that ``expression`` takes over columns, from those over spans of them."""
+    starts = range(0, max(1, logits.shape[1]), SPAN)
+    return torch.stack([_by_rows(expression, logits[:, start : start + SPAN], vectors, scale) for start in starts]).sum(
+        0
+    )
+
+
+def _by_rows(expression: Callable[..., Tensor], logits: Tensor, vectors: tuple[Tensor, ...], scale: Tensor) -> Tensor:
+    """``expression`` of the matrix and its row vectors; its [k, T] results, joined along the rows."""
+    run = _fused(expression) if _fuses(logits) else expression
+    parts = [run(logits[rows], *(vector[rows] for vector in vectors), scale) for rows in _row_blocks(logits)]
+    return parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
+
+
+def _row_blocks(logits: Tensor) -> Iterator[slice]:
+    """Blocks of rows for an unfused pass; one block for a fused one. At least one, be it empty."""
+    rows, columns = logits.shape
+    block = max(1, rows) if _fuses(logits) else max(1, BLOCK[logits.device.type] // max(1, columns))
+    for start in range(0, max(1, rows), block):
+        yield slice(start, start + block)
+
+
+def _fuses(logits: Tensor) -> bool:
+    return logits.shape[1] >= FUSE_FROM and logits.shape[0] > 0 and _can_compile()
+
+
+@functools.cache
+def _fused(expression: Callable) -> Callable:
+    return torch.compile(expression, dynamic=True)
+
+
+@functools.cache
+def _can_compile() -> bool:
+    if platform.has_gpu() or shutil.which(os.environ.get("CXX", "g++")):
+        return True
+    log.warning("no C++ compiler (g++, or the one CXX names): token statistics run unfused, several times slower")
+    return False
