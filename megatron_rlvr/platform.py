@@ -158,6 +158,18 @@ def _fork_cpu_generator(self: Any, name: str = "model-parallel-rng") -> Iterator
         self._current_state_name = before_name
 
 
+def spare_vllm_small_compiles() -> None:
+    """Call before vLLM's engine is imported. On a CPU it would compile functions of one line at their first use.
+
+    Above all the count that gives a sampled token's rank (v1/sample/ops/logprobs.py:10): four seconds of every start
+    for a loop over one row, and the masked embedding lookup of a sharded vocabulary (vocab_parallel_embedding.py:176).
+    """
+    from vllm.platforms import current_platform
+
+    if not has_gpu():
+        type(current_platform).simple_compile_backend = "eager"
+
+
 @contextlib.contextmanager
 def private_shared_memory(job: str) -> Iterator[None]:
     """Build a vLLM engine in here: its ranks' shared memory is named after ``job``, until all of them have mapped it.

@@ -33,7 +33,18 @@ def check(config: Config) -> None:
     build_exploration(config.exploration, config.trainer.updates_per_rollout)
     for name, path in (("data.path", config.data.path), ("data.eval_path", config.data.eval_path)):
         rule(not path or Path(path).exists(), f"{name}={path}: there is no such file or folder")
+        if path and config.data.strict:
+            _check_rows(config, path)
     rule(
         not (config.run.port and port_in_use(config.run.port)),
         f"run.port={config.run.port} is in use: leave it 0 for a free one",
     )
+
+
+def _check_rows(config: Config, path: str) -> None:
+    """Read the data set once more than needed, for an error in seconds instead of one from every rank."""
+    from transformers import AutoTokenizer  # an import of seconds, which no other check waits for
+
+    from megatron_rlvr.prompts import load_prompts
+
+    load_prompts(path, config.data, AutoTokenizer.from_pretrained(config.model.path), config.verifier)

@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
+import atexit
 import ctypes
+import gc
 import os
 import signal
 import socket
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import NoReturn
 
 _PR_SET_PDEATHSIG = 1
 
@@ -34,3 +40,22 @@ def port_in_use(port: int) -> bool:
         except OSError:
             return True
     return False
+
+
+@contextmanager
+def everything_made_here_stays() -> Iterator[None]:
+    """For imports and construction: nothing is looked through for garbage, now or later (two of twenty seconds)."""
+    gc.disable()
+    try:
+        yield
+    finally:
+        gc.enable()
+        gc.freeze()
+
+
+def leave(code: int) -> NoReturn:
+    """End this process with its exit handlers, but without taking apart what it imported, which takes three seconds."""
+    atexit._run_exitfuncs()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)

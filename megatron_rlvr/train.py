@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import IO
 
 from megatron_rlvr.config import Config, ConfigError, load_config
-from megatron_rlvr.processes import die_with_parent
+from megatron_rlvr.processes import die_with_parent, everything_made_here_stays, leave
 
 LAUNCHED = "MEGATRON_RLVR_LAUNCHED"  # set for ranks whose launcher has already prepared model and folder
 INITIAL = "initial_hf"  # the run's own folder of random weights
@@ -88,9 +88,6 @@ def be_rank(config: Config) -> int:
             flush=True,
         )
         return FAILURE
-    finally:
-        sys.stdout.flush()
-        sys.stderr.flush()
 
 
 def _redirect_output(path: Path) -> IO[str]:
@@ -111,9 +108,10 @@ def _run(config: Config, terminal: IO[str]) -> int:
 
     console = Console(file=terminal)
     _log_to(terminal)
-    from megatron_rlvr.run import Run
+    with everything_made_here_stays():
+        from megatron_rlvr.run import Run
 
-    run = Run(config, console)
+        run = Run(config, console)
     stopped = run()
     run.trainer.close()
     return 128 + stopped if stopped else 0
@@ -129,4 +127,4 @@ def _log_to(terminal: IO[str]) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    leave(main())

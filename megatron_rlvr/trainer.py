@@ -52,7 +52,10 @@ class Trainer:
         self.groups = initialize_parallel(config)
         self.architecture = Architecture.from_folder(config.model.path)
         self.exploration = build_exploration(config.exploration, config.trainer.updates_per_rollout)
-        self.statistics = self.exploration.needs().statistics(config.rollout.temperature)
+        needs, trainer = self.exploration.needs(), config.trainer
+        self.statistics = needs.statistics(config.rollout.temperature)
+        # With one update per rollout, and no dropout, the training forward is the old policy's too.
+        self.old_policy_pass = needs.old_statistics or trainer.updates_per_rollout > 1 or config.model.dropout > 0
         self.tokenizer = AutoTokenizer.from_pretrained(config.model.path)
         self.prompts = self._load_prompts(config.data.path)
         self.eval_prompts = self._load_prompts(config.data.eval_path) if config.data.eval_path else None
@@ -80,10 +83,11 @@ class Trainer:
         started, self.seconds, meter = time.perf_counter(), {}, Meter()
         groups = self.rollout(step)
         batch = self.pack(groups)
-        with self.phase("log_probs"):
-            old = self.policy.fill_log_probs(batch, self.statistics)
-        batch.extras.update(self.exploration.annotate(batch, old))
-        self._measure(batch, meter)
+        if self.old_policy_pass:
+            with self.phase("log_probs"):
+                old = self.policy.fill_log_probs(batch, self.statistics)
+            batch.extras.update(self.exploration.annotate(batch, old))
+            measure_old_policy(batch, meter)
         with self.phase("train"):
             rewards = self.exploration.shape_rewards(batch, self.groups, step - 1, meter)
             batch.advantages = self.advantages(batch, rewards, groups)
@@ -167,6 +171,9 @@ class Trainer:
     def loss(self, update: Update, micro: Microbatch, current: TokenStatistics, meter: Meter) -> Tensor:
         """The microbatch's share of the global loss, a scalar."""
         algorithm = self.config.algorithm
+        if not self.old_policy_pass:
+            micro.old_log_probs, micro.entropy = current.log_prob.detach(), current.entropy.detach()
+            measure_old_policy(micro, meter)
         losses = LOSSES[algorithm.loss](
             current.log_prob,
             micro.old_log_probs,
@@ -206,13 +213,6 @@ class Trainer:
         yield
         self.seconds[name] = time.perf_counter() - started
 
-    def _measure(self, batch: Batch, meter: Meter) -> None:
-        mask = batch.loss_mask
-        gap = (batch.old_log_probs - batch.rollout_log_probs).abs()[mask]
-        meter.add("policy/entropy", batch.entropy[mask].sum(), mask.sum())
-        meter.add("rollout/log_prob_gap_mean", gap.sum(), mask.sum())
-        meter.maximum("rollout/log_prob_gap_max", gap.max() if gap.numel() else 0.0)
-
     def _rollout_metrics(self, groups: list[RolloutGroup]) -> dict[str, float]:
         rollouts = [rollout for group in groups for rollout in group.rollouts]
         rewards = torch.tensor([rollout.verdict.reward for rollout in rollouts if verifiers.is_scored(rollout.verdict)])
@@ -231,3 +231,12 @@ class Trainer:
         times = {f"time/{phase}": seconds for phase, seconds in self.seconds.items()}
         tokens = float(reduce.all_sum(torch.tensor(float(batch.num_tokens)), self.groups.dp))
         return times | {"time/step": total, "tokens/per_second": tokens / total}
+
+
+def measure_old_policy(tokens: Microbatch, meter: Meter) -> None:
+    """Entropy, and how far the engine's log-probs are from the policy's own: two programs, one set of weights."""
+    mask = tokens.loss_mask
+    gap = (tokens.old_log_probs - tokens.rollout_log_probs).abs()[mask]
+    meter.add("policy/entropy", tokens.entropy[mask].sum(), mask.sum())
+    meter.add("rollout/log_prob_gap_mean", gap.sum(), mask.sum())
+    meter.maximum("rollout/log_prob_gap_max", gap.max() if gap.numel() else 0.0)

@@ -91,8 +91,8 @@ class Microbatch:
     extras: dict[str, Tensor] = field(default_factory=dict)  # name -> [t], from the exploration methods
 
     FILLED_BY: ClassVar[dict[str, str]] = {
-        "old_log_probs": "policy.fill_log_probs",
-        "entropy": "policy.fill_log_probs",
+        "old_log_probs": "policy.fill_log_probs (or, where the step makes no such pass, the loss)",
+        "entropy": "policy.fill_log_probs (or, where the step makes no such pass, the loss)",
         "ref_log_probs": "reference.fill_log_probs",
         "values": "critic.fill_values",
         "advantages": "the advantage phase of the step",
@@ -120,6 +120,11 @@ class Microbatch:
     @property
     def max_seqlen(self) -> int:
         return int((self.cu_seqlens[1:] - self.cu_seqlens[:-1]).max())
+
+    @property
+    def known_log_probs(self) -> Tensor:
+        """[t] what is known of the old policy before the loss: its own pass where one is made, else the rollout's."""
+        return self.old_log_probs if self.has("old_log_probs") else self.rollout_log_probs
 
     def per_token(self, values: Tensor) -> Tensor:
         """[s] -> [t]: each response's value at each of its tokens."""

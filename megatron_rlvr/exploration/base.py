@@ -41,8 +41,10 @@ class Threshold:
 class Needs:
     """What a method reads, and so which passes the step has to make and what they compute."""
 
-    old_log_probs: bool = False
-    entropy: bool = False
+    # Of the old policy over the whole batch, before the loss: its entropy or kept mass, or exactly its log-probs. With
+    # one update per rollout nothing else asks for that pass: the training forward's own policy is still the old one,
+    # and batch.known_log_probs are the rollout's.
+    old_statistics: bool = False
     threshold: Threshold | None = None
 
     def merge(self, other: Needs) -> Needs:
@@ -53,8 +55,7 @@ class Needs:
                 f"one pass over the vocabulary computes one kept mass: give them the same options or drop one"
             )
         return Needs(
-            old_log_probs=self.old_log_probs or other.old_log_probs,
-            entropy=self.entropy or other.entropy,
+            old_statistics=self.old_statistics or other.old_statistics,
             threshold=self.threshold or other.threshold,
         )
 
@@ -93,7 +94,10 @@ class Exploration:
         return True
 
     def annotate(self, batch: Batch, old: TokenStatistics) -> dict[str, Tensor]:
-        """[T] tensors to keep from the old policy's statistics, stored in ``batch.extras`` by these names."""
+        """[T] tensors to keep from the old policy's statistics, stored in ``batch.extras`` by these names.
+
+        Not called where the old policy has no pass of its own (Needs.old_statistics).
+        """
         return {}
 
     def shape_rewards(self, batch: Batch, groups: ParallelGroups, step: int, meter: Meter) -> Tensor:

@@ -19,7 +19,7 @@ from torch import Tensor
 from megatron_rlvr.config import rule
 from megatron_rlvr.distributed import reduce
 from megatron_rlvr.distributed.groups import ParallelGroups
-from megatron_rlvr.exploration.base import Exploration, Needs
+from megatron_rlvr.exploration.base import Exploration
 from megatron_rlvr.metrics import Meter
 from megatron_rlvr.types import Batch
 
@@ -80,12 +80,9 @@ class Cde(Exploration):
     config: Config
     _warned = False
 
-    def needs(self) -> Needs:
-        return Needs(old_log_probs=True)
-
     def shape_rewards(self, batch: Batch, groups: ParallelGroups, step: int, meter: Meter) -> Tensor:
         config, rewards = self.config, batch.rewards
-        surprise = batch.per_response_sum(-batch.old_log_probs) / batch.response_lengths.clamp(min=1)
+        surprise = batch.per_response_sum(-batch.known_log_probs) / batch.response_lengths.clamp(min=1)
         omega = config.omega(step)
         bonus = omega * torch.minimum(rewards.abs() / config.kappa, config.alpha * surprise)
         meter.add("cde/omega", omega)

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from megatron_rlvr.config import rule
 from megatron_rlvr.distributed.vocab import TokenStatistics
-from megatron_rlvr.exploration.base import Exploration, Needs
+from megatron_rlvr.exploration.base import Exploration
 from megatron_rlvr.metrics import Meter
 from megatron_rlvr.types import Microbatch
 
@@ -34,9 +34,6 @@ class EntropyBonus(Exploration):
 
     order = 80  # adds to every token, so it comes after a method that replaces the loss of some
     config: Config
-
-    def needs(self) -> Needs:
-        return Needs(entropy=True)
 
     def policy_loss(self, losses: Tensor, micro: Microbatch, current: TokenStatistics, meter: Meter) -> Tensor:
         bonus = self.config.coefficient * current.entropy

@@ -4,7 +4,8 @@
     regularised:  p(o) among the lowest rho of the update,  A < 0  and  q(o) > 0
     loss there:   L_t = surrogate_t + beta * D(q, p)
 
-The old policy's forward pass gives ln p(o), ln Z and ln q(o) at once, so the proxy costs no pass of its own.
+The old policy's forward pass gives ln p(o), ln Z and ln q(o) at once, so the proxy costs no pass of its own; with one
+update per rollout it needs none at all, for the training forward's policy is the old one.
 
 ``preset: paper`` is Eq 6; ``preset: released_code`` is what github.com/CarlanLark/Lp-Reg-dev @33b27e2 runs
 (verl/trainer/ppo/core_algos.py:648-745). An option that is given explicitly wins over the preset. The rest of the
@@ -147,6 +148,7 @@ class LpReg(Exploration):
         self.replaces_loss = bool(config.replace_clipped)
         self.divergence = str(config.divergence)
         self._limits: dict[int, Tensor] = {}  # sign of A -> highest ln p(o) that is improbable, of this update
+        self._ranked_by = "old_log_probs"  # what the limits of an update were taken over
         if self.divergence == "fwd_kl_full" and config.proxy_source == "old" and updates_per_rollout > 1:
             self.divergence = "k3_sampled"
             log.info(
@@ -158,7 +160,7 @@ class LpReg(Exploration):
     def needs(self) -> Needs:
         config = self.config
         threshold = Threshold(config.kappa, config.tau, config.threshold_temperature or 0.0)
-        return Needs(old_log_probs=True, threshold=threshold)
+        return Needs(threshold=threshold)
 
     def annotate(self, batch: Batch, old: TokenStatistics) -> dict[str, Tensor]:
         if self.config.proxy_source == "current":
@@ -168,7 +170,8 @@ class LpReg(Exploration):
     def prepare_update(self, batch: Batch, update: Update, groups: ParallelGroups) -> None:
         if self.config.percentile_scope == "update":
             whole = batch.microbatch(update.microbatches[0][0], update.microbatches[-1][1])
-            self._limits = self._percentiles(whole, whole.old_log_probs, groups)
+            self._ranked_by = "old_log_probs" if batch.has("old_log_probs") else "rollout_log_probs"
+            self._limits = self._percentiles(whole, getattr(whole, self._ranked_by), groups)
 
     def policy_loss(self, losses: Tensor, micro: Microbatch, current: TokenStatistics, meter: Meter) -> Tensor:
         log_prob = current.log_prob.detach()
@@ -190,8 +193,11 @@ class LpReg(Exploration):
         return losses + self.config.beta * torch.where(selected, divergence, 0.0)
 
     def _proxy(self, micro: Microbatch, current: TokenStatistics) -> tuple[Tensor, Tensor]:
-        """ln q(o), -inf where o is filtered, and ln Z; both without gradient."""
-        if self.config.proxy_source == "current":
+        """ln q(o), -inf where o is filtered, and ln Z; both without gradient.
+
+        Where the old policy had no pass of its own, the current one still equals it.
+        """
+        if self.config.proxy_source == "current" or "lp_reg/proxy_log_prob" not in micro.extras:
             return current.proxy_log_prob.detach(), current.log_kept_mass.detach()
         return micro.extras["lp_reg/proxy_log_prob"], micro.extras["lp_reg/log_kept_mass"]
 
@@ -209,7 +215,7 @@ class LpReg(Exploration):
         if self.config.percentile_scope == "microbatch":
             self._limits = self._percentiles(micro, log_prob, ParallelGroups.single())
         else:
-            ranked = micro.old_log_probs
+            ranked = getattr(micro, self._ranked_by)
         candidates = torch.zeros_like(micro.loss_mask)
         for sign, _ in self._sides():
             candidates |= micro.loss_mask & (micro.advantages * sign > 0) & (ranked <= self._limits[sign])

@@ -47,9 +47,11 @@ class VllmEngine:
         self._stop_ids = stop_token_ids(config.model.path)
         job = broadcast_object(f"megatron-rlvr-{uuid.uuid4().hex[:12]}", 0, groups.world)
         os.environ.update({name: value for name, value in _SETTINGS.items() if name not in os.environ})
-        with _process_unchanged(), platform.private_shared_memory(job):
-            _check_head_dim(architecture)
-            self._llm = _start(config, length)
+        with _process_unchanged():
+            platform.spare_vllm_small_compiles()
+            with platform.private_shared_memory(job):
+                _check_head_dim(architecture)
+                self._llm = _start(config, length)
         self._model: Any = self._llm.apply_model(lambda model: model)[0]
         self._modules = dict(self._model.named_modules())
         self._can_sleep = self._llm.llm_engine.model_config.enable_sleep_mode

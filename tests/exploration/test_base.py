@@ -30,7 +30,7 @@ class Louder(Exploration):
     seen = 0
 
     def needs(self):
-        return Needs(entropy=True)
+        return Needs(old_statistics=True)
 
     def keep_group(self, group):
         return len(group.rollouts) > 1
@@ -128,8 +128,8 @@ def test_no_method_changes_nothing():
 
 def test_needs_merge():
     threshold = Threshold(min_p=0.02)
-    merged = Needs(old_log_probs=True).merge(Needs(entropy=True, threshold=threshold)).merge(Needs(threshold=threshold))
-    assert merged == Needs(old_log_probs=True, entropy=True, threshold=threshold)
+    merged = Needs(old_statistics=True).merge(Needs(threshold=threshold)).merge(Needs(threshold=threshold))
+    assert merged == Needs(old_statistics=True, threshold=threshold)
     assert merged.statistics(0.6) == StatisticsOptions(temperature=0.6, min_p=0.02, threshold_temperature=0.6)
     fixed = Needs(threshold=Threshold(tau=0.1, temperature=1.0))
     assert fixed.statistics(0.6) == StatisticsOptions(temperature=0.6, tau=0.1, threshold_temperature=1.0)

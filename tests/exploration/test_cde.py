@@ -50,6 +50,12 @@ def test_the_bonus_by_hand(options):
     assert shaped[3] == 0  # no reward, no bonus
 
 
+def test_the_rollouts_log_probs_serve_where_the_old_policy_has_no_pass():
+    with_pass, without = _batch([1.0, -1.0]), _batch([1.0, -1.0])
+    without.rollout_log_probs, without.old_log_probs = with_pass.old_log_probs, None
+    assert torch.equal(_shape({}, without)[0], _shape({}, with_pass)[0])
+
+
 @pytest.mark.parametrize("surprise", [0.0, 0.1, 50.0])
 def test_the_cap_keeps_the_sign_of_the_reward(surprise):
     batch = _batch([1.0, -1.0, -0.01, 0.0, 0.2])

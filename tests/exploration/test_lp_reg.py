@@ -18,7 +18,7 @@ from megatron_rlvr.exploration.base import Exploration, Threshold, build
 from megatron_rlvr.exploration.lp_reg import DIVERGENCES, PRESETS, Config
 from megatron_rlvr.metrics import Meter
 from megatron_rlvr.types import Batch
-from tests.exploration.toy import fill_old, make_batch, make_logits, statistics, update_loss
+from tests.exploration.toy import fill_old, fill_rollout, make_batch, make_logits, statistics, update_loss
 from tests.ranks import run_ranks
 
 LENGTHS = [9, 4, 12, 7, 15, 6, 11, 8]
@@ -74,6 +74,20 @@ def test_the_papers_objective(updates, drift, full_kl):
     assert torch.allclose(gradient, torch.autograd.grad(expected, leaf)[0], atol=1e-9)
     assert metrics["lp_reg/share"] == pytest.approx(int(on.sum()) / sum(LENGTHS))
     assert metrics["lp_reg/survive_share"] < 1
+
+
+@pytest.mark.parametrize("preset", ["paper", "released_code"])
+def test_one_update_per_rollout_needs_no_pass_of_the_old_policy(preset):
+    """Percentile from the rollout, proxy from the training forward: the same loss, gradient and figures."""
+    with_pass, without, lp_reg = make_batch(LENGTHS), make_batch(LENGTHS), method(preset=preset, rho=0.3)
+    logits = old_and_current(with_pass, lp_reg, drift=0.0)
+    fill_rollout(without, logits, lp_reg)
+    assert not lp_reg.needs().old_statistics
+    loss, gradient, metrics = update_loss(with_pass, logits, lp_reg, "plain_clip", CLIP)
+    same_loss, same_gradient, same_metrics = update_loss(without, logits, lp_reg, "plain_clip", CLIP)
+    assert metrics["lp_reg/share"] > 0
+    assert torch.allclose(loss, same_loss, atol=1e-12) and torch.allclose(gradient, same_gradient, atol=1e-12)
+    assert metrics == pytest.approx(same_metrics)
 
 
 @pytest.mark.parametrize("seed", [0, 1])

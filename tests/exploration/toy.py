@@ -57,6 +57,13 @@ def fill_old(batch: Batch, logits: Tensor, method: Exploration, temperature: flo
     return batch
 
 
+def fill_rollout(batch: Batch, logits: Tensor, method: Exploration) -> Batch:
+    """What a step with one update per rollout starts from: the old policy has had no pass, the rollout carries it."""
+    with torch.no_grad():
+        batch.rollout_log_probs = statistics(logits, batch.target_ids, method).log_prob
+    return batch
+
+
 def update_loss(
     batch: Batch,
     logits: Tensor,
@@ -65,7 +72,10 @@ def update_loss(
     clip: tuple[float, float],
     reduction: str = "token_mean",
 ) -> tuple[Tensor, Tensor, dict[str, float]]:
-    """The loss of the batch's only update over its microbatches, its gradient in the logits, and the metrics."""
+    """The loss of the batch's only update over its microbatches, its gradient in the logits, and the metrics.
+
+    As the step does, it takes the current policy for the old one where that has had no pass.
+    """
     (update,) = batch.updates
     meter, leaf = Meter(), logits.clone().requires_grad_()
     method.prepare_update(batch, update, ParallelGroups.single())
@@ -74,6 +84,8 @@ def update_loss(
         micro = batch.microbatch(start, stop)
         rows = slice(int(batch.cu_seqlens[start]), int(batch.cu_seqlens[stop]))
         current = statistics(leaf[rows], micro.target_ids, method)
+        if not batch.has("old_log_probs"):
+            micro.old_log_probs = current.log_prob.detach()
         surrogate = losses.LOSSES[loss](current.log_prob, micro.old_log_probs, micro.advantages, *clip)
         shaped = method.policy_loss(surrogate, micro, current, meter)
         total = total + (losses.reduction_weights(micro, update, reduction) * shaped).sum()
