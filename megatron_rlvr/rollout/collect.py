@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections import Counter
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -37,10 +38,14 @@ class RolloutCollector:
     def collect(
         self, prompts: list[Prompt], responses: int, *, step: int, attempt: int, policy_version: int
     ) -> Collected:
-        """``responses`` samples of each prompt; they depend on (seed, step, attempt, prompt, sample) alone."""
+        """``responses`` samples of each prompt; they depend on (seed, step, attempt, prompt, sample) alone.
+
+        A prompt that comes twice, where one epoch ends and the next begins, goes on counting its samples.
+        """
         started = time.perf_counter()
-        share = prompts[self.replica :: self.replicas]
-        samples = iter(self.engine.generate(self._requests(share, responses, step, attempt)))
+        mine_of = slice(self.replica, None, self.replicas)
+        share, earlier = prompts[mine_of], earlier_appearances(prompts)[mine_of]
+        samples = iter(self.engine.generate(self._requests(share, earlier, responses, step, attempt)))
         sampled = time.perf_counter()
         mine = []
         if self.speaks_for_replica:
@@ -57,16 +62,18 @@ class RolloutCollector:
         }
         return Collected(ordered, seconds)
 
-    def _requests(self, prompts: list[Prompt], responses: int, step: int, attempt: int) -> list[Request]:
+    def _requests(
+        self, prompts: list[Prompt], earlier: list[int], responses: int, step: int, attempt: int
+    ) -> list[Request]:
         settings = self.config.rollout
         return [
             Request(
                 prompt_token_ids=list(prompt.token_ids),
-                seed=request_seed(self.config.seed, step, attempt, prompt.id, sample),
+                seed=request_seed(self.config.seed, step, attempt, prompt.id, times * responses + sample),
                 max_tokens=settings.max_response_length,
                 temperature=settings.temperature,
             )
-            for prompt in prompts
+            for prompt, times in zip(prompts, earlier, strict=True)
             for sample in range(responses)
         ]
 
@@ -81,3 +88,13 @@ class RolloutCollector:
                 Rollout(index, sample.response_ids, sample.log_probs, sample.finish_reason, policy_version, text)
             )
         return rollouts
+
+
+def earlier_appearances(prompts: list[Prompt]) -> list[int]:
+    """How often each prompt has come before in the list: ids a, b, a -> 0, 0, 1."""
+    seen: Counter[str] = Counter()
+    counts = []
+    for prompt in prompts:
+        counts.append(seen[prompt.id])
+        seen[prompt.id] += 1
+    return counts

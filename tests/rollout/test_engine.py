@@ -7,7 +7,9 @@ import json
 import pytest
 
 from megatron_rlvr.config import ConfigError
+from megatron_rlvr.rollout.collect import earlier_appearances
 from megatron_rlvr.rollout.engine import request_seed, stop_token_ids
+from megatron_rlvr.types import Prompt
 
 
 def test_seeds_are_stable_and_distinct():
@@ -23,6 +25,11 @@ def test_seeds_are_stable_and_distinct():
     assert len(seeds) == 2 * 5 * 2 * 3 * 11
     assert len({seed & 0xFFFFFFFF for seed in seeds}) == len(seeds)  # the CPU generator uses the lower half
     assert all(0 <= seed < 1 << 63 for seed in seeds)
+
+
+def test_a_prompt_that_comes_twice_in_a_step_is_not_sampled_twice_alike():
+    prompts = [Prompt(name, "", (1,), "math", 0) for name in "abaca"]
+    assert earlier_appearances(prompts) == [0, 0, 1, 0, 2]
 
 
 def test_stop_tokens_come_from_every_place_that_names_them(tmp_path):
