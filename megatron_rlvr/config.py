@@ -46,7 +46,9 @@ class DataConfig:
     eval_path: str = ""  # held-out prompts; empty: no evaluation
     prompt_field: str = ""  # empty: detected from the first row
     answer_field: str = ""
-    template: Literal["chat", "raw"] = "chat"  # raw: the prompt's text as it is
+    # chat: the tokenizer's own; dapo: DAPO's wrapper inside that; r1_zero: DeepSeek-R1-Zero's for base models; raw: the
+    # prompt's text as it is
+    template: Literal["chat", "dapo", "r1_zero", "raw"] = "chat"
     max_prompt_length: int = 1024  # tokens
     strict: bool = False  # stop at the first row that cannot be used, instead of counting and dropping it
     shuffle: bool = True
@@ -155,24 +157,51 @@ class Config:
 def load_config(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -> Config:
     """YAML file plus ``key.sub=value`` overrides -> a checked Config.
 
-    Raises ConfigError: a missing or malformed file, an unknown key (with the closest known one), a value of the
-    wrong type, or a broken rule between keys.
+    ``base: other.yaml`` or ``base: [a.yaml, b.yaml]``, beside the file, is read first; the file changes single keys of
+    it, and a list as a whole. Raises ConfigError: a missing or malformed file, an unknown key (with the closest known
+    one), a value of the wrong type, or a broken rule between keys.
     """
+    tree = _read_tree(Path(path), ())
+    for override in overrides:
+        _apply_override(tree, override)
+    config = from_dict(Config, tree)
+    check(config)
+    return config
+
+
+def _read_tree(path: Path, includers: tuple[Path, ...]) -> dict:
+    """The file's keys over those of its bases; ``includers`` are the files that lead here."""
+    if path.resolve() in includers:
+        raise ConfigError(f"{path} includes itself: {' -> '.join(str(item) for item in (*includers, path.resolve()))}")
     try:
-        text = Path(path).read_text()
+        text = path.read_text()
     except OSError as error:
-        raise ConfigError(f"cannot read the config {path}: {error.strerror}") from error
+        by = f", a base of {includers[-1]}" if includers else ""
+        raise ConfigError(f"cannot read the config {path}{by}: {error.strerror}") from error
     try:
         tree = yaml.safe_load(text) or {}
     except yaml.YAMLError as error:
         raise ConfigError(f"{path} is not valid YAML: {error}") from error
     if not isinstance(tree, dict):
         raise ConfigError(f"{path} must hold a mapping of keys to values, not a {type(tree).__name__}")
-    for override in overrides:
-        _apply_override(tree, override)
-    config = from_dict(Config, tree)
-    check(config)
-    return config
+    bases = tree.pop("base", [])
+    bases = [bases] if isinstance(bases, str) else bases
+    if not isinstance(bases, list) or not all(isinstance(base, str) for base in bases):
+        raise ConfigError(f"{path}: base must be the name of a config file or a list of them, not {bases!r}")
+    merged: dict = {}
+    for base in bases:
+        _merge(merged, _read_tree(path.parent / base, (*includers, path.resolve())))
+    _merge(merged, tree)
+    return merged
+
+
+def _merge(into: dict, tree: dict) -> None:
+    """The keys of ``tree`` over those of ``into``, level by level."""
+    for key, value in tree.items():
+        if isinstance(value, dict) and isinstance(into.get(key), dict):
+            _merge(into[key], value)
+        else:
+            into[key] = value
 
 
 def _apply_override(tree: dict, override: str) -> None:

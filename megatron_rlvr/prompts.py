@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 
 from megatron_rlvr.config import ConfigError, DataConfig, rule
 from megatron_rlvr.prompt_files import read_rows
+from megatron_rlvr.templates import wrap
 from megatron_rlvr.types import Prompt
 from megatron_rlvr.verifiers import load
 
@@ -86,9 +87,9 @@ def load_prompts(path: str | Path, data: DataConfig, tokenizer: Any, verifier: s
     """
     path = Path(path)
     rule(
-        data.template == "raw" or bool(getattr(tokenizer, "chat_template", None)),
-        "data.template=chat needs a tokenizer with a chat template, and this one has none: set data.template=raw "
-        "to use each prompt's text as it is",
+        data.template in ("raw", "r1_zero") or bool(getattr(tokenizer, "chat_template", None)),
+        f"data.template={data.template} needs a tokenizer with a chat template, and this one has none: set "
+        f"data.template=raw to use each prompt's text as it is, or r1_zero",
     )
     rows, drops = _read(path, data, tokenizer, load(verifier).read_answer)
     prompts = []
@@ -158,7 +159,7 @@ def _get(row: Any, field: str) -> Any:
 
 
 def _render(row: dict[str, Any], field: str, data: DataConfig, tokenizer: Any) -> str:
-    """The prompt's text, chat template applied; a list of messages in raw mode stands for its last user message."""
+    """The prompt's text, template applied. Of a list of messages only chat takes all, the others the last user's."""
     value = _get(row, field)
     if value is _MISSING or value is None or value == [] or (isinstance(value, str) and not value.strip()):
         raise _RowError(field, "no prompt", "")
@@ -173,6 +174,10 @@ def _render(row: dict[str, Any], field: str, data: DataConfig, tokenizer: Any) -
         raise _RowError(field, "no prompt", "no user message")
     if data.template == "raw":
         return asked[-1]
+    if data.template == "r1_zero":
+        return wrap("r1_zero", asked[-1])
+    if data.template == "dapo":
+        messages = [{"role": "user", "content": wrap("dapo", asked[-1])}]
     return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
 
 

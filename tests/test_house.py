@@ -19,7 +19,7 @@ PACKAGE = "megatron_rlvr"
 FLOORS = {
     0: "config platform processes types verdict",
     1: "advantages architecture charts evaluation losses metrics packing progress prompt_files prompts records report "
-    "report_style run_folder trackers verifiers weights.initial weights.mapping",
+    "report_style run_folder templates trackers verifiers weights.initial weights.mapping",
     2: "distributed",
     3: "exploration",
     4: "models rollout weights",

@@ -17,6 +17,7 @@ from transformers import PreTrainedTokenizerFast
 
 from megatron_rlvr.config import ConfigError, DataConfig
 from megatron_rlvr.prompts import Drop, load_prompts
+from megatron_rlvr.templates import DAPO, R1_ZERO
 
 TEMPLATE = (
     "{% for m in messages %}<{{ m.role }}>{{ m.content }}\n{% endfor %}{% if add_generation_prompt %}<bot>{% endif %}"
@@ -106,9 +107,24 @@ def test_templates(tmp_path, chat_tokenizer):
     assert [prompt.text for prompt in raw] == ["q", "plain"]
 
 
+def test_the_papers_templates_wrap_a_question_once(tmp_path, chat_tokenizer):
+    wrapped = DAPO.replace("{prompt}", "1+{x}=?")
+    path = write(tmp_path / "a.jsonl", [{"prompt": text, "answer": "7"} for text in ("1+{x}=?", wrapped)])
+    for name, expected in (
+        ("dapo", f"<user>{wrapped}\n<bot>"),
+        ("r1_zero", R1_ZERO.replace("{prompt}", "1+{x}=?")),
+        ("raw", None),
+    ):
+        config = DataConfig(template=name, max_prompt_length=1000)
+        texts = [prompt.text for prompt in load_prompts(path, config, chat_tokenizer, "math").prompts]
+        assert texts == ([expected, expected] if expected else ["1+{x}=?", wrapped])
+    assert R1_ZERO.endswith("<think>") and DAPO.startswith("Solve the following math problem step by step.")
+
+
 def test_a_tokenizer_without_chat_template_names_the_way_out(tmp_path, tokenizer):
-    with pytest.raises(ConfigError, match="data.template=raw"):
-        load_prompts(write(tmp_path / "a.jsonl", ROWS), DataConfig(), tokenizer, "math")
+    for template in ("chat", "dapo"):
+        with pytest.raises(ConfigError, match=f"data.template={template}.*data.template=raw"):
+            load_prompts(write(tmp_path / "a.jsonl", ROWS), DataConfig(template=template), tokenizer, "math")
 
 
 BAD = [

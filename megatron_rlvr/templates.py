@@ -1,0 +1,39 @@
+"""The prompt templates of the papers, word for word, for a model learns the words.
+
+wrap("r1_zero", "What is 1+1?") -> "A conversation between User and Assistant. ... <think>"
+"""
+
+from __future__ import annotations
+
+# DeepSeek-R1 (arXiv 2501.12948) Table 1, as the Lp-Reg recipes close it (github.com/CarlanLark/Lp-Reg-dev,
+# verl/utils/dataset/rl_dataset.py:79): the model goes on behind <think>.
+R1_ZERO = (
+    "A conversation between User and Assistant. The user asks a question, and the Assistant solves it. The assistant "
+    "first thinks about the reasoning process in the mind and then provides the user with the answer. The reasoning "
+    "process and answer are enclosed within <think> </think> and <answer> </answer> tags, respectively, i.e., <think> "
+    "reasoning process here </think> <answer> answer here </answer>. User: {prompt}.\n"
+    "Assistant: Let me solve this step by step.\n<think>"
+)
+
+# DAPO (arXiv 2503.14476), the wrapper of its data sets; a user message of the model's own chat template. CDE takes it.
+DAPO = (
+    "Solve the following math problem step by step. The last line of your response should be of the form Answer: "
+    "$Answer (without quotes) where $Answer is the answer to the problem.\n\n{prompt}\n\n"
+    'Remember to put your answer on its own line after "Answer:".'
+)
+
+TEMPLATES = {"r1_zero": R1_ZERO, "dapo": DAPO}
+
+
+def wrap(name: str, text: str) -> str:
+    """The question in the template ``name``; one that came wrapped in a template is taken out of that first."""
+    return TEMPLATES[name].replace("{prompt}", unwrap(text))
+
+
+def unwrap(text: str) -> str:
+    """The question inside a known template, or the text as it is."""
+    for template in TEMPLATES.values():
+        before, after = template.split("{prompt}")
+        if text.startswith(before) and text.endswith(after):
+            return text[len(before) : len(text) - len(after)]
+    return text

@@ -1,0 +1,118 @@
+"""Config files: inclusion, overrides, and one clear sentence for every mistake."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import yaml
+
+from megatron_rlvr.config import Config, ConfigError, batch_table, dump, load_config, to_dict
+
+SMALLEST = {"verifier": "math", "model": {"path": "model"}, "data": {"path": "data.jsonl"}}
+SMALLEST["trainer"] = {"microbatch_tokens": 4096}
+
+
+def write(folder: Path, file: str = "run.yaml", /, **tree) -> Path:
+    path = folder / file
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(yaml.safe_dump(tree))
+    return path
+
+
+def refusal(path: Path, *overrides: str) -> str:
+    with pytest.raises(ConfigError) as caught:
+        load_config(path, overrides)
+    return str(caught.value)
+
+
+def test_overrides_change_single_keys(tmp_path):
+    path = write(tmp_path, **SMALLEST, optimizer={"lr": "1e-6"}, exploration={"lp_reg": {"rho": 0.01, "beta": 2.0}})
+    config = load_config(path, ["parallel.tp=2", "exploration.lp_reg.rho=0.02", "exploration.cde=", "data.eval_path="])
+    assert (config.parallel.tp, config.optimizer.lr, config.data.eval_path) == (2, 1e-6, "")
+    assert config.exploration == {"lp_reg": {"rho": 0.02, "beta": 2.0}, "cde": {}}
+    assert config.rollout_tp == 2 and config.world_size == 2 and config.run_dir == Path("runs/run")
+
+
+def test_the_dumped_config_is_the_config(tmp_path):
+    config = load_config(write(tmp_path, **SMALLEST, exploration={"lp_reg": {"rho": 0.01}}))
+    dump(config, tmp_path / "dumped.yaml")
+    assert load_config(tmp_path / "dumped.yaml") == config
+
+
+def test_a_file_holds_what_differs_from_its_bases(tmp_path):
+    write(tmp_path, "shared/base.yaml", **SMALLEST, optimizer={"lr": 1e-6, "betas": [0.9, 0.95]}, name="base")
+    write(tmp_path, "shared/model.yaml", base="base.yaml", model={"dtype": "float32"}, optimizer={"lr": 1e-5})
+    write(tmp_path, "other.yaml", exploration={"cde": {}}, name="other")
+    path = write(
+        tmp_path, base=["shared/model.yaml", "other.yaml"], optimizer={"betas": [0.8, 0.9]}, exploration={"lp_reg": {}}
+    )
+    config = load_config(path, ["seed=3"])
+    assert (config.model.path, config.model.dtype) == ("model", "float32")
+    assert (config.optimizer.lr, config.optimizer.betas) == (1e-5, [0.8, 0.9])
+    assert config.exploration == {"cde": {}, "lp_reg": {}}
+    assert (config.name, config.seed) == ("other", 3)
+    assert "base" not in to_dict(config)
+
+
+def test_bases_that_cannot_be_read(tmp_path):
+    path = write(tmp_path, base="missing.yaml")
+    error = refusal(path)
+    assert "missing.yaml" in error and str(path) in error and "No such file" in error
+    write(tmp_path, "a.yaml", base="b.yaml")
+    assert "includes itself" in refusal(write(tmp_path, "b.yaml", base="a.yaml"))
+    assert "base must be" in refusal(write(tmp_path, base=3))
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("paralel.tp=2", "unknown key 'paralel'; did you mean 'parallel'"),
+        ("parallel.tq=2", "unknown key 'parallel.tq'; did you mean 'parallel.tp'"),
+        ("parallel.tp=two", "parallel.tp must be of type int, not 'two'"),
+        ("parallel.tp=true", "parallel.tp must be of type int"),
+        ("algorithm.loss=pbo", "algorithm.loss must be one of"),
+        ("optimizer.betas=0.9", "optimizer.betas must be a list"),
+        ("parallel=2", "parallel must be a mapping"),
+        ("seed.x=2", "'seed' holds a value"),
+        ("parallel.tp", "must look like key.sub=value"),
+        ("seed=[1", "is not a YAML value"),
+        ("parallel.tp=0", "parallel.tp must be at least 1"),
+        ("parallel.vpp=2", "needs parallel.pp > 1"),
+        ("parallel.sequence_parallel=true", "needs parallel.tp > 1"),
+        ("rollout.tp=3", "rollout.tp=3 must divide"),
+        ("trainer.updates_per_rollout=3", "must divide rollout.prompts_per_step=32"),
+        ("parallel.dp=3", "parallel.dp=3 must divide"),
+        ("trainer.microbatch_tokens=100", "must hold the longest response with its prompt"),
+        ("rollout.temperature=0", "rollout.temperature must be in (0, 2]"),
+        ("algorithm.dual_clip=0.5", "algorithm.dual_clip must be above 1"),
+        ("optimizer.lr=0", "optimizer.lr must be above 0"),
+        ("model.dropout=1", "model.dropout must be in [0, 1)"),
+        ("verifier=", "verifier is not set"),
+        ("model.path=", "model.path is not set"),
+        ("data.path=", "data.path is not set"),
+    ],
+)
+def test_each_mistake_has_its_sentence(tmp_path, override, message):
+    path = write(tmp_path, **SMALLEST, seed=1)
+    load_config(path)
+    assert message in refusal(path, override)
+
+
+def test_files_that_are_no_configs(tmp_path):
+    assert "cannot read the config" in refusal(tmp_path / "nowhere.yaml")
+    (tmp_path / "list.yaml").write_text("[1, 2]")
+    assert "must hold a mapping" in refusal(tmp_path / "list.yaml")
+    (tmp_path / "broken.yaml").write_text("a: [1")
+    assert "is not valid YAML" in refusal(tmp_path / "broken.yaml")
+
+
+def test_the_table_says_what_the_batch_sizes_come_to(tmp_path):
+    config = load_config(
+        write(tmp_path, **SMALLEST), ["parallel.tp=2", "parallel.dp=4", "trainer.updates_per_rollout=4"]
+    )
+    table = {what: value for what, value, _ in batch_table(config)}
+    assert table["ranks"] == "8" and table["engine replicas"] == "4"
+    assert table["responses per step"] == "256" and table["responses per update"] == "64"
+    assert table["microbatches per update and rank"] == "<= 8"  # 16 responses, two of 2048 tokens in each
+    assert isinstance(config, Config)
