@@ -258,6 +258,8 @@ def _convert(hint: Any, value: Any, name: str) -> Any:
             raise ConfigError(f"{name} must be a list, not {value!r}")
         return [_convert(arguments[0], item, f"{name}[{index}]") for index, item in enumerate(value)]
     if origin is dict:
+        if value is None:  # `exploration: null` takes away what a base file switched on
+            return {}
         if not isinstance(value, dict):
             raise ConfigError(f"{name} must be a mapping, not {value!r}")
         return {key: {} if item is None else item for key, item in value.items()}

@@ -33,7 +33,12 @@ CHARTS = [
     Chart("Reward", "the verifier's, mean over the step's responses", "trend", {"reward/mean": ""}),
     Chart("Held-out prompts", "share solved", "points", {"eval/pass@*": ""}, percent=True),
     Chart("Entropy", "of the policy, nats per token", "trend", {"policy/entropy": ""}),
-    Chart("Distinct answers", "per held-out prompt", "points", {"eval/distinct": ""}),
+    Chart(
+        "Distinct answers",
+        "per held-out prompt",
+        "points",
+        {"eval/distinct": "different", "eval/distinct_right": "and right"},
+    ),
     Chart("Response length", "tokens, mean over the step's responses", "trend", {"tokens/response_mean": ""}),
     Chart("Regularised tokens", "share that Lp-Reg protects", "trend", {"lp_reg/share": ""}, percent=True),
     Chart("Time per step", "seconds, by phase; rare slow steps leave the picture", "stack", PHASES, whole="time/step"),

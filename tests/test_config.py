@@ -53,6 +53,8 @@ def test_a_file_holds_what_differs_from_its_bases(tmp_path):
     assert config.exploration == {"cde": {}, "lp_reg": {}}
     assert (config.name, config.seed) == ("other", 3)
     assert "base" not in to_dict(config)
+    write(tmp_path, "plain.yaml", base="run.yaml", exploration=None)
+    assert load_config(tmp_path / "plain.yaml").exploration == {}
 
 
 def test_bases_that_cannot_be_read(tmp_path):

@@ -40,6 +40,7 @@ def test_summary() -> None:
         "eval/pass@1": 0.5,
         "eval/pass@2": pytest.approx(2 / 3),
         "eval/distinct": 4 / 3,
+        "eval/distinct_right": 2 / 3,
         "eval/length": 1.5,
     }
 
