@@ -77,11 +77,12 @@ class RolloutConfig:
 @dataclass
 class AlgorithmConfig:
     advantage: Literal["grpo", "grpo_no_std"] = "grpo"
-    loss: Literal["ppo", "plain_clip"] = "ppo"
-    clip_low: float = 0.2  # ratio clipped to [1 - clip_low, 1 + clip_high]
+    loss: Literal["ppo", "plain_clip", "unclipped", "gspo", "cispo", "dppo_tv", "dppo_kl"] = "ppo"
+    clip_low: float = 0.2  # ratio clipped to [1 - clip_low, 1 + clip_high]; dppo: bounds on the distance from p_old
     clip_high: float = 0.2
-    dual_clip: float = 0.0  # bound c > 1 on the ratio where A < 0; 0: off
-    reduction: Literal["token_mean", "sequence_mean", "microbatch_token_mean"] = "token_mean"
+    dual_clip: float = 0.0  # ppo: bound c > 1 on the ratio where A < 0; 0: off
+    # sequence_sum divides a response's sum by rollout.max_response_length
+    reduction: Literal["token_mean", "sequence_mean", "sequence_sum", "microbatch_token_mean"] = "token_mean"
 
 
 @dataclass
@@ -369,9 +370,14 @@ def _check_ranges(config: Config) -> None:
         f"it bounds a ratio that is 1 on-policy",
     )
     rule(
-        not (config.algorithm.loss == "plain_clip" and config.algorithm.dual_clip),
-        "algorithm.dual_clip has no effect with algorithm.loss=plain_clip, which already bounds the ratio: "
-        "drop one of them",
+        config.algorithm.loss == "ppo" or not config.algorithm.dual_clip,
+        f"algorithm.dual_clip is a part of algorithm.loss=ppo and has no effect with {config.algorithm.loss}: "
+        f"drop one of them",
+    )
+    rule(
+        config.algorithm.loss != "gspo" or config.algorithm.reduction == "sequence_mean",
+        f"algorithm.loss=gspo needs algorithm.reduction=sequence_mean, not {config.algorithm.reduction}: "
+        f"its ratio belongs to a response, which must count once whatever its length",
     )
     rule(
         0 <= config.algorithm.clip_low <= 1,

@@ -30,7 +30,7 @@ def check(config: Config) -> None:
     architecture.check_engine_layout(config.rollout_tp)
     architecture.check_length(config.data.max_prompt_length + config.rollout.max_response_length)
     verifiers.load(config.verifier)
-    build_exploration(config.exploration, config.trainer.updates_per_rollout)
+    build_exploration(config.exploration, config)
     for name, path in (("data.path", config.data.path), ("data.eval_path", config.data.eval_path)):
         rule(not path or Path(path).exists(), f"{name}={path}: there is no such file or folder")
         if path and config.data.strict:

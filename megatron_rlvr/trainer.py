@@ -26,7 +26,7 @@ from megatron_rlvr.distributed import reduce
 from megatron_rlvr.distributed.vocab import TokenStatistics
 from megatron_rlvr.evaluation import summarise
 from megatron_rlvr.exploration.base import build as build_exploration
-from megatron_rlvr.losses import LOSSES, record, reduction_weights
+from megatron_rlvr.losses import LOSSES, Clip, record, reduction_weights
 from megatron_rlvr.metrics import Meter
 from megatron_rlvr.models.build import initialize_parallel
 from megatron_rlvr.models.policy import Policy
@@ -51,7 +51,7 @@ class Trainer:
         self.config = config
         self.groups = initialize_parallel(config)
         self.architecture = Architecture.from_folder(config.model.path)
-        self.exploration = build_exploration(config.exploration, config.trainer.updates_per_rollout)
+        self.exploration = build_exploration(config.exploration, config)
         needs, trainer = self.exploration.needs(), config.trainer
         self.statistics = needs.statistics(config.rollout.temperature)
         # With one update per rollout, and no dropout, the training forward is the old policy's too.
@@ -171,20 +171,14 @@ class Trainer:
     def loss(self, update: Update, micro: Microbatch, current: TokenStatistics, meter: Meter) -> Tensor:
         """The microbatch's share of the global loss, a scalar."""
         algorithm = self.config.algorithm
+        clip = Clip(algorithm.clip_low, algorithm.clip_high, algorithm.dual_clip)
         if not self.old_policy_pass:
             micro.old_log_probs, micro.entropy = current.log_prob.detach(), current.entropy.detach()
             measure_old_policy(micro, meter)
-        losses = LOSSES[algorithm.loss](
-            current.log_prob,
-            micro.old_log_probs,
-            micro.advantages,
-            algorithm.clip_low,
-            algorithm.clip_high,
-            algorithm.dual_clip,
-        )
-        record(micro, current.log_prob, losses, meter)
+        losses, clipped = LOSSES[algorithm.loss](current.log_prob, micro, clip)
+        record(micro, current.log_prob, clipped, meter)
         losses = self.exploration.policy_loss(losses, micro, current, meter)
-        weights = reduction_weights(micro, update, algorithm.reduction)
+        weights = reduction_weights(micro, update, algorithm.reduction, self.config.rollout.max_response_length)
         return torch.where(micro.loss_mask, weights * losses, 0.0).sum()
 
     def push_weights(self):

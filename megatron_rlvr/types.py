@@ -180,6 +180,16 @@ class Batch(Microbatch):
                 sliced[item.name] = value[start:stop] if item.name in _PER_RESPONSE else value[low:high]
         return Microbatch(**sliced)
 
+    def of_update(self, update: Update) -> Microbatch:
+        """Everything that this rank holds of an update, as one microbatch."""
+        return self.microbatch(update.microbatches[0][0], update.microbatches[-1][1])
+
+    def keep(self, update: Update, name: str, values: Tensor) -> None:
+        """Store [t] values of an update's tokens as extras, where its microbatches will find them."""
+        first, last = update.microbatches[0][0], update.microbatches[-1][1]
+        rows = slice(int(self.cu_seqlens[first]), int(self.cu_seqlens[last]))
+        self.extras.setdefault(name, values.new_zeros(self.num_tokens))[rows] = values
+
     def microbatches(self) -> list[Microbatch]:
         """Every microbatch of every update, in order: what a forward-only pass runs over."""
         return [self.microbatch(*bounds) for update in self.updates for bounds in update.microbatches]

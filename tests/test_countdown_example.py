@@ -116,7 +116,7 @@ def test_config_fits_the_model_and_the_puzzles(
     monkeypatch.chdir(EXAMPLE.parents[1])
     config = load_config("examples/countdown_cpu/config.yaml")
     assert Path(config.prepare).is_file()
-    build(config.exploration, config.trainer.updates_per_rollout)
+    build(config.exploration, config)
     tiny_model.write(tmp_path / "model", seed=0)
     architecture = Architecture.from_folder(tmp_path / "model")
     for tp, pp in ((1, 1), (2, 1), (2, 2)):

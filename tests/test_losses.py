@@ -35,6 +35,19 @@ def _plain(r: float, a: float, low: float, high: float, dual: float) -> tuple[fl
     return -a * min(max(r, 1 - low), 1 + high), -a * r if inside else 0.0
 
 
+def _unclipped(r: float, a: float, low: float, high: float, dual: float) -> tuple[float, float]:
+    return -a * r, -a * r
+
+
+def _filled(old: torch.Tensor, advantages: torch.Tensor) -> Microbatch:
+    """One response that is all of these tokens."""
+    micro = _micro([len(old) - 1])
+    micro.loss_mask = torch.ones(len(old), dtype=torch.bool)
+    micro.response_lengths = torch.tensor([len(old)])
+    micro.old_log_probs, micro.advantages = old, advantages
+    return micro
+
+
 @pytest.mark.parametrize(
     ("name", "low", "high", "dual", "by_cases"),
     [
@@ -43,16 +56,74 @@ def _plain(r: float, a: float, low: float, high: float, dual: float) -> tuple[fl
         ("ppo", 1.0, 9.0, 0.0, _ppo),
         ("plain_clip", 1.0, 9.0, 0.0, _plain),
         ("plain_clip", 0.2, 0.2, 0.0, _plain),
+        ("unclipped", 0.2, 0.2, 0.0, _unclipped),
     ],
 )
 def test_surrogates_value_and_gradient(name, low, high, dual, by_cases):
     log_prob, old, advantages = _grid()
-    loss = losses.LOSSES[name](log_prob, old, advantages, low, high, dual)
+    micro = _filled(old, advantages)
+    loss, clipped = losses.LOSSES[name](log_prob, micro, losses.Clip(low, high, dual))
     (gradient,) = torch.autograd.grad(loss.sum(), log_prob)
-    pairs = zip((log_prob - old).tolist(), advantages.tolist(), strict=True)
+    pairs = list(zip((log_prob - old).tolist(), advantages.tolist(), strict=True))
     expected = [by_cases(math.exp(x), a, low, high, dual) for x, a in pairs]
     assert torch.allclose(loss, torch.tensor([value for value, _ in expected], dtype=torch.float64), rtol=1e-9)
     assert torch.allclose(gradient, torch.tensor([slope for _, slope in expected], dtype=torch.float64), rtol=1e-9)
+    assert clipped.tolist() == [
+        not math.isclose(value, -a * math.exp(x)) for (value, _), (x, a) in zip(expected, pairs, strict=True)
+    ]
+
+
+def test_cispo_keeps_the_gradient_of_clipped_tokens():
+    log_prob, old, advantages = _grid()
+    loss, clipped = losses.LOSSES["cispo"](log_prob, _filled(old, advantages), losses.Clip(1.0, 0.2))
+    r = (log_prob - old).exp().detach()
+    assert torch.allclose(torch.autograd.grad(loss.sum(), log_prob)[0], -advantages * r.clamp(max=1.2), rtol=1e-9)
+    assert torch.equal(clipped, r > 1.2)
+
+
+@pytest.mark.parametrize("drift", [0.0, 0.1, 6.0])
+def test_gspo_is_ppo_on_the_ratio_of_a_whole_response(drift):
+    """Value and gradient of mean_i max(-A s_i, -A clip(s_i)), s_i = (p(response) / p_old(response))^(1/length)."""
+    generator = torch.Generator().manual_seed(3)
+    lengths, clip = [4, 1, 7, 3], losses.Clip(3e-4, 4e-4)
+    micro = _micro(lengths)
+    total = micro.loss_mask.numel()
+    micro.old_log_probs = -5 * torch.rand(total, generator=generator, dtype=torch.float64)
+    micro.advantages = micro.per_token(torch.tensor([0.7, -1.2, -0.4, 1.5]))
+    moved = drift * torch.randn(total, generator=generator, dtype=torch.float64)
+    log_prob = (micro.old_log_probs + moved).requires_grad_()
+    update = Update((), sum(lengths), len(lengths))
+    weights = losses.reduction_weights(micro, update, "sequence_mean")
+    loss = (weights * losses.LOSSES["gspo"](log_prob, micro, clip)[0]).sum()
+
+    expected, start = torch.zeros((), dtype=torch.float64), 0
+    for length, advantage in zip(lengths, [0.7, -1.2, -0.4, 1.5], strict=True):
+        rows = slice(start, start + length)
+        s = (log_prob[rows] - micro.old_log_probs[rows]).mean().clamp(max=10).exp()
+        expected = expected + torch.maximum(-advantage * s, -advantage * s.clamp(1 - 3e-4, 1 + 4e-4)) / len(lengths)
+        start += length + 1
+    assert torch.allclose(loss, expected, rtol=1e-6)
+    gradients = [torch.autograd.grad(value, log_prob)[0] for value in (loss, expected)]
+    assert torch.allclose(*gradients, rtol=1e-6)
+    assert drift or torch.allclose(gradients[0].float(), -weights * micro.advantages)  # s = 1 on the first update
+
+
+@pytest.mark.parametrize("name", ["dppo_tv", "dppo_kl"])
+def test_dppo_stops_at_a_distance_and_not_at_a_ratio(name):
+    grid = [0.001, 0.02, 0.1, 0.4, 0.5, 0.7, 0.999, 1.0]
+    cases = [(p, old, a) for p in grid for old in grid for a in (-2.0, 0.0, 1.0)]
+    p, old, advantages = torch.tensor(cases, dtype=torch.float64).T
+    log_prob, low, high = p.log().requires_grad_(), 0.15, 0.25
+    loss, clipped = losses.LOSSES[name](log_prob, _filled(old.log(), advantages), losses.Clip(low, high))
+    gradient = torch.autograd.grad(loss.sum(), log_prob)[0]
+    for place, (new, before, a) in enumerate(cases):
+        distance = abs(new - before)
+        if name == "dppo_kl":
+            rest, rest_before = max(1 - new, 1e-8), max(1 - before, 1e-8)
+            distance = before * math.log(before / new) + rest_before * math.log(rest_before / rest)
+        stops = (new > before and distance > high) if a > 0 else (new < before and distance > low)
+        assert bool(clipped[place]) == stops
+        assert float(gradient[place]) == pytest.approx(0.0 if stops else -a * min(new / before, 20.0))
 
 
 def test_the_ratio_never_overflows():
@@ -60,12 +131,6 @@ def test_the_ratio_never_overflows():
     r = losses.ratio(log_prob, torch.tensor([-150.0, -1.0, -1.0]))
     assert torch.allclose(r, torch.tensor([math.exp(20), math.exp(-20), 1.0]))
     assert torch.equal(torch.autograd.grad(r.sum(), log_prob)[0], torch.tensor([0.0, 0.0, 1.0]))
-
-
-def test_plain_clip_refuses_a_dual_clip():
-    value = torch.zeros(1)
-    with pytest.raises(ValueError, match="dual_clip=0"):
-        losses.plain_clip(value, value, value, 1.0, 9.0, 3.0)
 
 
 def _distributions() -> tuple[torch.Tensor, torch.Tensor]:
@@ -120,7 +185,7 @@ UPDATE = Update(microbatches=(), num_tokens=17, num_responses=6)
 
 
 @pytest.mark.parametrize("split", [[6], [1, 5], [2, 2, 2], [1] * 6])
-@pytest.mark.parametrize("reduction", ["token_mean", "sequence_mean"])
+@pytest.mark.parametrize("reduction", ["token_mean", "sequence_mean", "sequence_sum"])
 def test_the_global_loss_does_not_depend_on_the_microbatches(reduction, split):
     generator = torch.Generator().manual_seed(2)
     per_response = [torch.randn(length, generator=generator).tolist() for length in RESPONSES]
@@ -129,10 +194,12 @@ def test_the_global_loss_does_not_depend_on_the_microbatches(reduction, split):
         chosen = range(start, start + size)
         micro = _micro([RESPONSES[place] for place in chosen])
         values = torch.tensor([value for place in chosen for value in [*per_response[place], 100.0]])
-        total += float((losses.reduction_weights(micro, UPDATE, reduction) * values).sum())
+        total += float((losses.reduction_weights(micro, UPDATE, reduction, 32) * values).sum())
         start += size
     if reduction == "token_mean":
         expected = sum(sum(row) for row in per_response) / 17
+    elif reduction == "sequence_sum":
+        expected = sum(sum(row) / 32 for row in per_response) / 6
     else:
         expected = sum(sum(row) / len(row) for row in per_response if row) / 6
     assert total == pytest.approx(expected, abs=1e-5)
@@ -154,8 +221,8 @@ def test_record_counts_loss_tokens_only():
     r = torch.tensor([1.0, 2.0, 2.0, 2.0, 50.0])  # only the second is clipped; the last is no loss token
     log_prob = micro.old_log_probs + r.log()
     meter = Meter()
-    surrogate = losses.LOSSES["ppo"](log_prob, micro.old_log_probs, micro.advantages, 0.2, 0.2)
-    losses.record(micro, log_prob, surrogate, meter)
+    _, clipped = losses.LOSSES["ppo"](log_prob, micro, losses.Clip(0.2, 0.2))
+    losses.record(micro, log_prob, clipped, meter)
     means = meter.means()
     assert means["policy/clip_share"] == pytest.approx(1 / 4)
     assert means["policy/ratio_max"] == pytest.approx(2.0)

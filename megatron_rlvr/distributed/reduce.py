@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 import torch
@@ -10,7 +9,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
-from megatron_rlvr.distributed.collect import all_gather_flat, broadcast_tensor
+from megatron_rlvr.distributed.collect import broadcast_tensor
 from megatron_rlvr.distributed.groups import ParallelGroups, group_size
 from megatron_rlvr.metrics import Meter
 
@@ -54,22 +53,67 @@ def _masked_moments(values: Tensor, mask: Tensor, group: ProcessGroup | None) ->
     return count, summed / count.clamp(min=1), selected
 
 
-def lowest_quantile(values: Tensor, mask: Tensor, share: float, group: ProcessGroup | None) -> Tensor:
-    """The scalar below or at which the lowest ceil(share * n) of all n masked values over every rank lie.
+def centred_products(a: Tensor, b: Tensor, mask: Tensor, group: ProcessGroup | None) -> Tensor:
+    """(a - mean a) (b - mean b), all [T], means over the masked values of every rank: a token's part of a covariance.
 
-    Exact: a rank sends as many of its lowest values as the whole selection could need. ``values`` and ``mask`` [T] may
-    differ in length between ranks. -inf when nothing is selected. Ties with the result can make ``values <= result``
-    select more than the share.
+    0 outside the mask. One collective; in fp64 inside, so that how ranks share the tokens cannot show.
     """
-    n = int(all_sum(mask.sum(), group))
-    # rounded first: 0.07 * 100 is 7.000000000000001, which is not the eighth value
-    selected = min(n, math.ceil(round(share * n, 6)))
-    if selected == 0:
+    a, b = (torch.where(mask, values.detach(), 0.0) for values in (a, b))
+    count, *sums = all_sum(torch.stack([values.double().sum() for values in (mask, a, b)]), group)
+    mean_a, mean_b = (total / count.clamp(min=1) for total in sums)
+    return torch.where(mask, (a - mean_a) * (b - mean_b), 0.0).to(a.dtype)
+
+
+def kth_smallest(values: Tensor, mask: Tensor, k: int, group: ProcessGroup | None) -> Tensor:
+    """The k-th smallest, counted from 1, of the masked values over every rank, a scalar; -inf where k is 0.
+
+    ``values`` and ``mask`` [T] may differ in length between ranks, ``k`` may not, and is at most the number of values
+    (inf above it). Exact, and ``values <= result`` selects the same tokens however ranks share them; ties with the
+    result can make them more than k.
+
+    Radix selection: each round counts the next 16 bits of those values that agree with the result so far, so two
+    collectives (four for fp64) of 65,536 counts do, however many values there are and however large k is.
+    """
+    if k == 0:
         return values.new_tensor(-torch.inf)
-    lowest = values.detach()[mask].sort().values[:selected]
-    padding = lowest.new_full((selected - lowest.numel(),), torch.inf)
-    candidates = all_gather_flat(torch.cat([lowest, padding]), group)
-    return candidates.flatten().sort().values[selected - 1]
+    keys, result = _ordered_bits(values.detach()[mask]), 0
+    bits = 8 * values.element_size()
+    for shift in range(bits - _DIGIT, -1, -_DIGIT):
+        digits = (keys >> shift) & (2**_DIGIT - 1)
+        counts = all_sum(torch.bincount(digits, minlength=2**_DIGIT), group)
+        at_or_below = counts.cumsum(0)
+        if int(at_or_below[-1]) < k:
+            return values.new_tensor(torch.inf)
+        digit = int(torch.searchsorted(at_or_below, k))
+        k -= int(at_or_below[digit] - counts[digit])
+        keys, result = keys[digits == digit], result << _DIGIT | digit
+    return _from_ordered_bits(result, values)
+
+
+def kth_largest(values: Tensor, mask: Tensor, k: int, group: ProcessGroup | None) -> Tensor:
+    """The k-th largest of the masked values over every rank, inf where k is 0: kth_smallest from the other end."""
+    return -kth_smallest(-values, mask, k, group)
+
+
+_DIGIT = 16  # bits that a round of the radix selection settles
+_INTEGERS = {torch.float32: torch.int32, torch.float64: torch.int64}
+
+
+def _ordered_bits(values: Tensor) -> Tensor:
+    """Floats -> int64 whose digits, from the highest, order like the floats do."""
+    bits = values.contiguous().view(_INTEGERS[values.dtype])
+    lowest = torch.iinfo(bits.dtype).min
+    # A negative float's magnitude grows downwards: flip those bits, then the sign, which set means smaller.
+    return torch.where(bits < 0, ~bits, bits ^ lowest).long()
+
+
+def _from_ordered_bits(key: int, like: Tensor) -> Tensor:
+    """The float of that key, a scalar of ``like``'s dtype and device."""
+    width = 8 * like.element_size()
+    sign, every = 1 << (width - 1), (1 << width) - 1
+    raw = key ^ (sign if key & sign else every)
+    signed = raw - every - 1 if raw & sign else raw
+    return torch.tensor(signed, dtype=_INTEGERS[like.dtype], device=like.device).view(like.dtype)
 
 
 def gather_by_index(values: Tensor, index: Tensor, total: int, group: ProcessGroup | None) -> Tensor:

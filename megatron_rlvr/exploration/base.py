@@ -3,7 +3,18 @@
 A method is one file here, found by its name: ``exploration/lp_reg.py`` holds one subclass of Exploration and a
 dataclass ``Config`` with its options. Nothing else lists it.
 
-    exploration = build({"lp_reg": {"rho": 0.01}, "cde": {}}, updates_per_rollout=4)
+    exploration = build({"lp_reg": {"rho": 0.01}, "cde": {}}, config)
+
+How methods compose, in the order of ``order``; each hook of the step passes through all of them:
+
+    10  shapes rewards by length             overlong
+    20  replaces losses of some tokens       lp_reg            one at most: the later would undo the earlier
+    30  penalises or drops by covariance     kl_cov, clip_cov  one at most: two readings of the same tokens
+    40  weighs by training / rollout prob    rollout_correction
+    60  selects the tokens that train        high_entropy, stapo    one at most: each divides by the tokens it keeps
+    80  adds to every token                  entropy_bonus
+
+What may not run together says so in ``excludes``: two methods with the same word there are refused, with the reason.
 """
 
 from __future__ import annotations
@@ -15,10 +26,12 @@ import pkgutil
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from megatron_rlvr import exploration
-from megatron_rlvr.config import ConfigError, from_dict
+from megatron_rlvr.config import Config, ConfigError, from_dict, rule
+from megatron_rlvr.distributed import reduce
 from megatron_rlvr.distributed.groups import ParallelGroups
 from megatron_rlvr.distributed.vocab import StatisticsOptions, TokenStatistics
 from megatron_rlvr.metrics import Meter
@@ -41,10 +54,10 @@ class Threshold:
 class Needs:
     """What a method reads, and so which passes the step has to make and what they compute."""
 
-    # Of the old policy over the whole batch, before the loss: its entropy or kept mass, or exactly its log-probs. With
-    # one update per rollout nothing else asks for that pass: the training forward's own policy is still the old one,
-    # and batch.known_log_probs are the rollout's.
+    # Of the old policy over the whole batch, before the first loss. With one update per rollout nothing else asks for
+    # that pass: the training forward's own policy is still the old one, and batch.known_log_probs are the rollout's.
     old_statistics: bool = False
+    reference: bool = False  # ref_log_probs, and the reference policy's statistics in ``annotate``
     threshold: Threshold | None = None
 
     def merge(self, other: Needs) -> Needs:
@@ -56,6 +69,7 @@ class Needs:
             )
         return Needs(
             old_statistics=self.old_statistics or other.old_statistics,
+            reference=self.reference or other.reference,
             threshold=self.threshold or other.threshold,
         )
 
@@ -71,6 +85,14 @@ class Needs:
         )
 
 
+EXCLUSIONS = {
+    "replaces_losses": "each replaces the loss of the tokens it selects, so on a token that both select the later one "
+    "would undo the other",
+    "covariance": "each acts on the tokens of high covariance, one by a penalty and the other by dropping them",
+    "selects_tokens": "each divides by the number of tokens that it keeps, which is not the number that both keep",
+}
+
+
 class Exploration:
     """Hooks in the order of the step; the defaults change nothing.
 
@@ -79,12 +101,13 @@ class Exploration:
     """
 
     order: int = 50  # methods run by ascending order
-    replaces_loss: bool = False  # policy_loss overwrites entries instead of adding to them
+    excludes: str = ""  # a key of EXCLUSIONS: of the methods with the same one, only one may run
 
-    def __init__(self, name: str, config: Any = None, updates_per_rollout: int = 1) -> None:
+    def __init__(self, name: str, config: Any = None, run: Config | None = None) -> None:
+        """``config``: the method's own options; ``run``: the whole run's, for what depends on it."""
         self.name = name
         self.config = config
-        self.updates_per_rollout = updates_per_rollout
+        self.run = run or Config()
 
     def needs(self) -> Needs:
         return Needs()
@@ -93,10 +116,13 @@ class Exploration:
         """Whether a scored group is trained on."""
         return True
 
-    def annotate(self, batch: Batch, old: TokenStatistics) -> dict[str, Tensor]:
+    def annotate(
+        self, batch: Batch, old: TokenStatistics, reference: TokenStatistics | None = None
+    ) -> dict[str, Tensor]:
         """[T] tensors to keep from the old policy's statistics, stored in ``batch.extras`` by these names.
 
-        Not called where the old policy has no pass of its own (Needs.old_statistics).
+        ``reference``: the reference policy's statistics, for a method that needs them. Not called where the old policy
+        has no pass of its own (Needs.old_statistics).
         """
         return {}
 
@@ -123,18 +149,49 @@ class Exploration:
         """Take back what state_dict gave."""
 
 
+class TokenSelection(Exploration):
+    """A method that trains on some of the tokens: the others lose their loss and their place in the denominator.
+
+    Under ``reduction: token_mean`` the loss is then the mean over the selected tokens of the update; a reduction by
+    response keeps each response's share of the denominator and is scaled as a whole.
+    """
+
+    order = 60
+    excludes = "selects_tokens"
+
+    def needs(self) -> Needs:
+        return Needs(old_statistics=True)
+
+    def select(self, tokens: Microbatch, groups: ParallelGroups) -> Tensor:
+        """[t] bool, from what is known before the update; ``tokens`` is this rank's part of it."""
+        raise NotImplementedError
+
+    def prepare_update(self, batch: Batch, update: Update, groups: ParallelGroups) -> None:
+        batch.keep(update, f"{self.name}/weight", self.weights(batch.of_update(update), groups))
+
+    def policy_loss(self, losses: Tensor, micro: Microbatch, current: TokenStatistics, meter: Meter) -> Tensor:
+        return self.weigh(losses, micro, micro.extras[f"{self.name}/weight"], meter)
+
+    def weights(self, tokens: Microbatch, groups: ParallelGroups) -> Tensor:
+        """[t]: 0, or loss tokens per selected token over every data-parallel rank."""
+        selected = tokens.loss_mask & self.select(tokens, groups)
+        count, kept = reduce.all_sum(torch.stack([tokens.loss_mask.sum(), selected.sum()]), groups.dp)
+        return selected * (count / kept.clamp(min=1))
+
+    def weigh(self, losses: Tensor, micro: Microbatch, weights: Tensor, meter: Meter) -> Tensor:
+        meter.add(f"{self.name}/share", (weights > 0).sum(), micro.loss_mask.sum())
+        return torch.where(weights > 0, weights * losses, 0.0)
+
+
 class Composite(Exploration):
     """Several methods as one: each hook passes through them by ascending ``order``; no method changes nothing."""
 
     def __init__(self, methods: list[Exploration]) -> None:
         super().__init__("composite")
         self.methods = sorted(methods, key=lambda method: (method.order, method.name))
-        replacing = [method.name for method in self.methods if method.replaces_loss]
-        if len(replacing) > 1:
-            raise ConfigError(
-                f"exploration: {' and '.join(replacing)} cannot run together: each replaces the loss of the tokens it "
-                f"selects, so on a token that both select the later one would undo the other; keep one of them"
-            )
+        for kind, reason in EXCLUSIONS.items():
+            names = [method.name for method in self.methods if method.excludes == kind]
+            rule(len(names) < 2, f"exploration: {' and '.join(names)} cannot run together: {reason}; keep one of them")
         self.needs()  # refuses thresholds that differ
 
     def needs(self) -> Needs:
@@ -146,8 +203,13 @@ class Composite(Exploration):
     def keep_group(self, group: RolloutGroup) -> bool:
         return all(method.keep_group(group) for method in self.methods)
 
-    def annotate(self, batch: Batch, old: TokenStatistics) -> dict[str, Tensor]:
-        return {name: tensor for method in self.methods for name, tensor in method.annotate(batch, old).items()}
+    def annotate(
+        self, batch: Batch, old: TokenStatistics, reference: TokenStatistics | None = None
+    ) -> dict[str, Tensor]:
+        kept: dict[str, Tensor] = {}
+        for method in self.methods:
+            kept |= method.annotate(batch, old, reference)
+        return kept
 
     def shape_rewards(self, batch: Batch, groups: ParallelGroups, step: int, meter: Meter) -> Tensor:
         batch = copy.copy(batch)  # the next method sees the shaped rewards, the caller's batch stays as it is
@@ -183,16 +245,16 @@ def method_names() -> list[str]:
     return sorted(module.name for module in pkgutil.iter_modules(exploration.__path__) if module.name != "base")
 
 
-def build(settings: dict[str, dict], updates_per_rollout: int = 1) -> Composite:
-    """Method name -> its options, as in the config's ``exploration``.
+def build(settings: dict[str, dict], run: Config | None = None) -> Composite:
+    """Method name -> its options, as in the config's ``exploration``; ``run`` is that config, the defaults if None.
 
     Raises ConfigError: an unknown method or option (with the closest known one), an option that breaks its rule, or
-    methods that cannot run together (with the reason).
+    methods that cannot run together or with the rest of the config (with the reason).
     """
-    return Composite([_build_one(name, options, updates_per_rollout) for name, options in settings.items()])
+    return Composite([_build_one(name, options, run) for name, options in settings.items()])
 
 
-def _build_one(name: str, options: dict, updates_per_rollout: int) -> Exploration:
+def _build_one(name: str, options: dict, run: Config | None) -> Exploration:
     known = method_names()
     if name not in known:
         closest = difflib.get_close_matches(name, known, n=1, cutoff=0.0)[0]
@@ -202,4 +264,4 @@ def _build_one(name: str, options: dict, updates_per_rollout: int) -> Exploratio
     module = importlib.import_module(f"{exploration.__name__}.{name}")
     classes = [item for item in vars(module).values() if isinstance(item, type) and item.__module__ == module.__name__]
     (method,) = [item for item in classes if issubclass(item, Exploration)]
-    return method(name, from_dict(module.Config, options, path=f"exploration.{name}"), updates_per_rollout)
+    return method(name, from_dict(module.Config, options, path=f"exploration.{name}"), run)

@@ -27,6 +27,7 @@ import torch
 from torch import Tensor
 
 from megatron_rlvr import losses as policy_losses
+from megatron_rlvr.config import Config as RunConfig
 from megatron_rlvr.config import rule
 from megatron_rlvr.distributed import reduce
 from megatron_rlvr.distributed.groups import ParallelGroups
@@ -70,11 +71,17 @@ class Config:
     preset: Literal["paper", "released_code"] = "paper"
     rho: float = 0.01  # share of the tokens that are improbable enough; the paper takes 0.01 (14B) and 0.005 (32B)
     pos_rho: float = 0.0  # the same for tokens with A > 0; 0: only A < 0 is regularised
-    beta: float = 1.0  # weight of the divergence
+    # Share of the update's tokens to regularise, whatever the policy has become, instead of the hand-tuned rho; 0: off.
+    # The paper's fixed rho regularised fewer and fewer tokens, as those that pass the filter went from 27% to 8%.
+    target_share: float = 0.0
+    beta: float | Literal["advantage"] = 1.0  # weight of the divergence; advantage: protection * |A| at each token
+    protection: float = (
+        1.0  # beta=advantage: on-policy the net coefficient is then |A| (1 - protection (1/Z - 1)) for k3
+    )
     kappa: float | None = None  # min-p threshold, kept where p >= kappa * max p; 0.02 unless tau is given
     tau: float | None = None  # fixed threshold instead, kept where p >= tau
     threshold_temperature: float | None = None  # of the distribution that is thresholded; 0: the sampling temperature
-    proxy_source: Literal["old", "current"] | None = None  # the policy that the proxy is a part of
+    proxy_source: Literal["old", "current", "reference"] | None = None  # the policy that the proxy is a part of
     percentile_pool: Literal["all_tokens", "neg_tokens"] | None = None  # neg_tokens: A < 0 (A > 0 for pos_rho)
     percentile_scope: Literal["update", "microbatch"] | None = None  # update: over every rank, by old log-probs
     min_two: bool | None = None  # take floor(rho * n) tokens, none if that is fewer than two; else ceil(rho * n)
@@ -95,7 +102,18 @@ class Config:
         name, share = "exploration.lp_reg", "it is a share of the tokens"
         rule(0 < self.rho < 1, f"{name}.rho must be in (0, 1), not {self.rho}: {share}")
         rule(0 <= self.pos_rho < 1, f"{name}.pos_rho must be in [0, 1), not {self.pos_rho}: {share}")
-        rule(self.beta >= 0, f"{name}.beta must be at least 0, not {self.beta}: below 0 it would drive p away from q")
+        rule(0 <= self.target_share < 1, f"{name}.target_share must be in [0, 1), not {self.target_share}: {share}")
+        rule(
+            not self.target_share or self.proxy_source != "current",
+            f"{name}.target_share picks tokens before the update, when a proxy of the current policy is not yet known: "
+            f"set {name}.proxy_source=old",
+        )
+        for option in ("beta", "protection"):
+            value = getattr(self, option)
+            rule(
+                value == "advantage" or value >= 0,
+                f"{name}.{option} must be at least 0, not {value}: below 0 it would drive p away from q",
+            )
         rule(
             self.kappa is None or self.tau is None,
             f"{name}.kappa={self.kappa} and {name}.tau={self.tau} are two thresholds for one proxy: give one of them",
@@ -143,33 +161,44 @@ class LpReg(Exploration):
     order = 20
     config: Config
 
-    def __init__(self, name: str, config: Config, updates_per_rollout: int = 1) -> None:
-        super().__init__(name, config, updates_per_rollout)
-        self.replaces_loss = bool(config.replace_clipped)
+    def __init__(self, name: str, config: Config, run: RunConfig | None = None) -> None:
+        super().__init__(name, config, run)
+        self.excludes = "replaces_losses" if config.replace_clipped else ""
         self.divergence = str(config.divergence)
         self._limits: dict[int, Tensor] = {}  # sign of A -> highest ln p(o) that is improbable, of this update
         self._ranked_by = "old_log_probs"  # what the limits of an update were taken over
-        if self.divergence == "fwd_kl_full" and config.proxy_source == "old" and updates_per_rollout > 1:
+        updates = self.run.trainer.updates_per_rollout
+        is_current = config.proxy_source == "current" or (config.proxy_source == "old" and updates == 1)
+        if self.divergence == "fwd_kl_full" and not is_current:
             self.divergence = "k3_sampled"
             log.info(
-                "exploration.lp_reg: with %d updates per rollout the proxy is part of an older policy, of which only "
-                "scalars are kept: k3 of the sampled token, the same gradient in expectation, replaces the full KL",
-                updates_per_rollout,
+                "exploration.lp_reg: with proxy_source=%s and %d updates per rollout the proxy is part of another "
+                "policy, of which only scalars are kept: k3 of the sampled token, the same gradient in expectation, "
+                "replaces the full KL",
+                config.proxy_source,
+                updates,
             )
 
     def needs(self) -> Needs:
         config = self.config
-        threshold = Threshold(config.kappa, config.tau, config.threshold_temperature or 0.0)
-        return Needs(threshold=threshold)
+        return Needs(
+            old_statistics=config.target_share > 0 or config.proxy_source == "reference",
+            reference=config.proxy_source == "reference",
+            threshold=Threshold(config.kappa, config.tau, config.threshold_temperature or 0.0),
+        )
 
-    def annotate(self, batch: Batch, old: TokenStatistics) -> dict[str, Tensor]:
+    def annotate(
+        self, batch: Batch, old: TokenStatistics, reference: TokenStatistics | None = None
+    ) -> dict[str, Tensor]:
         if self.config.proxy_source == "current":
             return {}
-        return {"lp_reg/proxy_log_prob": old.proxy_log_prob, "lp_reg/log_kept_mass": old.log_kept_mass}
+        source = old if self.config.proxy_source == "old" else reference
+        assert source is not None
+        return {"lp_reg/proxy_log_prob": source.proxy_log_prob, "lp_reg/log_kept_mass": source.log_kept_mass}
 
     def prepare_update(self, batch: Batch, update: Update, groups: ParallelGroups) -> None:
         if self.config.percentile_scope == "update":
-            whole = batch.microbatch(update.microbatches[0][0], update.microbatches[-1][1])
+            whole = batch.of_update(update)
             self._ranked_by = "old_log_probs" if batch.has("old_log_probs") else "rollout_log_probs"
             self._limits = self._percentiles(whole, getattr(whole, self._ranked_by), groups)
 
@@ -184,13 +213,19 @@ class LpReg(Exploration):
         divergence, slope = DIVERGENCES[self.divergence](current, target, self.config.k3_clamp or 0.0)
         unclipped = -micro.advantages * policy_losses.ratio(current.log_prob, micro.old_log_probs)
 
-        net = unclipped + self.config.beta * slope
+        beta = self._beta(micro)
+        net = unclipped + beta * slope
         self._record(micro, candidates, kept, selected, meter)
         for name, value in {"kept_mass": log_kept_mass.exp(), "divergence": divergence, "net_coefficient": net}.items():
             meter.add(f"lp_reg/{name}", torch.where(selected, value, 0.0).sum(), selected.sum())
-        if self.replaces_loss:
+        if self.config.replace_clipped:
             losses = torch.where(selected, unclipped, losses)
-        return losses + self.config.beta * torch.where(selected, divergence, 0.0)
+        return losses + beta * torch.where(selected, divergence, 0.0)
+
+    def _beta(self, micro: Microbatch) -> Tensor | float:
+        if self.config.beta == "advantage":
+            return self.config.protection * micro.advantages.abs()
+        return self.config.beta
 
     def _proxy(self, micro: Microbatch, current: TokenStatistics) -> tuple[Tensor, Tensor]:
         """ln q(o), -inf where o is filtered, and ln Z; both without gradient.
@@ -225,18 +260,18 @@ class LpReg(Exploration):
         """Side -> the k-th lowest log-prob of the pool over the data-parallel ranks; -inf: nothing is regularised."""
         limits = {}
         for sign, rho in self._sides():
-            pool = tokens.loss_mask
-            if self.config.percentile_pool == "neg_tokens":
-                pool = pool & (tokens.advantages * sign > 0)
-            count = int(reduce.all_sum(pool.sum(), groups.dp))
-            k = int(rho * count) if self.config.min_two else math.ceil(round(rho * count, 6))
-            enough = k >= (2 if self.config.min_two else 1)
-            # the middle of the k-th of `count` equal shares: no rounding can make it another k
-            limits[sign] = (
-                reduce.lowest_quantile(log_probs, pool, (k - 0.5) / count, groups.dp)
-                if enough
-                else log_probs.new_tensor(-math.inf)
-            )
+            side = tokens.loss_mask & (tokens.advantages * sign > 0)
+            pool = side if self.config.percentile_pool == "neg_tokens" else tokens.loss_mask
+            if aims := sign < 0 and self.config.target_share > 0:
+                pool = side & tokens.extras["lp_reg/proxy_log_prob"].isfinite()
+            total, count = reduce.all_sum(torch.stack([tokens.loss_mask.sum(), pool.sum()]), groups.dp).tolist()
+            if aims:
+                k = min(round(self.config.target_share * total), count)
+            else:
+                k = int(rho * count) if self.config.min_two else math.ceil(round(rho * count, 6))
+            if self.config.min_two and k < 2:
+                k = 0
+            limits[sign] = reduce.kth_smallest(log_probs, pool, k, groups.dp)
         return limits
 
     def _record(self, micro: Microbatch, candidates: Tensor, kept: Tensor, selected: Tensor, meter: Meter) -> None:

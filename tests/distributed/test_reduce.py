@@ -31,38 +31,58 @@ def values_of(seed: int) -> tuple[list[Tensor], list[Tensor]]:
     return values, masks
 
 
-def test_means_deviations_and_quantiles_are_those_of_all_values_together():
-    shares, seeds = (0.001, 0.01, 0.07, 0.25, 0.5, 1.0), range(6)
+def places(total: int) -> list[int]:
+    """Which of the smallest values to ask for: the ends, the middle, and one more than there are."""
+    return [0, 1, 2, total // 2, total - 1, total, total + 1]
+
+
+@pytest.mark.parametrize("world", [1, 2, WORLD, 4])
+def test_means_deviations_and_selections_are_those_of_all_values_together(world):
+    seeds = range(6)
 
     def work():
         found = []
+        group = dist.group.WORLD if world > 1 else None
         for seed in seeds:
-            values, masks = (part[dist.get_rank()] for part in values_of(seed))
-            quantiles = [reduce.lowest_quantile(values, masks, share, dist.group.WORLD).item() for share in shares]
-            mean, std = (f(values, masks, dist.group.WORLD).item() for f in (reduce.masked_mean, reduce.masked_std))
-            found.append((quantiles, mean, std))
+            all_values, all_masks = values_of(seed)
+            mine = slice(dist.get_rank(), None, world) if world > 1 else slice(None)
+            values, mask = (torch.cat([torch.empty(0), *part[mine]]) for part in (all_values, all_masks))
+            mask = mask.bool()
+            selected = []
+            for dtype in (torch.float32, torch.float64):
+                for k in places(sum(int(mask.sum()) for mask in all_masks)):
+                    selected += [f(values.to(dtype), mask, k, group).item() for f in (smallest, largest)]
+            mean, std = (f(values, mask, group).item() for f in (reduce.masked_mean, reduce.masked_std))
+            products = reduce.centred_products(values, values.square() + 1, mask, group)
+            found.append((selected, mean, std, products[mask].sum(), products[~mask].abs().sum()))
         return found
 
-    for found in run_ranks(WORLD, work):
-        for seed, (quantiles, mean, std) in zip(seeds, found, strict=True):
-            values, masks = values_of(seed)
-            together = torch.cat([value[mask] for value, mask in zip(values, masks, strict=True)]).sort().values
-            ranks = [math.ceil(round(share * together.numel(), 6)) for share in shares]
-            assert quantiles == [together[rank - 1].item() for rank in ranks]
-            assert mean == pytest.approx(together.double().mean().item(), rel=1e-6)
-            assert std == pytest.approx(together.double().std().item(), rel=1e-6)
-            lowest = [int((together <= quantile).sum()) for quantile in quantiles]
-            assert all(
-                selected >= rank for selected, rank in zip(lowest, ranks, strict=True)
-            )  # ties may add, never take away
+    smallest, largest = reduce.kth_smallest, reduce.kth_largest
+    ranks = run_ranks(world, work) if world > 1 else [work()]
+    for seed in seeds:
+        values, masks = values_of(seed)
+        ordered = torch.cat([value[mask] for value, mask in zip(values, masks, strict=True)]).sort().values
+        total = ordered.numel()
+        ends = [-math.inf, *ordered.tolist(), math.inf]
+        expected = [value for k in places(total) for value in (ends[k], ends[total + 1 - k])]
+        for selected, mean, std, _, outside in (found[seed] for found in ranks):
+            assert selected == expected * 2
+            assert mean == pytest.approx(ordered.double().mean().item(), rel=1e-6)
+            assert std == pytest.approx(ordered.double().std().item(), rel=1e-6)
+            assert outside == 0
+        covariance = sum(float(found[seed][3]) for found in ranks) / (total - 1)
+        assert covariance == pytest.approx(torch.stack([ordered, ordered.square()]).double().cov()[0, 1].item(), 1e-5)
 
 
-def test_a_share_counts_exactly_and_ties_are_all_at_or_below():
-    values, everything = torch.arange(100.0), torch.ones(100, dtype=torch.bool)
-    assert reduce.lowest_quantile(values, everything, 0.07, None).item() == 6.0  # 0.07 * 100 > 7 in floating point
-    assert reduce.lowest_quantile(values, everything, 0.071, None).item() == 7.0
-    assert reduce.lowest_quantile(torch.zeros(10), everything[:10], 0.1, None).item() == 0.0
-    assert reduce.lowest_quantile(values, everything, 0.0, None).item() == -math.inf
+def test_selection_orders_every_kind_of_float():
+    values = torch.tensor([3.0, -math.inf, 1e-40, -0.0, 0.0, -1e-40, -3.4e38, 7.0, 7.0, -7.0, 3.4e38, math.inf])
+    everything = torch.ones_like(values, dtype=torch.bool)
+    for dtype in (torch.float32, torch.float64):
+        ordered = values.to(dtype).sort().values.tolist()
+        found = [reduce.kth_smallest(values.to(dtype), everything, k, None).item() for k in range(1, 13)]
+        assert found == ordered
+    assert int((values <= reduce.kth_smallest(values, everything, 9, None)).sum()) == 10  # the tie comes along
+    assert reduce.kth_smallest(values[::2], everything[::2], 1, None) == values[6]  # strided
 
 
 def test_nothing_masked_in():
@@ -73,12 +93,13 @@ def test_nothing_masked_in():
         return (
             reduce.masked_mean(values, none, group).item(),
             reduce.masked_std(values, none, group).item(),
-            reduce.lowest_quantile(values, none, 0.5, group).item(),
+            reduce.kth_smallest(values, none, 0, group).item(),
+            reduce.centred_products(values, values, none, group).abs().sum().item(),
             reduce.masked_mean(torch.arange(4.0), one, group).item(),
             reduce.masked_std(torch.arange(4.0), one, group).item(),
         )
 
-    assert run_ranks(2, work) == [(0.0, 0.0, -math.inf, 1.0, 0.0)] * 2
+    assert run_ranks(2, work) == [(0.0, 0.0, -math.inf, 0.0, 1.0, 0.0)] * 2
 
 
 def test_sums_maxima_and_scattered_values():

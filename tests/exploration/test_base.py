@@ -35,7 +35,7 @@ class Louder(Exploration):
     def keep_group(self, group):
         return len(group.rollouts) > 1
 
-    def annotate(self, batch, old):
+    def annotate(self, batch, old, reference=None):
         return {{self.name + "/entropy": old.entropy}}
 
     def shape_rewards(self, batch, groups, step, meter):
@@ -128,8 +128,9 @@ def test_no_method_changes_nothing():
 
 def test_needs_merge():
     threshold = Threshold(min_p=0.02)
-    merged = Needs(old_statistics=True).merge(Needs(threshold=threshold)).merge(Needs(threshold=threshold))
-    assert merged == Needs(old_statistics=True, threshold=threshold)
+    merged = Needs(old_statistics=True).merge(Needs(reference=True, threshold=threshold))
+    assert merged == Needs(old_statistics=True, reference=True, threshold=threshold)
+    assert merged.merge(Needs(threshold=threshold)) == merged
     assert merged.statistics(0.6) == StatisticsOptions(temperature=0.6, min_p=0.02, threshold_temperature=0.6)
     fixed = Needs(threshold=Threshold(tau=0.1, temperature=1.0))
     assert fixed.statistics(0.6) == StatisticsOptions(temperature=0.6, tau=0.1, threshold_temperature=1.0)
@@ -143,7 +144,7 @@ class Thresholded(Exploration):
 
 
 class Replacing(Exploration):
-    replaces_loss = True
+    excludes = "replaces_losses"
 
 
 def test_what_cannot_run_together_is_refused_with_the_reason():

@@ -23,6 +23,7 @@ def test_value_and_gradient():
     assert torch.allclose(loss, expected, atol=1e-5)
     assert torch.allclose(gradient, expected_gradient, atol=1e-5)
     assert metrics == {"entropy_bonus/bonus": pytest.approx(0.3 * float(entropy.detach()[mask].mean()), rel=1e-4)}
+    assert not method.needs().old_statistics
 
 
 def test_it_raises_the_entropy():

@@ -12,6 +12,8 @@ import pytest
 import torch
 from torch import Tensor
 
+from megatron_rlvr.config import Config as RunConfig
+from megatron_rlvr.config import TrainerConfig
 from megatron_rlvr.distributed.groups import ParallelGroups
 from megatron_rlvr.distributed.vocab import TokenStatistics
 from megatron_rlvr.exploration.base import Exploration, Threshold, build
@@ -27,7 +29,8 @@ CLIP = (1.0, 9.0)  # ratio in [0, 10]
 
 
 def method(updates_per_rollout: int = 1, **options) -> Exploration:
-    return build({"lp_reg": {"kappa": KAPPA, **options}}, updates_per_rollout)
+    run = RunConfig(trainer=TrainerConfig(updates_per_rollout=updates_per_rollout))
+    return build({"lp_reg": {"kappa": KAPPA, **options}}, run)
 
 
 def old_and_current(batch: Batch, lp_reg: Exploration, drift: float) -> Tensor:

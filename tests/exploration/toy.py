@@ -86,7 +86,7 @@ def update_loss(
         current = statistics(leaf[rows], micro.target_ids, method)
         if not batch.has("old_log_probs"):
             micro.old_log_probs = current.log_prob.detach()
-        surrogate = losses.LOSSES[loss](current.log_prob, micro.old_log_probs, micro.advantages, *clip)
+        surrogate, _ = losses.LOSSES[loss](current.log_prob, micro, losses.Clip(*clip))
         shaped = method.policy_loss(surrogate, micro, current, meter)
         total = total + (losses.reduction_weights(micro, update, reduction) * shaped).sum()
     (gradient,) = torch.autograd.grad(total, leaf)

@@ -16,7 +16,7 @@ from torch import Tensor
 from megatron_rlvr.architecture import Architecture
 from megatron_rlvr.distributed.groups import ParallelGroups
 from megatron_rlvr.distributed.vocab import StatisticsOptions, TokenStatistics
-from megatron_rlvr.losses import clipped_surrogate, reduction_weights
+from megatron_rlvr.losses import Clip, clipped_surrogate, reduction_weights
 from megatron_rlvr.metrics import Meter
 from megatron_rlvr.models.build import initialize_parallel
 from megatron_rlvr.models.policy import Policy
@@ -109,9 +109,7 @@ def make_batch(
 
 def loss(update: Update, micro: Microbatch, current: TokenStatistics, meter: Meter) -> Tensor:
     """The reference's loss in the project's own parts."""
-    losses = clipped_surrogate(
-        current.log_prob, micro.old_log_probs, micro.advantages, reference.CLIP_LOW, reference.CLIP_HIGH
-    )
+    losses, _ = clipped_surrogate(current.log_prob, micro, Clip(reference.CLIP_LOW, reference.CLIP_HIGH))
     losses = losses - reference.ENTROPY_WEIGHT * current.entropy - reference.KEPT_WEIGHT * current.log_kept_mass
     weights = reduction_weights(micro, update, "token_mean")
     return torch.where(micro.loss_mask, weights * losses, 0.0).sum()
