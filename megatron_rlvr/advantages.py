@@ -1,6 +1,7 @@
 """Advantage estimators: pure functions of rewards, chosen by ``algorithm.advantage``.
 
 ESTIMATORS["grpo"](rewards, scored)  ->  advantages, one per response
+gae(rewards, values, lengths, ...)   ->  advantages, one per token
 """
 
 from __future__ import annotations
@@ -31,6 +32,26 @@ def group_relative(rewards: Tensor, scored: Tensor, normalize_std: bool = True) 
         variance = centred.square().sum(dim=1, keepdim=True) / (count - 1).clamp(min=1)
         centred = centred / (torch.where(alone, 1.0, variance.sqrt()) + STD_EPS)
     return centred.to(rewards.dtype)
+
+
+def gae(rewards: Tensor, values: Tensor, lengths: Tensor, gamma: float, lam: float) -> Tensor:
+    """How much better each token left a response than its critic expected: sum over l of (gamma lam)^l delta_(t+l).
+
+    delta_t = r_t + gamma V(s_t+1) - V(s_t), where V is 0 behind a response's last token. rewards [n] of the tokens and
+    values [n] of the states before them, response after response, lengths [S] with sum n -> [n] in the dtype of
+    values. Advantages plus values are the returns. GAE (arXiv 1506.02438) Eq 16.
+    """
+    longest = int(lengths.max())
+    filled = torch.arange(longest, device=lengths.device) < lengths[:, None]
+    padded = torch.zeros(2, *filled.shape, dtype=torch.float64, device=values.device)
+    padded[:, filled] = torch.stack([rewards, values]).double()
+    advantages = torch.zeros_like(padded[0])
+    later = next_value = padded.new_zeros(lengths.numel())
+    for t in reversed(range(longest)):  # padding stands behind the tokens and is worth 0
+        reward, value = padded[:, :, t]
+        later = reward + gamma * next_value - value + gamma * lam * later
+        advantages[:, t], next_value = later, value
+    return advantages[filled].to(values.dtype)
 
 
 ESTIMATORS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {

@@ -45,11 +45,14 @@ class Architecture:
     max_positions: int
 
     @staticmethod
-    def from_folder(path: str | Path) -> Architecture:
-        """Read ``path/config.json``. Raises ConfigError where it is absent, malformed or of a model we do not run."""
+    def from_folder(path: str | Path, key: str = "model.path") -> Architecture:
+        """Read ``path/config.json``. Raises ConfigError where it is absent, malformed or of a model we do not run.
+
+        ``key`` is the config's name for the path, which errors begin with.
+        """
         source = Path(path) / "config.json"
-        rule(Path(path).is_dir(), f"model.path={str(path)!r} is not a folder: give a local Hugging Face model folder")
-        rule(source.is_file(), f"model.path={str(path)!r} holds no config.json: give a Hugging Face model folder")
+        rule(Path(path).is_dir(), f"{key}={str(path)!r} is not a folder: give a local Hugging Face model folder")
+        rule(source.is_file(), f"{key}={str(path)!r} holds no config.json: give a Hugging Face model folder")
         try:
             tree = json.loads(source.read_text())
         except ValueError as error:

@@ -76,7 +76,7 @@ class RolloutConfig:
 
 @dataclass
 class AlgorithmConfig:
-    advantage: Literal["grpo", "grpo_no_std"] = "grpo"
+    advantage: Literal["grpo", "grpo_no_std", "gae"] = "grpo"  # gae: PPO, against a critic
     loss: Literal["ppo", "plain_clip", "unclipped", "gspo", "cispo", "dppo_tv", "dppo_kl"] = "ppo"
     clip_low: float = 0.2  # ratio clipped to [1 - clip_low, 1 + clip_high]; dppo: bounds on the distance from p_old
     clip_high: float = 0.2
@@ -96,6 +96,27 @@ class OptimizerConfig:
     eps: float = 1e-8
     clip_grad: float = 1.0
     distributed: bool = True  # optimizer state sharded over the data-parallel ranks
+
+
+@dataclass
+class CriticOptimizerConfig(OptimizerConfig):
+    lr: float = 1e-5  # ten times the policy's: its head starts from nothing
+
+
+@dataclass
+class CriticConfig:
+    """The critic of PPO: only read where algorithm.advantage is gae."""
+
+    path: str = ""  # a Hugging Face folder whose weights it starts from; empty: the policy's
+    num_heads: int = 1  # K; their mean is the value, their spread is what CDE's critic bonus rewards
+    head_init: float = 0.1  # spread of the heads' first values, about: in units of reward
+    share: float = 1.0  # zeta: the share of an update's data that each head learns from, drawn for each head
+    share_of: Literal["responses", "tokens"] = "responses"
+    gamma: float = 1.0  # discount per token
+    lam: float = 1.0  # GAE's lambda
+    value_clip: float = 0.5  # how far a value may move per rollout before its gradient ends; 0: no limit
+    warmup_steps: int = 0  # first steps, in which only the critic learns
+    optimizer: CriticOptimizerConfig = field(default_factory=CriticOptimizerConfig)
 
 
 @dataclass
@@ -138,6 +159,7 @@ class Config:
     algorithm: AlgorithmConfig = field(default_factory=AlgorithmConfig)
     exploration: dict[str, dict] = field(default_factory=dict)  # method name -> its own options
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    critic: CriticConfig = field(default_factory=CriticConfig)
     trainer: TrainerConfig = field(default_factory=TrainerConfig)
     run: RunConfig = field(default_factory=RunConfig)
     logging: LoggingConfig = field(default_factory=LoggingConfig)
@@ -145,6 +167,15 @@ class Config:
     @property
     def run_dir(self) -> Path:
         return Path(self.run.dir or f"runs/{self.name}")
+
+    @property
+    def has_critic(self) -> bool:
+        return self.algorithm.advantage == "gae"
+
+    @property
+    def critic_warmup(self) -> int:
+        """First steps, in which only the critic learns."""
+        return self.critic.warmup_steps if self.has_critic else 0
 
     @property
     def rollout_tp(self) -> int:
@@ -268,11 +299,11 @@ def _convert(hint: Any, value: Any, name: str) -> Any:
 
 
 def _convert_union(arguments: tuple, value: Any, name: str) -> Any:
+    if value is None and type(None) in arguments:
+        return None
     problems = []
     for argument in arguments:
         if argument is type(None):
-            if value is None:
-                return None
             continue
         try:
             return _convert(argument, value, name)
@@ -316,6 +347,8 @@ def check(config: Config) -> None:
     """Every rule between keys that needs nothing but the config. Raises ConfigError."""
     _check_ranges(config)
     _check_batch(config)
+    if config.has_critic:
+        _check_critic(config)
     parallel, world = config.parallel, config.world_size
     rule(
         world % config.rollout_tp == 0,
@@ -405,6 +438,37 @@ def _check_batch(config: Config) -> None:
         config.trainer.microbatch_tokens >= longest,
         f"trainer.microbatch_tokens={config.trainer.microbatch_tokens} must hold the longest response with its prompt: "
         f"data.max_prompt_length + rollout.max_response_length = {longest}",
+    )
+
+
+def _check_critic(config: Config) -> None:
+    critic = config.critic
+    rule(critic.num_heads >= 1, f"critic.num_heads must be at least 1, not {critic.num_heads}: the value is their mean")
+    rule(critic.head_init > 0, f"critic.head_init must be above 0, not {critic.head_init}: heads would start as one")
+    rule(
+        0 < critic.share <= 1,
+        f"critic.share must be in (0, 1], not {critic.share}: it is the share of the data that a head learns from",
+    )
+    rule(
+        critic.share * critic.num_heads >= 1,
+        f"critic.share={critic.share} of critic.num_heads={critic.num_heads} head(s) adds up to less than the whole "
+        f"batch, so that some of it would teach no head: raise one of them",
+    )
+    responses = config.rollout.prompts_per_step * config.rollout.responses_per_prompt
+    responses //= config.trainer.updates_per_rollout
+    rule(
+        critic.share_of == "tokens" or critic.share * responses >= 1,
+        f"critic.share={critic.share} of an update's {responses} responses is less than one, which leaves a head "
+        f"without data: raise it, or set critic.share_of=tokens",
+    )
+    for name, value in (("gamma", critic.gamma), ("lam", critic.lam)):
+        rule(0 <= value <= 1, f"critic.{name} must be in [0, 1], not {value}: it is a discount per token")
+    rule(critic.value_clip >= 0, f"critic.value_clip must be at least 0 (0: off), not {critic.value_clip}")
+    rule(critic.optimizer.lr > 0, f"critic.optimizer.lr must be above 0, not {critic.optimizer.lr}")
+    rule(
+        0 <= critic.warmup_steps < config.trainer.num_steps,
+        f"critic.warmup_steps={critic.warmup_steps} must be below trainer.num_steps={config.trainer.num_steps} and not "
+        f"negative: the policy learns in the steps behind them",
     )
 
 

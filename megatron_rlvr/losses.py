@@ -139,6 +139,20 @@ LOSSES: dict[str, Loss] = {
 }
 
 
+def clipped_value_loss(values: Tensor, old_values: Tensor, returns: Tensor, clip: float) -> Tensor:
+    """max((V - R)^2, (V_clipped - R)^2) / 2 with V kept within ``clip`` of the value before the update (0: no limit).
+
+    values and old_values [t, H], returns [t], the same for every head -> [t, H]. A head that has moved further than
+    ``clip`` away from its old value, towards R, has no gradient. As in OpenAI's baselines of PPO.
+    """
+    targets = returns[:, None]
+    squares = (values - targets).square()
+    if clip:
+        kept_near = old_values + (values - old_values).clamp(-clip, clip)
+        squares = torch.maximum(squares, (kept_near - targets).square())
+    return squares / 2
+
+
 def k1(log_prob: Tensor, other: Tensor) -> Tensor:
     """Estimate of KL(p || other) at tokens drawn from p: ln p - ln other. Unbiased, high variance, may be negative."""
     return log_ratio(log_prob, other)

@@ -30,7 +30,8 @@ def check(config: Config) -> None:
     architecture.check_engine_layout(config.rollout_tp)
     architecture.check_length(config.data.max_prompt_length + config.rollout.max_response_length)
     verifiers.load(config.verifier)
-    build_exploration(config.exploration, config)
+    exploration = build_exploration(config.exploration, config)
+    _check_critic(config, architecture, exploration.needs().value_heads)
     for name, path in (("data.path", config.data.path), ("data.eval_path", config.data.eval_path)):
         rule(not path or Path(path).exists(), f"{name}={path}: there is no such file or folder")
         if path and config.data.strict:
@@ -48,3 +49,23 @@ def _check_rows(config: Config, path: str) -> None:
     from megatron_rlvr.prompts import load_prompts
 
     load_prompts(path, config.data, AutoTokenizer.from_pretrained(config.model.path), config.verifier)
+
+
+def _check_critic(config: Config, policy: Architecture, wanted: int) -> None:
+    """Whether the critic fits the policy's tokens and layout, and has the ``wanted`` heads that a method reads."""
+    heads = config.critic.num_heads if config.has_critic else 0
+    rule(
+        heads >= wanted,
+        f"exploration: a method reads how far the critic's heads disagree, which takes {wanted} heads, but the run has "
+        + (f"critic.num_heads={heads}" if heads else "no critic")
+        + f": set algorithm.advantage=gae and critic.num_heads to at least {wanted}",
+    )
+    if heads and config.critic.path:
+        critic = Architecture.from_folder(config.critic.path, key="critic.path")
+        critic.check_layout(config.parallel.tp, config.parallel.pp, config.parallel.vpp)
+        critic.check_length(config.data.max_prompt_length + config.rollout.max_response_length)
+        rule(
+            critic.vocab_size == policy.vocab_size,
+            f"critic.path={config.critic.path} has {critic.vocab_size} tokens, the policy {policy.vocab_size}: the "
+            f"critic reads the policy's tokens",
+        )

@@ -25,6 +25,8 @@ PHASES = {
     "time/generate": "generate",
     "time/verify": "verify",
     "time/log_probs": "log-probs",
+    "time/values": "values",
+    "time/critic": "train critic",
     "time/train": "train",
     "time/sync": "weight sync",
 }
@@ -41,6 +43,8 @@ CHARTS = [
     ),
     Chart("Response length", "tokens, mean over the step's responses", "trend", {"tokens/response_mean": ""}),
     Chart("Regularised tokens", "share that Lp-Reg protects", "trend", {"lp_reg/share": ""}, percent=True),
+    Chart("Explained variance", "of the returns, by the critic", "trend", {"critic/explained_variance": ""}),
+    Chart("Disagreement of the critic's heads", "standard deviation", "trend", {"critic/head_std": ""}),
     Chart("Time per step", "seconds, by phase; rare slow steps leave the picture", "stack", PHASES, whole="time/step"),
     Chart(
         "Log-prob gap",

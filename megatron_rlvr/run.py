@@ -88,7 +88,7 @@ class Run:
         if not saved:
             return 0
         path, trainer = saved[-1], self.trainer
-        state = checkpoint.load(path, self.config, trainer.policy, trainer.groups)
+        state = checkpoint.load(path, self.config, trainer.models, trainer.groups)
         trainer.prompt_position = state["prompt_position"]
         trainer.policy_version = state["policy_version"]
         trainer.exploration.load_state_dict(state["exploration"])
@@ -104,7 +104,7 @@ class Run:
             "policy_version": trainer.policy_version,
             "exploration": trainer.exploration.state_dict(),
         }
-        checkpoint.save(self.folder, self.config, trainer.policy, trainer.groups, state)
+        checkpoint.save(self.folder, self.config, trainer.models, trainer.groups, state)
 
     def _records(self, done: int) -> Records:
         return Records(self.config, self.folder, done) if self.is_writer else NoRecords()

@@ -26,15 +26,17 @@ from megatron_rlvr.distributed import reduce
 from megatron_rlvr.distributed.vocab import TokenStatistics
 from megatron_rlvr.evaluation import summarise
 from megatron_rlvr.exploration.base import build as build_exploration
-from megatron_rlvr.losses import LOSSES, Clip, record, reduction_weights
+from megatron_rlvr.losses import LOSSES, Clip, clipped_value_loss, record, reduction_weights
 from megatron_rlvr.metrics import Meter
 from megatron_rlvr.models.build import initialize_parallel
+from megatron_rlvr.models.critic import Critic
 from megatron_rlvr.models.policy import Policy
 from megatron_rlvr.packing import pack
 from megatron_rlvr.prompts import PromptSet, load_prompts
 from megatron_rlvr.rollout.collect import RolloutCollector
 from megatron_rlvr.rollout.vllm_engine import VllmEngine
 from megatron_rlvr.types import Batch, Microbatch, RolloutGroup, Update
+from megatron_rlvr.value_targets import fill_targets
 from megatron_rlvr.verifiers.pool import VerifierPool
 from megatron_rlvr.weights.weight_sync import WeightSync
 
@@ -60,6 +62,8 @@ class Trainer:
         self.prompts = self._load_prompts(config.data.path)
         self.eval_prompts = self._load_prompts(config.data.eval_path) if config.data.eval_path else None
         self.policy = Policy(config, self.architecture, self.groups)
+        self.critic = Critic(config, self.groups) if config.has_critic else None
+        self.models = {"policy": self.policy} | ({"critic": self.critic} if self.critic else {})
         self.engine = VllmEngine(config, self.groups)
         self.weight_sync = WeightSync(self.engine, self.architecture, self.groups)
         self.collector = RolloutCollector(config, self.engine, self.tokenizer, self._start_verifiers(), self.groups)
@@ -83,20 +87,28 @@ class Trainer:
         started, self.seconds, meter = time.perf_counter(), {}, Meter()
         groups = self.rollout(step)
         batch = self.pack(groups)
-        if self.old_policy_pass:
+        policy_learns = step > self.config.critic_warmup
+        if self.old_policy_pass or not policy_learns:
             with self.phase("log_probs"):
                 old = self.policy.fill_log_probs(batch, self.statistics)
             batch.extras.update(self.exploration.annotate(batch, old))
             measure_old_policy(batch, meter)
+        if self.critic:
+            with self.phase("values"):
+                self.critic.fill_values(batch)
+        rewards = self.exploration.shape_rewards(batch, self.groups, step - 1, meter)
+        batch.advantages = self.advantages(batch, rewards, groups, step, meter)
+        batch.advantages = self.exploration.shape_advantages(batch, self.groups, step - 1, meter)
+        updates = Meter()
+        if self.critic:
+            with self.phase("critic"):
+                for update in batch.updates:
+                    updates.merge(self.critic.update(batch, update, self.value_loss))
         with self.phase("train"):
-            rewards = self.exploration.shape_rewards(batch, self.groups, step - 1, meter)
-            batch.advantages = self.advantages(batch, rewards, groups)
-            batch.advantages = self.exploration.shape_advantages(batch, self.groups, step - 1, meter)
-            updates = Meter()
-            for update in batch.updates:
+            for update in batch.updates if policy_learns else ():
                 self.exploration.prepare_update(batch, update, self.groups)
                 updates.merge(self.policy.update(batch, update, partial(self.loss, update), self.statistics))
-        self.policy_version += len(batch.updates)
+                self.policy_version += 1
         with self.phase("sync"):
             sync = self.push_weights()
         metrics = {
@@ -158,7 +170,16 @@ class Trainer:
         )
         return batch.to(platform.device())
 
-    def advantages(self, batch: Batch, rewards: Tensor, groups: list[RolloutGroup]) -> Tensor:
+    def advantages(self, batch: Batch, rewards: Tensor, groups: list[RolloutGroup], step: int, meter: Meter) -> Tensor:
+        """[S] shaped rewards -> [T] advantages: over what the critic expected, or over the other responses."""
+        if not self.critic:
+            return self.group_advantages(batch, rewards, groups)
+        seed = (self.config.seed, step)
+        batch.advantages = fill_targets(batch, rewards, self.config.critic, seed, self.groups, meter)
+        raw = self.exploration.shape_raw_advantages(batch, self.groups, step - 1, meter)
+        return reduce.whiten(raw, batch.loss_mask, self.groups.dp)
+
+    def group_advantages(self, batch: Batch, rewards: Tensor, groups: list[RolloutGroup]) -> Tensor:
         """[S] shaped rewards -> [T] advantages, each response's compared with its group's over every rank."""
         of_step = reduce.gather_by_index(rewards, batch.response_ids, batch.num_step_responses, self.groups.dp)
         scored = torch.tensor(
@@ -180,6 +201,11 @@ class Trainer:
         losses = self.exploration.policy_loss(losses, micro, current, meter)
         weights = reduction_weights(micro, update, algorithm.reduction, self.config.rollout.max_response_length)
         return torch.where(micro.loss_mask, weights * losses, 0.0).sum()
+
+    def value_loss(self, micro: Microbatch, values: Tensor) -> Tensor:
+        """The microbatch's share of the critic's global loss, a scalar."""
+        losses = clipped_value_loss(values, micro.values, micro.returns, self.config.critic.value_clip)
+        return (micro.value_weights * losses).sum()
 
     def push_weights(self):
         """The policy's weights into the engine, each tensor proven equal there. Raises WeightSyncError."""

@@ -1,7 +1,7 @@
 """The values that flow through one step, each with a literal example.
 
 Letters: P prompts per step, G responses per prompt, N = P * G responses of the step over all ranks,
-S responses on this data-parallel rank, T packed tokens on this rank.
+S responses on this data-parallel rank, T packed tokens on this rank, H heads of the critic.
 
 Every [T] tensor is aligned to the *predicted* token: entry t belongs to the token that the model predicts
 after reading ``token_ids[t]``. The shift happens once, in packing.py; nothing else ever rolls a tensor.
@@ -85,9 +85,10 @@ class Microbatch:
     old_log_probs: Tensor = None  # type: ignore[assignment]  # [t] fp32
     entropy: Tensor = None  # type: ignore[assignment]  # [t] fp32, of the old policy
     ref_log_probs: Tensor = None  # type: ignore[assignment]  # [t] fp32
-    values: Tensor = None  # type: ignore[assignment]  # [t, H] fp32
+    values: Tensor = None  # type: ignore[assignment]  # [t, H] fp32, of the state before the predicted token
     advantages: Tensor = None  # type: ignore[assignment]  # [t] fp32
     returns: Tensor = None  # type: ignore[assignment]  # [t] fp32
+    value_weights: Tensor = None  # type: ignore[assignment]  # [t, H] fp32, a squared error's share of the critic loss
     extras: dict[str, Tensor] = field(default_factory=dict)  # name -> [t], from the exploration methods
 
     FILLED_BY: ClassVar[dict[str, str]] = {
@@ -97,6 +98,7 @@ class Microbatch:
         "values": "critic.fill_values",
         "advantages": "the advantage phase of the step",
         "returns": "the advantage phase of the step",
+        "value_weights": "the advantage phase of the step",
     }
 
     def __getattribute__(self, name: str) -> Any:

@@ -5,7 +5,7 @@ import statistics
 import pytest
 import torch
 
-from megatron_rlvr.advantages import ESTIMATORS, group_relative
+from megatron_rlvr.advantages import ESTIMATORS, gae, group_relative
 
 
 def _scored(rewards: torch.Tensor) -> torch.Tensor:
@@ -60,3 +60,34 @@ def test_estimators_by_name():
     rewards = torch.tensor([[2.0, 0.0]])
     assert torch.allclose(ESTIMATORS["grpo"](rewards, _scored(rewards)), torch.tensor([[0.5**0.5, -(0.5**0.5)]]))
     assert torch.equal(ESTIMATORS["grpo_no_std"](rewards, _scored(rewards)), torch.tensor([[1.0, -1.0]]))
+
+
+def _gae_loop(rewards: list[float], values: list[float], gamma: float, lam: float) -> list[float]:
+    """One response, from the definition: every delta summed on its own."""
+    after = [*values, 0.0][1:]
+    deltas = [reward + gamma * later - value for reward, later, value in zip(rewards, after, values, strict=True)]
+    return [
+        sum((gamma * lam) ** (later - t) * deltas[later] for later in range(t, len(deltas))) for t in range(len(deltas))
+    ]
+
+
+@pytest.mark.parametrize(("gamma", "lam"), [(1.0, 1.0), (0.9, 0.95), (1.0, 0.0), (0.0, 1.0)])
+def test_gae_against_a_loop_over_responses_of_any_length(gamma, lam):
+    generator = torch.Generator().manual_seed(0)
+    lengths = [4, 1, 0, 9, 2]
+    rewards, values = torch.randn(2, sum(lengths), generator=generator)
+    found = gae(rewards, values, torch.tensor(lengths), gamma, lam)
+    expected = [
+        advantage
+        for r, v in zip(rewards.split(lengths), values.split(lengths), strict=True)
+        for advantage in _gae_loop(r.tolist(), v.tolist(), gamma, lam)
+    ]
+    assert found.dtype == values.dtype
+    assert torch.allclose(found, torch.tensor(expected), atol=1e-6)
+
+
+def test_without_discounts_the_return_is_the_reward():
+    values = torch.tensor([0.3, -0.2, 0.9, 0.5, 0.1])
+    rewards = torch.tensor([0.0, 0.0, 1.0, 0.0, -1.0])
+    advantages = gae(rewards, values, torch.tensor([3, 2]), gamma=1.0, lam=1.0)
+    assert torch.allclose(advantages + values, torch.tensor([1.0, 1.0, 1.0, -1.0, -1.0]))

@@ -227,3 +227,28 @@ def test_record_counts_loss_tokens_only():
     assert means["policy/clip_share"] == pytest.approx(1 / 4)
     assert means["policy/ratio_max"] == pytest.approx(2.0)
     assert means["policy/kl"] == pytest.approx(3 * (2 - 1 - math.log(2)) / 4, abs=1e-6)
+
+
+def _value_loss(v: float, old: float, target: float, clip: float) -> tuple[float, float]:
+    """(loss, d loss / dV) by cases: no gradient where the value, clipped, would be further from its target."""
+    near = min(max(v, old - clip), old + clip) if clip else v
+    if (near - target) ** 2 > (v - target) ** 2:
+        return (near - target) ** 2 / 2, 0.0
+    return (v - target) ** 2 / 2, v - target
+
+
+@pytest.mark.parametrize("clip", [0.0, 0.2, 0.5])
+def test_value_loss_value_and_gradient(clip):
+    generator = torch.Generator().manual_seed(3)
+    old, values = torch.randn(2, 40, 3, generator=generator, dtype=torch.float64)
+    values, returns = (old + 0.4 * values).requires_grad_(), torch.randn(40, generator=generator, dtype=torch.float64)
+    loss = losses.clipped_value_loss(values, old, returns, clip)
+    (gradient,) = torch.autograd.grad(loss.sum(), values)
+    cases = [
+        _value_loss(v, o, r, clip)
+        for row, olds, r in zip(values.tolist(), old.tolist(), returns.tolist(), strict=True)
+        for v, o in zip(row, olds, strict=True)
+    ]
+    assert torch.allclose(loss.flatten(), torch.tensor([value for value, _ in cases], dtype=torch.float64))
+    assert torch.allclose(gradient.flatten(), torch.tensor([slope for _, slope in cases], dtype=torch.float64))
+    assert (gradient == 0).any() == (clip > 0)

@@ -13,6 +13,8 @@ from megatron_rlvr.distributed.collect import broadcast_tensor
 from megatron_rlvr.distributed.groups import ParallelGroups, group_size
 from megatron_rlvr.metrics import Meter
 
+WHITEN_EPS = 1e-8  # variance; rounding must not be blown up where all values are the same
+
 
 def all_sum(tensor: Tensor, group: ProcessGroup | None) -> Tensor:
     """The elementwise sum over the group, detached; the input keeps its values. One collective."""
@@ -44,6 +46,12 @@ def masked_std(values: Tensor, mask: Tensor, group: ProcessGroup | None) -> Tens
     count, mean, selected = _masked_moments(values, mask, group)
     squares = all_sum((selected - mean).square().sum(), group)
     return (squares / (count - 1).clamp(min=1)).sqrt().to(values.dtype)
+
+
+def whiten(values: Tensor, mask: Tensor, group: ProcessGroup | None) -> Tensor:
+    """``values`` with mean 0 and (unbiased) variance 1 where ``mask``, over every rank; 0 elsewhere."""
+    mean, std = masked_mean(values, mask, group), masked_std(values, mask, group)
+    return torch.where(mask, (values - mean) / (std.square() + WHITEN_EPS).sqrt(), 0.0)
 
 
 def _masked_moments(values: Tensor, mask: Tensor, group: ProcessGroup | None) -> tuple[Tensor, Tensor, Tensor]:

@@ -59,6 +59,7 @@ class Needs:
     old_statistics: bool = False
     reference: bool = False  # ref_log_probs, and the reference policy's statistics in ``annotate``
     threshold: Threshold | None = None
+    value_heads: int = 0  # heads that the critic must have at least; 0: no critic
 
     def merge(self, other: Needs) -> Needs:
         """Both needs at once. Raises ConfigError: two different thresholds, where one pass takes one."""
@@ -71,6 +72,7 @@ class Needs:
             old_statistics=self.old_statistics or other.old_statistics,
             reference=self.reference or other.reference,
             threshold=self.threshold or other.threshold,
+            value_heads=max(self.value_heads, other.value_heads),
         )
 
     def statistics(self, temperature: float) -> StatisticsOptions:
@@ -130,8 +132,12 @@ class Exploration:
         """[S] rewards, before advantages are estimated from them; ``step`` counts from 0."""
         return batch.rewards
 
+    def shape_raw_advantages(self, batch: Batch, groups: ParallelGroups, step: int, meter: Meter) -> Tensor:
+        """[T] advantages of GAE, in units of reward, before they are whitened over the batch."""
+        return batch.advantages
+
     def shape_advantages(self, batch: Batch, groups: ParallelGroups, step: int, meter: Meter) -> Tensor:
-        """[T] advantages."""
+        """[T] advantages, as the policy's loss takes them."""
         return batch.advantages
 
     def prepare_update(self, batch: Batch, update: Update, groups: ParallelGroups) -> None:
@@ -216,6 +222,12 @@ class Composite(Exploration):
         for method in self.methods:
             batch.rewards = method.shape_rewards(batch, groups, step, meter)
         return batch.rewards
+
+    def shape_raw_advantages(self, batch: Batch, groups: ParallelGroups, step: int, meter: Meter) -> Tensor:
+        batch = copy.copy(batch)
+        for method in self.methods:
+            batch.advantages = method.shape_raw_advantages(batch, groups, step, meter)
+        return batch.advantages
 
     def shape_advantages(self, batch: Batch, groups: ParallelGroups, step: int, meter: Meter) -> Tensor:
         batch = copy.copy(batch)

@@ -1,9 +1,11 @@
-"""CDE, actor part: a response that surprises its own policy earns a bonus, capped by what it earned.
+"""CDE: a response that surprises its own policy earns a bonus, and so does a token that its critic is unsure about.
 
-    r~ = r + omega_step * min(|r| / kappa, alpha * B),   B = -mean_t ln p_old(o_t)        arXiv 2509.09675v1 Eq 1-2
+    r~  = r + omega_step * min(|r| / kappa, alpha * B),    B = -mean_t ln p_old(o_t)        arXiv 2509.09675v1 Eq 1-2
+    A_t = A~_t + omega_step * min(|A~_t| / kappa, alpha * std_j V_j(state after token t))                    Eq 4-5
 
-B is in nats per response token. A confident error loses more than a doubtful one, and a doubtful success gains more
-than a confident one; the cap keeps the sign of r. The bonus joins the reward before advantages are estimated.
+The actor's B is in nats per response token. A confident error loses more than a doubtful one, and a doubtful success
+gains more than a confident one; the cap keeps the sign of r. That bonus joins the reward before advantages are
+estimated. The critic's bonus needs a critic with several heads: where they have seen little, they disagree.
 """
 
 from __future__ import annotations
@@ -11,7 +13,7 @@ from __future__ import annotations
 import logging
 import math
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -19,7 +21,7 @@ from torch import Tensor
 from megatron_rlvr.config import rule
 from megatron_rlvr.distributed import reduce
 from megatron_rlvr.distributed.groups import ParallelGroups
-from megatron_rlvr.exploration.base import Exploration
+from megatron_rlvr.exploration.base import Exploration, Needs
 from megatron_rlvr.metrics import Meter
 from megatron_rlvr.types import Batch
 
@@ -27,24 +29,25 @@ log = logging.getLogger(__name__)
 
 
 @dataclass
-class Config:
-    """The paper's best run drops the bonus in stairs, at steps that only a figure shows: give them as milestones."""
+class Bonus:
+    """omega * min(|amount| / kappa, alpha * novelty), where omega may decay with the steps."""
 
-    kappa: float = 3.0  # the bonus is at most omega * |r| / kappa
-    alpha: float = 1.0  # reward per nat of B
+    name: ClassVar[str]
+    kappa: float = 3.0  # the bonus is at most omega * |amount| / kappa
+    alpha: float = 1.0  # bonus per unit of novelty
     omega_0: float = 1.0  # weight of the bonus at step 0
     schedule: Literal["none", "linear", "cosine", "staircase"] = "none"  # how omega decays
     total_steps: int = 0  # linear, cosine: the step at which omega reaches 0
     milestones: list[list[float]] = field(default_factory=list)  # staircase: [step, multiplier of omega_0 from it on]
 
     def __post_init__(self) -> None:
-        name = "exploration.cde"
-        rule(self.kappa > 0, f"{name}.kappa must be above 0, not {self.kappa}: it divides the reward")
+        name = self.name
+        rule(self.kappa > 0, f"{name}.kappa must be above 0, not {self.kappa}: the cap is divided by it")
         rule(self.alpha >= 0, f"{name}.alpha must be at least 0, not {self.alpha}: below 0 it would punish doubt")
         rule(
             0 <= self.omega_0 < self.kappa,
             f"{name}.omega_0 must be in [0, kappa={self.kappa}), not {self.omega_0}: "
-            f"a larger bonus would turn a negative reward positive",
+            f"a larger bonus would turn a negative reward or advantage positive",
         )
         rule(
             self.schedule not in ("linear", "cosine") or self.total_steps >= 1,
@@ -75,20 +78,75 @@ class Config:
         done = min(step / self.total_steps, 1.0)
         return self.omega_0 * (1 - done if self.schedule == "linear" else (1 + math.cos(math.pi * done)) / 2)
 
+    def of(self, amount: Tensor, novelty: Tensor, step: int) -> Tensor:
+        """The bonus at ``step``, less than |amount|: a sum of both keeps the sign."""
+        return self.omega(step) * torch.minimum(amount.abs() / self.kappa, self.alpha * novelty)
+
+
+@dataclass
+class ActorBonus(Bonus):
+    """The amount is a reward. The paper's best run drops the bonus in stairs, at steps that only a figure shows."""
+
+    name: ClassVar[str] = "exploration.cde.actor"
+
+
+@dataclass
+class CriticBonus(Bonus):
+    """The amount is an advantage. The paper lets this bonus stay."""
+
+    name: ClassVar[str] = "exploration.cde.critic"
+    alpha: float = 0.5
+    # Which advantages it joins, for the paper does not say: whitened, on the scale that the policy's loss sees, or raw.
+    order: Literal["after_whitening", "before_whitening"] = "after_whitening"
+
+
+@dataclass
+class Config:
+    """Null switches a part off: {critic: {}} has both, {actor: null, critic: {}} the critic's alone."""
+
+    actor: ActorBonus | None = field(default_factory=ActorBonus)
+    critic: CriticBonus | None = None
+
+    def __post_init__(self) -> None:
+        rule(
+            self.actor is not None or self.critic is not None,
+            "exploration.cde: actor and critic are both null, so that nothing is left: set one, or drop the method",
+        )
+
 
 class Cde(Exploration):
     config: Config
     _warned = False
 
+    def needs(self) -> Needs:
+        return Needs(value_heads=2 if self.config.critic else 0)
+
     def shape_rewards(self, batch: Batch, groups: ParallelGroups, step: int, meter: Meter) -> Tensor:
-        config, rewards = self.config, batch.rewards
+        actor, rewards = self.config.actor, batch.rewards
+        if actor is None:
+            return rewards
         surprise = batch.per_response_sum(-batch.known_log_probs) / batch.response_lengths.clamp(min=1)
-        omega = config.omega(step)
-        bonus = omega * torch.minimum(rewards.abs() / config.kappa, config.alpha * surprise)
-        meter.add("cde/omega", omega)
+        bonus = actor.of(rewards, surprise, step)
+        meter.add("cde/omega", actor.omega(step))
         meter.add("cde/bonus", bonus.sum(), bonus.numel())
         self._record(rewards, surprise.exp(), groups, meter)
         return rewards + bonus
+
+    def shape_raw_advantages(self, batch: Batch, groups: ParallelGroups, step: int, meter: Meter) -> Tensor:
+        return self._shape(batch, "before_whitening", step, meter)
+
+    def shape_advantages(self, batch: Batch, groups: ParallelGroups, step: int, meter: Meter) -> Tensor:
+        return self._shape(batch, "after_whitening", step, meter)
+
+    def _shape(self, batch: Batch, order: str, step: int, meter: Meter) -> Tensor:
+        """The critic's bonus, if this is its place in the ``order``."""
+        critic, mask = self.config.critic, batch.loss_mask
+        if critic is None or critic.order != order:
+            return batch.advantages
+        bonus = torch.where(mask, critic.of(batch.advantages, disagreement_after(batch.values), step), 0.0)
+        meter.add("cde/critic_omega", critic.omega(step))
+        meter.add("cde/critic_bonus", bonus.sum(), mask.sum())
+        return batch.advantages + bonus
 
     def _record(self, rewards: Tensor, perplexity: Tensor, groups: ParallelGroups, meter: Meter) -> None:
         """Perplexity of right and wrong responses over every rank; at a gap of 0 calibration has collapsed."""
@@ -113,3 +171,13 @@ class Cde(Exploration):
                 "told from doubtful ones: set reward.scale=signed"
             )
         self._warned = True
+
+
+def disagreement_after(values: Tensor) -> Tensor:
+    """[T, H] values of the states before each token -> [T] standard deviation over the heads of the state after it.
+
+    Behind the last token of a response there is nothing left to be curious about: its value is 0 to every head, as in
+    GAE. (There ``values`` are 0, being outside the loss tokens.) The deviation is the population's: 0 for one head.
+    """
+    spread = values.std(dim=1, correction=0)
+    return torch.cat([spread[1:], spread.new_zeros(1)])

@@ -34,7 +34,7 @@ class Policy(Trainable):
         self.architecture, self.groups = architecture, groups
         chunks = build_chunks(config, architecture, groups)
         load_hf(chunks, architecture, groups, config.model.path)
-        super().__init__(config, config.optimizer, chunks)
+        super().__init__(config, config.optimizer, chunks, config.trainer.num_steps - config.critic_warmup)
 
     def statistics(self, logits: Tensor, micro: Microbatch, options: StatisticsOptions) -> TokenStatistics:
         """logits [t, V/tp] -> [t] statistics of the tokens that follow, over the whole vocabulary."""

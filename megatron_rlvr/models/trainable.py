@@ -33,9 +33,14 @@ class StepResult:
 
 
 class Trainable:
-    """DDP over the data-parallel ranks, AdamW (sharded over them when distributed), warm-up and decay."""
+    """DDP over the data-parallel ranks, AdamW (sharded over them when distributed), warm-up and decay.
 
-    def __init__(self, config: Config, settings: OptimizerConfig, chunks: list[GPTModel]) -> None:
+    ``steps`` are those of the run in which this model learns; ``section`` is where the config holds ``settings``.
+    """
+
+    section = "optimizer"
+
+    def __init__(self, config: Config, settings: OptimizerConfig, chunks: list[GPTModel], steps: int) -> None:
         self.chunks = chunks
         with platform.megatron_calls():
             ddp = DistributedDataParallelConfig(
@@ -46,7 +51,7 @@ class Trainable:
                 for index, chunk in enumerate(chunks)
             ]
             self.optimizer = self._build_optimizer(config, settings)
-            self.scheduler = self._build_scheduler(config, settings)
+            self.scheduler = self._build_scheduler(settings, steps * config.trainer.updates_per_rollout)
         for chunk in chunks:
             chunk.config.finalize_model_grads_func = schedule.sum_gradients
             chunk.config.grad_scale_func = self.optimizer.scale_loss
@@ -69,8 +74,7 @@ class Trainable:
         # Without the overrides, and without the scheduler that multiplies them in, norms and biases decay too.
         return get_megatron_optimizer(options, self.replicas, config_overrides=get_standard_config_overrides(options))
 
-    def _build_scheduler(self, config: Config, settings: OptimizerConfig) -> OptimizerParamScheduler:
-        updates = config.trainer.num_steps * config.trainer.updates_per_rollout
+    def _build_scheduler(self, settings: OptimizerConfig, updates: int) -> OptimizerParamScheduler:
         return OptimizerParamScheduler(
             self.optimizer,
             init_lr=0.0,
@@ -97,7 +101,7 @@ class Trainable:
             updated, grad_norm, _ = self.optimizer.step()
         if not updated or not math.isfinite(grad_norm):
             raise TrainingDiverged(
-                f"the gradient norm is {grad_norm}: lower optimizer.lr or look for bad rewards in rollouts.jsonl"
+                f"the gradient norm is {grad_norm}: lower {self.section}.lr or look for bad rewards in rollouts.jsonl"
             )
         return StepResult(losses, float(grad_norm), self.optimizer.param_groups[0]["lr"])
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -12,6 +11,7 @@ from typing import Protocol
 from torch import Tensor
 
 from megatron_rlvr.config import ConfigError
+from megatron_rlvr.seeds import stable_seed
 from megatron_rlvr.types import FinishReason
 
 
@@ -74,8 +74,7 @@ class Engine(Protocol):
 
 def request_seed(run_seed: int, step: int, attempt: int, prompt_id: str, sample_index: int) -> int:
     """A seed in [0, 2^63): the same on every machine and under every batching, unrelated between neighbours."""
-    text = json.dumps([run_seed, step, attempt, prompt_id, sample_index])
-    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "big") >> 1
+    return stable_seed(run_seed, step, attempt, prompt_id, sample_index)
 
 
 def stop_token_ids(model_path: str | Path) -> list[int]:

@@ -87,9 +87,16 @@ class Checkpoint:
 
 
 @torch.no_grad()
-def load_hf(chunks: Sequence[nn.Module], architecture: Architecture, groups: ParallelGroups, path: str | Path) -> None:
+def load_hf(
+    chunks: Sequence[nn.Module],
+    architecture: Architecture,
+    groups: ParallelGroups,
+    path: str | Path,
+    absent: Sequence[str] = (),
+) -> None:
     """Fill this rank's chunks from a Hugging Face folder, one tensor in memory at a time, converted to their dtype.
 
+    ``absent`` names Megatron parameters that no folder holds (a critic's head); they are left as they are.
     Raises ConfigError, before anything is written, for a file that is absent or cut short and for a tensor that is
     missing, unknown or of another shape.
     """
@@ -99,6 +106,8 @@ def load_hf(chunks: Sequence[nn.Module], architecture: Architecture, groups: Par
         spare = [name for name in checkpoint.files if name.endswith("rotary_emb.inv_freq")]
         checkpoint.check(shapes, [*spare, "lm_head.weight"] if architecture.tied else spare)
         for name, parameter in global_parameters(chunks).items():
+            if name in absent:
+                continue
             entry = mapping.find(architecture, name)
             tensors = [checkpoint.tensor(source) for source in entry.hf]
             shard = mapping.to_megatron(entry, tensors, architecture, groups.tp_rank, groups.tp_size)

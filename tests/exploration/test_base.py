@@ -41,6 +41,9 @@ class Louder(Exploration):
     def shape_rewards(self, batch, groups, step, meter):
         return batch.rewards * self.config.factor
 
+    def shape_raw_advantages(self, batch, groups, step, meter):
+        return batch.advantages * self.config.factor
+
     def shape_advantages(self, batch, groups, step, meter):
         return batch.advantages + self.config.factor
 
@@ -91,6 +94,7 @@ def test_methods_pass_through_each_hook_in_their_declared_order(methods_folder):
     before = batch.advantages.clone()
     assert torch.equal(method.shape_rewards(batch, groups, 0, Meter()), torch.tensor([20.0, 0.0]))
     assert torch.allclose(method.shape_advantages(batch, groups, 0, Meter()), before + 11)
+    assert torch.allclose(method.shape_raw_advantages(batch, groups, 0, Meter()), (before + 1) * 10)
     assert torch.equal(batch.rewards, torch.tensor([1.0, -1.0])) and torch.equal(batch.advantages, before)
     old = statistics(make_logits(batch), batch.target_ids, method)
     assert set(method.annotate(batch, old)) == {"louder/entropy", "shifter/entropy"}
@@ -132,6 +136,7 @@ def test_needs_merge():
     assert merged == Needs(old_statistics=True, reference=True, threshold=threshold)
     assert merged.merge(Needs(threshold=threshold)) == merged
     assert merged.statistics(0.6) == StatisticsOptions(temperature=0.6, min_p=0.02, threshold_temperature=0.6)
+    assert Needs(value_heads=2).merge(merged).value_heads == merged.merge(Needs(value_heads=2)).value_heads == 2
     fixed = Needs(threshold=Threshold(tau=0.1, temperature=1.0))
     assert fixed.statistics(0.6) == StatisticsOptions(temperature=0.6, tau=0.1, threshold_temperature=1.0)
     with pytest.raises(ConfigError, match="different thresholds.*min_p=0.02.*tau=0.1"):
@@ -171,15 +176,22 @@ def test_what_cannot_run_together_is_refused_with_the_reason():
         ({"lp_reg": {"k3_clamp": -1}}, "k3_clamp must be above 0"),
         ({"lp_reg": {"preset": "papre"}}, "exploration.lp_reg.preset must be one of 'paper', 'released_code'"),
         ({"lp_reg": {"gate": "open"}}, "exploration.lp_reg.gate must be one of 'kept', 'below_proxy'"),
-        ({"cde": {"kappa": 0}}, "exploration.cde.kappa must be above 0"),
-        ({"cde": {"alpha": -1}}, "exploration.cde.alpha must be at least 0"),
-        ({"cde": {"omega_0": 3.0}}, r"omega_0 must be in \[0, kappa=3.0\)"),
-        ({"cde": {"schedule": "cosine"}}, "schedule=cosine needs exploration.cde.total_steps"),
-        ({"cde": {"schedule": "staircase"}}, "go together"),
-        ({"cde": {"milestones": [[10, 0.5]]}}, "go together"),
-        ({"cde": {"schedule": "staircase", "milestones": [[10]]}}, r"pairs \[step, multiplier"),
-        ({"cde": {"schedule": "staircase", "milestones": [[10, 2]]}}, r"pairs \[step, multiplier"),
-        ({"cde": {"schedule": "staircase", "milestones": [[10, 0.5], [10, 0]]}}, "in the order of their steps"),
+        ({"cde": {"actor": {"kappa": 0}}}, "exploration.cde.actor.kappa must be above 0"),
+        ({"cde": {"actor": {"alpha": -1}}}, "exploration.cde.actor.alpha must be at least 0"),
+        ({"cde": {"actor": {"omega_0": 3.0}}}, r"omega_0 must be in \[0, kappa=3.0\)"),
+        ({"cde": {"actor": {"schedule": "cosine"}}}, "schedule=cosine needs exploration.cde.actor.total_steps"),
+        ({"cde": {"actor": {"schedule": "staircase"}}}, "go together"),
+        ({"cde": {"actor": {"milestones": [[10, 0.5]]}}}, "go together"),
+        ({"cde": {"actor": {"schedule": "staircase", "milestones": [[10]]}}}, r"pairs \[step, multiplier"),
+        ({"cde": {"actor": {"schedule": "staircase", "milestones": [[10, 2]]}}}, r"pairs \[step, multiplier"),
+        (
+            {"cde": {"actor": {"schedule": "staircase", "milestones": [[10, 0.5], [10, 0]]}}},
+            "in the order of their steps",
+        ),
+        ({"cde": {"critic": {"kappa": 0}}}, "exploration.cde.critic.kappa must be above 0"),
+        ({"cde": {"critic": {"order": "never"}}}, "exploration.cde.critic.order must be one of 'after_whitening'"),
+        ({"cde": {"actor": None}}, "actor and critic are both null"),
+        ({"cde": {"kappa": 2}}, "unknown key 'exploration.cde.kappa'"),
         ({"entropy_bonus": {"coefficient": -0.1}}, "entropy_bonus.coefficient must be at least 0"),
     ],
 )

@@ -2,12 +2,13 @@ from __future__ import annotations
 
 import logging
 import math
+import statistics
 
 import pytest
 import torch
 
 from megatron_rlvr.distributed.groups import ParallelGroups
-from megatron_rlvr.exploration.base import build
+from megatron_rlvr.exploration.base import Needs, build
 from megatron_rlvr.metrics import Meter
 from megatron_rlvr.types import Batch
 from tests.exploration.toy import make_batch
@@ -27,7 +28,7 @@ def _batch(rewards: list[float], surprise: float = 2.0) -> Batch:
 
 def _shape(options: dict, batch: Batch, step: int = 0) -> tuple[torch.Tensor, dict[str, float]]:
     meter = Meter()
-    shaped = build({"cde": options}).shape_rewards(batch, ParallelGroups.single(), step, meter)
+    shaped = build({"cde": {"actor": options}}).shape_rewards(batch, ParallelGroups.single(), step, meter)
     return shaped, meter.means()
 
 
@@ -129,3 +130,61 @@ def test_warns_once_that_zero_rewards_get_no_bonus(rewards, warnings, caplog):
         for step in range(3):
             method.shape_rewards(batch, ParallelGroups.single(), step, Meter())
     assert sum("reward.scale=signed" in record.message for record in caplog.records) == warnings
+
+
+CRITIC_LENGTHS = [3, 1, 2]
+
+
+def _critic_batch(heads: int = 4) -> Batch:
+    """Values and advantages on loss tokens; elsewhere 0, as the critic leaves them."""
+    batch = make_batch(CRITIC_LENGTHS)
+    values = torch.randn(batch.num_tokens, heads, generator=torch.Generator().manual_seed(2))
+    batch.values = torch.where(batch.loss_mask[:, None], values, 0.0)
+    batch.advantages = torch.where(batch.loss_mask, values.sum(1), 0.0)
+    batch.rewards = torch.tensor([1.0, -1.0, 0.5])
+    return batch
+
+
+def _spread_after(batch: Batch) -> list[float]:
+    """Per loss token the population's deviation over the heads at the response's next one, 0 behind the last."""
+    found = []
+    for length, rows in zip(CRITIC_LENGTHS, batch.values[batch.loss_mask].split(CRITIC_LENGTHS), strict=True):
+        spreads = [statistics.pstdev(row) for row in rows.tolist()]
+        found += [*spreads, 0.0][1 : length + 1]
+    return found
+
+
+@pytest.mark.parametrize("options", [{}, {"kappa": 2.0, "alpha": 0.1, "omega_0": 0.7}, {"alpha": 0.0}])
+@pytest.mark.parametrize("order", ["after_whitening", "before_whitening"])
+def test_the_critic_bonus_by_hand(options, order):
+    batch, meter = _critic_batch(), Meter()
+    method = build({"cde": {"actor": None, "critic": options | {"order": order}}})
+    assert method.needs() == Needs(value_heads=2)
+    kappa, alpha, omega = options.get("kappa", 3.0), options.get("alpha", 0.5), options.get("omega_0", 1.0)
+    pairs = zip(batch.advantages[batch.loss_mask].tolist(), _spread_after(batch), strict=True)
+    bonus = torch.tensor([omega * min(abs(a) / kappa, alpha * b) for a, b in pairs])
+    hooks = [method.shape_raw_advantages, method.shape_advantages]
+    for hook, acts in zip(hooks, [order == "before_whitening", order == "after_whitening"], strict=True):
+        shaped = hook(batch, ParallelGroups.single(), 0, meter)
+        assert torch.allclose((shaped - batch.advantages)[batch.loss_mask], bonus * acts, atol=1e-6)
+        assert not shaped[~batch.loss_mask].any()
+        assert (shaped.sign() == batch.advantages.sign()).all()  # the cap keeps the sign
+    assert meter.means()["cde/critic_bonus"] == pytest.approx(float(bonus.mean()), abs=1e-6)
+    assert torch.equal(method.shape_rewards(batch, ParallelGroups.single(), 0, meter), batch.rewards)
+
+
+def test_one_head_never_disagrees():
+    batch = _critic_batch(heads=1)
+    method = build({"cde": {"actor": None, "critic": {}}})
+    assert torch.equal(method.shape_advantages(batch, ParallelGroups.single(), 0, Meter()), batch.advantages)
+
+
+def test_both_bonuses_together_are_each_what_they_are_alone():
+    batch, groups = _critic_batch(), ParallelGroups.single()
+    batch.old_log_probs = torch.full((batch.num_tokens,), -0.2)
+    both, actor, critic = (build({"cde": part}) for part in ({"critic": {}}, {}, {"actor": None, "critic": {}}))
+    assert both.needs() == Needs(value_heads=2)
+    assert torch.equal(both.shape_rewards(batch, groups, 0, Meter()), actor.shape_rewards(batch, groups, 0, Meter()))
+    assert not torch.equal(both.shape_rewards(batch, groups, 0, Meter()), batch.rewards)
+    found, wanted = (method.shape_advantages(batch, groups, 0, Meter()) for method in (both, critic))
+    assert torch.equal(found, wanted) and not torch.equal(found, batch.advantages)

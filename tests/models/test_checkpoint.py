@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
 from megatron_rlvr.config import ConfigError
 from megatron_rlvr.models import checkpoint
-from megatron_rlvr.models.policy import Policy
+from megatron_rlvr.models.critic import Critic
 from megatron_rlvr.run_folder import checkpoints
+from megatron_rlvr.types import Microbatch
 from tests.models.conftest import Case
-from tests.models.layouts import Layout, make_batch, make_policy, megatron, run_update, weights
+from tests.models.layouts import Layout, make_batch, make_policy, megatron, run_update
+from tests.models.layouts import weights as weights_of
 from tests.ranks import run_ranks
 from tests.tiny import make_config, make_folder
 
@@ -21,32 +24,43 @@ OPTIMIZER = {"lr": 1e-3, "warmup_steps": 4, "schedule": "cosine", "weight_decay"
 STATE = {"step": 7, "prompt_position": 42, "exploration": {"lp_reg": {}}}
 
 
-def _resume(layout: Layout, case: Case, other: Path, dtype: str, run: Path) -> dict[str, bool]:
-    """Three updates at once against one, a save, a load into another model, and two more."""
+def _value_loss(micro: Microbatch, values: torch.Tensor) -> torch.Tensor:
+    return ((values - micro.advantages[:, None]).square() * micro.loss_mask[:, None]).sum() / 100
 
-    def build(folder: Path) -> Policy:
+
+def _resume(layout: Layout, case: Case, other: Path, dtype: str, run: Path) -> dict[str, bool]:
+    """Three updates at once against one, a save, a load into other models, and two more: policy and critic."""
+
+    def build(folder: Path) -> dict[str, Any]:
         sections = {
             "model": {"path": str(folder), "dtype": dtype},
             "optimizer": OPTIMIZER,
+            "critic": {"num_heads": 3, "optimizer": OPTIMIZER},
             "trainer": {"num_steps": 10},
         }
-        return make_policy(folder, layout, ranks, **sections)
+        config = make_config(folder, {"parallel": vars(layout)} | sections)
+        config.seed = len(folder.name)  # the head's weights are drawn from it
+        return {"policy": make_policy(folder, layout, ranks, **sections), "critic": Critic(config, ranks)}
 
-    def go_on(policy: Policy) -> tuple[list[dict[str, float]], dict[str, torch.Tensor]]:
-        return [run_update(policy, batch, number) for number in (1, 2)], weights(policy)
+    def update(models: dict[str, Any], *numbers: int) -> list[dict[str, float]]:
+        of_critic = [models["critic"].update(batch, batch.updates[number], _value_loss).means() for number in numbers]
+        return of_critic + [run_update(models["policy"], batch, number) for number in numbers]
+
+    def weights(models: dict[str, Any]) -> dict[str, torch.Tensor]:
+        return {f"{kind} {name}": item for kind in models for name, item in weights_of(models[kind]).items()}
 
     with megatron(layout) as ranks:
         batch = make_batch(case.groups, case.samples, layout, ranks, 60, updates=3)
         config = make_config(case.folder, {"parallel": vars(layout), "model": {"dtype": dtype}, "optimizer": OPTIMIZER})
         first = build(case.folder)
-        run_update(first, batch, 0)
+        update(first, 0)
         path = checkpoint.save(run, config, first, ranks, STATE)
         saved = weights(first)
-        metrics, final = go_on(first)
+        metrics, final = update(first, 1, 2), weights(first)
         second = build(other)
         state = checkpoint.load(path, config, second, ranks)
         loaded = weights(second)
-        resumed_metrics, resumed = go_on(second)
+        resumed_metrics, resumed = update(second, 1, 2), weights(second)
         return {
             "state": state == STATE,
             "loaded": all(loaded[name].equal(saved[name]) for name in saved),
@@ -78,16 +92,19 @@ def _save_several(case: Case, run: Path) -> list[str]:
     layout = Layout()
     with megatron(layout) as ranks:
         config = make_config(case.folder)
-        policy = make_policy(case.folder, layout, ranks)
+        models = {"policy": make_policy(case.folder, layout, ranks)}
         for step in (9, 10, 11):
-            checkpoint.save(run, config, policy, ranks, {"step": step})
-        torn = checkpoint.save(run, config, policy, ranks, {"step": 12})
+            checkpoint.save(run, config, models, ranks, {"step": step})
+        torn = checkpoint.save(run, config, models, ranks, {"step": 12})
         (torn / "run.json").unlink()
         found = [path.name for path in checkpoints(run)]
-        checkpoint.save(run, config, policy, ranks, {"step": 12})  # over the torn one
+        checkpoint.save(run, config, models, ranks, {"step": 12})  # over the torn one
         moved = make_config(case.folder, {"parallel": {"tp": 2}, "optimizer": {"distributed": False}})
         with pytest.raises(ConfigError, match=r"step_12 .*tp 1 -> 2, distributed_optimizer True -> False"):
-            checkpoint.load(checkpoints(run)[-1], moved, policy, ranks)
+            checkpoint.load(checkpoints(run)[-1], moved, models, ranks)
+        ppo = make_config(case.folder, {"algorithm": {"advantage": "gae"}, "critic": {"num_heads": 4}})
+        with pytest.raises(ConfigError, match=r"step_12 .*critic_heads 0 -> 4"):
+            checkpoint.load(checkpoints(run)[-1], ppo, models, ranks)
         return found
 
 
