@@ -7,10 +7,11 @@ from pathlib import Path
 import pytest
 import yaml
 
-from megatron_rlvr.config import Config, ConfigError, batch_table, dump, load_config, to_dict
+from megatron_rlvr.config import Config, ConfigError, batch_table, check, dump, load_config, to_dict
 
 SMALLEST = {"verifier": "math", "model": {"path": "model"}, "data": {"path": "data.jsonl"}}
 SMALLEST["trainer"] = {"microbatch_tokens": 4096}
+PPO = Path(__file__).parents[1] / "examples/countdown_cpu/ppo.yaml"
 
 
 def write(folder: Path, file: str = "run.yaml", /, **tree) -> Path:
@@ -118,3 +119,43 @@ def test_the_table_says_what_the_batch_sizes_come_to(tmp_path):
     assert table["responses per step"] == "256" and table["responses per update"] == "64"
     assert table["microbatches per update and rank"] == "<= 8"  # 16 responses, two of 2048 tokens in each
     assert isinstance(config, Config)
+
+
+def test_a_critic_is_there_where_advantages_come_from_gae() -> None:
+    config = load_config(PPO)
+    assert config.has_critic and config.critic_warmup == config.critic.warmup_steps > 0
+    config = load_config(PPO, ["algorithm.advantage=grpo", "critic.num_heads=0"])  # then nobody reads the section
+    assert not config.has_critic and config.critic_warmup == 0
+    check(config)
+
+
+def test_the_critic_has_a_learning_rate_of_its_own() -> None:
+    config = load_config(PPO, ["critic={optimizer: {weight_decay: 0.1}}", "optimizer={}"])
+    assert config.critic.optimizer.lr == 1e-5 and config.optimizer.lr == 1e-6
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["critic.num_heads=0"], "critic.num_heads must be at least 1, not 0"),
+        (["critic.head_init=0"], "critic.head_init must be above 0"),
+        (["critic.share=0"], r"critic.share must be in \(0, 1\], not 0"),
+        (["critic.share=1.5"], r"critic.share must be in \(0, 1\]"),
+        (["critic.share=0.2"], "critic.share=0.2 of critic.num_heads=4 .* would teach no head"),
+        (["critic.share=0.01", "critic.num_heads=128"], "an update's 64 responses is less than one, .* without data"),
+        (["critic.share_of=heads"], "critic.share_of must be one of 'responses', 'tokens'"),
+        (["critic.gamma=1.1"], r"critic.gamma must be in \[0, 1\]"),
+        (["critic.lam=-0.1"], r"critic.lam must be in \[0, 1\]"),
+        (["critic.value_clip=-1"], "critic.value_clip must be at least 0"),
+        (["critic.optimizer.lr=0"], "critic.optimizer.lr must be above 0"),
+        (["critic.warmup_steps=100", "trainer.num_steps=100"], "warmup_steps=100 must be below trainer.num_steps=100"),
+        (["critic.heads=2"], "unknown key 'critic.heads'"),
+    ],
+)
+def test_critics_that_cannot_learn_are_refused(overrides: list[str], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        load_config(PPO, overrides)
+
+
+def test_a_head_may_draw_few_tokens() -> None:
+    assert load_config(PPO, ["critic.share=0.01", "critic.num_heads=128", "critic.share_of=tokens"]).has_critic

@@ -16,6 +16,7 @@ from megatron_rlvr.processes import free_port
 ROOT = Path(__file__).parents[2]
 CONFIG = "examples/countdown_cpu/config.yaml"
 QUICK = ["logging.tensorboard=false", "data.eval_path="]  # a last evaluation takes longer than three steps
+TIMES = ("time/", "tokens/per_second", "sync/seconds", "sync/proof_seconds")
 DEADLINE = 600.0  # seconds; a run of a few steps takes 20 to 60 on two idle cores, several times that on busy ones
 
 
@@ -76,3 +77,7 @@ def metrics(folder: Path) -> list[dict]:
 
 def rollouts(folder: Path) -> list[dict]:
     return [json.loads(line) for line in (folder / "rollouts.jsonl").read_text().splitlines()]
+
+
+def without_times(rows: list[dict]) -> list[dict]:
+    return [{key: value for key, value in row.items() if not key.startswith(TIMES)} for row in rows]

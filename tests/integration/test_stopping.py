@@ -10,9 +10,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from tests.integration.conftest import DEADLINE, logs, metrics
-
-TIMES = ("time/", "tokens/per_second", "sync/seconds", "sync/proof_seconds")
+from tests.integration.conftest import DEADLINE, logs, metrics, without_times
 
 
 def wait_for_step(folder: Path, step: int, process) -> None:
@@ -39,10 +37,6 @@ def processes_of(folder: Path) -> list[psutil.Process]:
 
 def shared_memory() -> set[str]:
     return set(os.listdir("/dev/shm"))
-
-
-def without_times(rows: list[dict]) -> list[dict]:
-    return [{key: value for key, value in row.items() if not key.startswith(TIMES)} for row in rows]
 
 
 def test_stopped_and_resumed_run_equals_the_uninterrupted_one(start, train, tmp_path: Path) -> None:

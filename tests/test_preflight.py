@@ -1,0 +1,63 @@
+"""What is refused before any rank starts, although each part of it is right by itself."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from megatron_rlvr import preflight
+from megatron_rlvr.config import Config, ConfigError, from_dict
+from tests.tiny import make_folder
+
+CDE = {"cde": {"critic": {}}}
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    root = tmp_path_factory.mktemp("models")
+    make_folder(root / "policy")
+    make_folder(root / "small", num_hidden_layers=2)
+    make_folder(root / "other", vocab_size=97)
+    (root / "data.jsonl").write_text('{"prompt": "1,2,3=6>", "answer": {"numbers": [1, 2, 3], "target": 6}}\n')
+    return root
+
+
+def _config(models: Path, advantage: str, critic: dict, exploration: dict, **more: dict) -> Config:
+    sections = {
+        "verifier": "countdown",
+        "model": {"path": str(models / "policy")},
+        "data": {"path": str(models / "data.jsonl"), "max_prompt_length": 16},
+        "rollout": {"max_response_length": 7},
+        "algorithm": {"advantage": advantage},
+        "critic": critic,
+        "exploration": exploration,
+    }
+    return from_dict(Config, sections | more)
+
+
+def test_what_fits_is_let_through(models: Path) -> None:
+    preflight.check(_config(models, "gae", {"num_heads": 2}, CDE))
+    preflight.check(_config(models, "gae", {"path": str(models / "small")}, {"cde": {}}))
+    preflight.check(_config(models, "grpo", {"path": "nowhere"}, {"cde": {}}))
+
+
+@pytest.mark.parametrize(
+    ("advantage", "heads", "message"),
+    [
+        ("grpo", 4, "heads disagree, which takes 2 heads, but the run has no critic: set algorithm.advantage=gae"),
+        ("gae", 1, "the run has critic.num_heads=1: set .* critic.num_heads to at least 2"),
+    ],
+)
+def test_a_critic_bonus_without_heads_that_could_disagree(models: Path, advantage, heads, message) -> None:
+    with pytest.raises(ConfigError, match=message):
+        preflight.check(_config(models, advantage, {"num_heads": heads}, CDE))
+
+
+def test_a_critic_that_does_not_fit_the_policy(models: Path) -> None:
+    with pytest.raises(ConfigError, match="critic.path='nowhere' is not a folder"):
+        preflight.check(_config(models, "gae", {"path": "nowhere"}, {}))
+    with pytest.raises(ConfigError, match="critic.path=.*other has 97 tokens, the policy 211"):
+        preflight.check(_config(models, "gae", {"path": str(models / "other")}, {}))
+    with pytest.raises(ConfigError, match="parallel.pp=4 must divide the model's 2 layers"):
+        preflight.check(_config(models, "gae", {"path": str(models / "small")}, {}, parallel={"pp": 4}))
