@@ -45,6 +45,11 @@ def has_apex_weight_gradient_kernel() -> bool:
     return has_gpu() and importlib.util.find_spec("fused_weight_gradient_mlp_cuda") is not None
 
 
+def block_elements() -> int:
+    """Elements to work on at a time where operations run one by one: what a CPU's cache holds, or what fills a GPU."""
+    return 1 << 26 if has_gpu() else 1 << 16
+
+
 def start_rank() -> None:
     """Settings of a rank's process, before any tensor is made."""
     if has_gpu():

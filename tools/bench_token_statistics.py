@@ -12,32 +12,21 @@ from __future__ import annotations
 import argparse
 import gc
 import json
-import os
 import sys
 import time
-import warnings
 from collections.abc import Callable
 from pathlib import Path
 from statistics import median
 from typing import Any
 
-from megatron_rlvr.launch.local import run_ranks
+import bench_ranks
 
-warnings.simplefilter("ignore")  # Megatron lists what a machine without a GPU lacks
-TIMEOUT = 600.0  # seconds that a rank waits for the others
 NAIVE_BYTES = 28  # per logits element, forward and backward (float32)
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    for name, value in {"tokens": 1024, "vocab": 151_936, "tp": 1, "rounds": 5}.items():
-        parser.add_argument(f"--{name}", type=int, default=value, help="default: %(default)s")
-    parser.add_argument("--dtype", choices=["bfloat16", "float32"], default="float32", help="default: %(default)s")
-    options = parser.parse_args()
-    if "RANK" not in os.environ:
-        return run_ranks([sys.executable, __file__, *sys.argv[1:]], options.tp, 0, {})
-    bench(options)
-    return 0
+    parser = bench_ranks.parser(__doc__, "float32", tokens=1024, vocab=151_936, tp=1, rounds=5)
+    return bench_ranks.on_ranks(bench, parser.parse_args())
 
 
 def bench(options: argparse.Namespace) -> None:
@@ -46,11 +35,8 @@ def bench(options: argparse.Namespace) -> None:
 
     from megatron_rlvr import platform
     from megatron_rlvr.config import Config, ParallelConfig
-    from megatron_rlvr.distributed import groups as process_groups
     from megatron_rlvr.models.build import initialize_parallel
 
-    platform.start_rank()
-    process_groups.init(platform.backend(), TIMEOUT)
     groups = initialize_parallel(Config(parallel=ParallelConfig(tp=options.tp)))
     torch.manual_seed(groups.rank)
     dtype = getattr(torch, options.dtype)
@@ -77,7 +63,6 @@ def bench(options: argparse.Namespace) -> None:
     if groups.rank == 0:
         ours = figures["ours"]["cpu_seconds"]
         print(json.dumps({f"ours / {name}": round(ours / row["cpu_seconds"], 3) for name, row in figures.items()}))
-    process_groups.destroy()
 
 
 def alternatives(options: argparse.Namespace, groups: Any, elements: int) -> dict[str, Callable]:

@@ -9,32 +9,24 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import sys
 import tempfile
-import warnings
 from pathlib import Path
 from statistics import median
 from typing import Any
 
-from megatron_rlvr.launch.local import run_ranks
-
-warnings.simplefilter("ignore")  # Megatron lists what a machine without a GPU lacks
-TIMEOUT = 600.0  # seconds that a rank waits for the others
+import bench_ranks
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    for name, value in {"layers": 16, "hidden": 2048, "ffn": 8192, "vocab": 32768, "tp": 1, "syncs": 5}.items():
-        parser.add_argument(f"--{name}", type=int, default=value, help="default: %(default)s")
-    parser.add_argument("--dtype", choices=["bfloat16", "float32"], default="bfloat16", help="default: %(default)s")
-    options = parser.parse_args()
-    if "RANK" not in os.environ:
-        return run_ranks([sys.executable, __file__, *sys.argv[1:]], options.tp, 0, {})
+    parser = bench_ranks.parser(__doc__, "bfloat16", layers=16, hidden=2048, ffn=8192, vocab=32768, tp=1, syncs=5)
+    return bench_ranks.on_ranks(bench, parser.parse_args())
+
+
+def bench(options: argparse.Namespace) -> None:
     with tempfile.TemporaryDirectory() as folder:
         (Path(folder) / "config.json").write_text(json.dumps(shape(options)))
         measure(folder, options)
-    return 0
 
 
 def shape(options: argparse.Namespace) -> dict[str, Any]:
@@ -61,17 +53,13 @@ def shape(options: argparse.Namespace) -> dict[str, Any]:
 
 
 def measure(model: str, options: argparse.Namespace) -> None:
-    from megatron_rlvr import platform
     from megatron_rlvr.architecture import Architecture
     from megatron_rlvr.config import Config, DataConfig, ModelConfig, ParallelConfig, RolloutConfig
-    from megatron_rlvr.distributed import groups as process_groups
     from megatron_rlvr.models.build import build_chunks, initialize_parallel
     from megatron_rlvr.rollout.vllm_engine import VllmEngine
     from megatron_rlvr.weights.gather import hf_weights
     from megatron_rlvr.weights.weight_sync import WeightSync
 
-    platform.start_rank()
-    process_groups.init(platform.backend(), TIMEOUT)
     config = Config(
         model=ModelConfig(path=model, dtype=options.dtype),
         parallel=ParallelConfig(tp=options.tp),

@@ -12,6 +12,7 @@ import logging
 import os
 import shutil
 from collections.abc import Callable, Iterator
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -20,17 +21,22 @@ from megatron_rlvr import platform
 
 log = logging.getLogger(__name__)
 
+R = TypeVar("R")
+
 FUSE_FROM = 4096  # local columns; compiling takes seconds, which a smaller vocabulary never earns back
 SPAN = 16384  # columns summed in one go: fp32 loses a digit over the 150,000 of a whole vocabulary
-BLOCK = {"cpu": 1 << 16, "cuda": 1 << 26}  # elements of an unfused block
+
+
+def maths(dtype: torch.dtype) -> torch.dtype:
+    """What is computed in, for logits of ``dtype``."""
+    return torch.promote_types(dtype, torch.float32)
 
 
 def maximum(logits: Tensor) -> Tensor:
     """[T, n] -> [T] largest local logit in the dtype of the maths; -inf where there is no column."""
-    maths = torch.float64 if logits.dtype == torch.float64 else torch.float32
     if logits.shape[1] == 0:
-        return logits.new_full(logits.shape[:1], -torch.inf, dtype=maths)
-    return logits.amax(dim=1).to(maths)
+        return logits.new_full(logits.shape[:1], -torch.inf, dtype=maths(logits.dtype))
+    return logits.amax(dim=1).to(maths(logits.dtype))
 
 
 def scales(temperature: float, threshold_temperature: float, like: Tensor) -> Tensor:
@@ -78,12 +84,11 @@ def _threshold_sum(logits: Tensor, top: Tensor, scale: Tensor) -> Tensor:
     return ((logits.to(top.dtype) - top[:, None]) * scale[1]).exp().sum(1)[None]
 
 
-def _overwrite(logits: Tensor, top: Tensor, floor: Tensor, a: Tensor, b: Tensor, c: Tensor, scale: Tensor) -> Tensor:
+def _overwrite(logits: Tensor, top: Tensor, floor: Tensor, a: Tensor, b: Tensor, c: Tensor, scale: Tensor) -> None:
     gap = logits.to(top.dtype) - top[:, None]
     t = gap * scale[0]
     factor = a[:, None] + b[:, None] * _finite(t) + torch.where(keeps(gap, floor[:, None], scale), c[:, None], 0.0)
     logits.copy_(t.exp() * factor)
-    return top.new_empty(0, logits.shape[0])
 
 
 def _finite(t: Tensor) -> Tensor:
@@ -96,28 +101,26 @@ def _over_spans(
 ) -> Tensor:
     """The [k, T] sums that ``expression`` takes over columns, from those over spans of them."""
     starts = range(0, max(1, logits.shape[1]), SPAN)
-    return torch.stack([_by_rows(expression, logits[:, start : start + SPAN], vectors, scale) for start in starts]).sum(
-        0
-    )
+    spans = [_by_rows(expression, logits[:, start : start + SPAN], vectors, scale) for start in starts]
+    return torch.stack([torch.cat(blocks, dim=1) for blocks in spans]).sum(0)
 
 
-def _by_rows(expression: Callable[..., Tensor], logits: Tensor, vectors: tuple[Tensor, ...], scale: Tensor) -> Tensor:
-    """``expression`` of the matrix and its row vectors; its [k, T] results, joined along the rows."""
+def _by_rows(expression: Callable[..., R], logits: Tensor, vectors: tuple[Tensor, ...], scale: Tensor) -> list[R]:
+    """What ``expression`` makes of the matrix and its row vectors, for each block of rows."""
     run = _fused(expression) if _fuses(logits) else expression
-    parts = [run(logits[rows], *(vector[rows] for vector in vectors), scale) for rows in _row_blocks(logits)]
-    return parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
+    return [run(logits[rows], *(vector[rows] for vector in vectors), scale) for rows in _row_blocks(logits)]
 
 
 def _row_blocks(logits: Tensor) -> Iterator[slice]:
     """Blocks of rows for an unfused pass; one block for a fused one. At least one, be it empty."""
     rows, columns = logits.shape
-    block = max(1, rows) if _fuses(logits) else max(1, BLOCK[logits.device.type] // max(1, columns))
+    block = max(1, rows) if _fuses(logits) else max(1, platform.block_elements() // max(1, columns))
     for start in range(0, max(1, rows), block):
         yield slice(start, start + block)
 
 
 def _fuses(logits: Tensor) -> bool:
-    return logits.shape[1] >= FUSE_FROM and logits.shape[0] > 0 and _can_compile()
+    return logits.shape[1] >= FUSE_FROM and logits.shape[0] > 0 and can_fuse()
 
 
 @functools.cache
@@ -126,7 +129,8 @@ def _fused(expression: Callable) -> Callable:
 
 
 @functools.cache
-def _can_compile() -> bool:
+def can_fuse() -> bool:
+    """Whether torch.compile finds what it needs here; says so once where it does not."""
     if platform.has_gpu() or shutil.which(os.environ.get("CXX", "g++")):
         return True
     log.warning("no C++ compiler (g++, or the one CXX names): token statistics run unfused, several times slower")

@@ -320,7 +320,7 @@ def test_bad_shapes_are_refused():
         token_statistics(torch.zeros(1, 4), torch.zeros(1, dtype=torch.long), vocab_size=5)
 
 
-@pytest.mark.skipif(not vocab_passes._can_compile(), reason="needs a C++ compiler")
+@pytest.mark.skipif(not vocab_passes.can_fuse(), reason="needs a C++ compiler")
 @pytest.mark.parametrize(
     ("dtype", "options"),
     [

@@ -1,0 +1,37 @@
+"""The benches run, at shapes that measure nothing, and print the lines that they promise."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[2]
+DEADLINE = 300.0  # seconds, on a machine with other work; 20 on an idle one
+
+
+def run(tool: str, **options: object) -> list[dict]:
+    """The JSON lines of a bench."""
+    arguments = [text for name, value in options.items() for text in (f"--{name}", str(value))]
+    command = [sys.executable, str(ROOT / "tools" / f"{tool}.py"), *arguments]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=DEADLINE, cwd=ROOT)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
+
+
+def test_token_statistics() -> None:
+    *rows, ratios = run("bench_token_statistics", tokens=6, vocab=64, tp=2, rounds=1)
+    found = {row["implementation"]: row for row in rows}
+    assert {"ours", "megatron", "megatron_fused"} <= set(found)
+    assert found["ours"]["collectives"] == [2, 0] and found["megatron"]["collectives"] == [3, 0]
+    assert all(row["tokens"] == 6 and row["tp"] == 2 and row["cpu_seconds"] >= 0 for row in rows)
+    assert ratios["ours / ours"] == 1 and "ours / megatron_fused" in ratios
+
+
+def test_weight_sync() -> None:
+    *syncs, medians = run("bench_weight_sync", layers=1, hidden=128, ffn=64, vocab=256, syncs=2, dtype="float32")
+    assert len(syncs) == 2 and all(0 < row["proof_seconds"] < row["sync_seconds"] for row in syncs)
+    # embedding and output layer, attention of one head with its query and key norms, gated MLP, three norms
+    assert medians["parameters"] == 2 * 256 * 128 + 4 * 128 * 128 + 2 * 128 + 3 * 128 * 64 + 3 * 128
+    assert medians["sync_seconds"] > 0 and medians["gib"] == round(4 * medians["parameters"] / 2**30, 3)
