@@ -84,6 +84,8 @@ class Microbatch:
     # None until the phase in FILLED_BY has run, and reading them until then raises.
     old_log_probs: Tensor = None  # type: ignore[assignment]  # [t] fp32
     entropy: Tensor = None  # type: ignore[assignment]  # [t] fp32, of the old policy
+    old_top_ids: Tensor = None  # type: ignore[assignment]  # [t, K] int64, its most probable kept tokens
+    old_top_log_probs: Tensor = None  # type: ignore[assignment]  # [t, K] fp32
     ref_log_probs: Tensor = None  # type: ignore[assignment]  # [t] fp32
     values: Tensor = None  # type: ignore[assignment]  # [t, H] fp32, of the state before the predicted token
     advantages: Tensor = None  # type: ignore[assignment]  # [t] fp32
@@ -94,6 +96,8 @@ class Microbatch:
     FILLED_BY: ClassVar[dict[str, str]] = {
         "old_log_probs": "policy.fill_log_probs (or, where the step makes no such pass, the loss)",
         "entropy": "policy.fill_log_probs (or, where the step makes no such pass, the loss)",
+        "old_top_ids": "policy.fill_log_probs, with options that ask for a top,",
+        "old_top_log_probs": "policy.fill_log_probs, with options that ask for a top,",
         "ref_log_probs": "reference.fill_log_probs",
         "values": "critic.fill_values",
         "advantages": "the advantage phase of the step",

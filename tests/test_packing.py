@@ -162,6 +162,7 @@ def test_counts_are_global_and_leave_out_what_was_not_scored(plan: Plan) -> None
 
 
 PER_TOKEN = ("token_ids", "target_ids", "position_ids", "loss_mask", "rollout_log_probs", "old_log_probs")
+PER_TOKEN += ("old_top_ids", "old_top_log_probs")
 PER_RESPONSE = ("response_ids", "rewards", "response_lengths")
 
 
@@ -170,6 +171,8 @@ PER_RESPONSE = ("response_ids", "rewards", "response_lengths")
 def test_microbatches_are_slices_of_the_batch(plan: Plan) -> None:
     batch = plan.batch(plan.dp - 1)
     batch.old_log_probs = torch.randn(batch.num_tokens)
+    batch.old_top_ids = torch.randint(99, (batch.num_tokens, 3))
+    batch.old_top_log_probs = torch.randn(batch.num_tokens, 3)
     batch.extras = {"lp_reg/proxy_log_prob": torch.randn(batch.num_tokens)}
     micros = batch.microbatches()
     for name in PER_TOKEN + PER_RESPONSE:

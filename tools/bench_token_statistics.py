@@ -71,12 +71,10 @@ def alternatives(options: argparse.Namespace, groups: Any, elements: int) -> dic
     from megatron.core.fusions.fused_cross_entropy import fused_vocab_parallel_cross_entropy
     from megatron.core.tensor_parallel import vocab_parallel_cross_entropy
 
-    from megatron_rlvr.distributed.vocab import StatisticsOptions, token_statistics
+    from megatron_rlvr.distributed.vocab import token_statistics
 
     def ours(logits, targets):
-        found = token_statistics(
-            logits, targets, group=groups.tp, options=StatisticsOptions(min_p=0.02), overwrite=True
-        )
+        found = token_statistics(logits, targets, group=groups.tp, min_p=0.02, overwrite=True)
         return (found.log_prob + 0.1 * found.entropy + 0.1 * found.log_kept_mass).sum()
 
     def naive(logits, targets):

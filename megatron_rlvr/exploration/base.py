@@ -60,6 +60,7 @@ class Needs:
     reference: bool = False  # ref_log_probs, and the reference policy's statistics in ``annotate``
     threshold: Threshold | None = None
     value_heads: int = 0  # heads that the critic must have at least; 0: no critic
+    old_top: int = 0  # most probable kept tokens of the old policy, for the KL to the current one
 
     def merge(self, other: Needs) -> Needs:
         """Both needs at once. Raises ConfigError: two different thresholds, where one pass takes one."""
@@ -73,17 +74,19 @@ class Needs:
             reference=self.reference or other.reference,
             threshold=self.threshold or other.threshold,
             value_heads=max(self.value_heads, other.value_heads),
+            old_top=max(self.old_top, other.old_top),
         )
 
     def statistics(self, temperature: float) -> StatisticsOptions:
         """Options of the vocabulary statistics at the sampling ``temperature``."""
         if self.threshold is None:
-            return StatisticsOptions(temperature=temperature)
+            return StatisticsOptions(temperature=temperature, top=self.old_top)
         return StatisticsOptions(
             temperature=temperature,
             min_p=self.threshold.min_p,
             tau=self.threshold.tau,
             threshold_temperature=self.threshold.temperature or temperature,
+            top=self.old_top,
         )
 
 

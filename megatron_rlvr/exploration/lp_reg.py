@@ -4,8 +4,10 @@
     regularised:  p(o) among the lowest rho of the update,  A < 0  and  q(o) > 0
     loss there:   L_t = surrogate_t + beta * D(q, p)
 
-The old policy's forward pass gives ln p(o), ln Z and ln q(o) at once, so the proxy costs no pass of its own; with one
-update per rollout it needs none at all, for the training forward's policy is the old one.
+The old policy's forward pass gives ln p(o), ln Z and ln q(o) at once, so the proxy costs no pass of its own. With one
+update per rollout there is no such pass: the training forward's policy is the old one, and D = -ln Z. With several, the
+old pass also keeps the proxy's ``proxy_size`` most probable tokens, and D is the exact KL of those, renormalised, to
+the current policy. How often the proxy has more tokens than that is ``lp_reg/cut_share``.
 
 ``preset: paper`` is Eq 6; ``preset: released_code`` is what github.com/CarlanLark/Lp-Reg-dev @33b27e2 runs
 (verl/trainer/ppo/core_algos.py:648-745). An option that is given explicitly wins over the preset. The rest of the
@@ -17,7 +19,6 @@ recipe belongs to the algorithm and is set there:
 
 from __future__ import annotations
 
-import logging
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -35,8 +36,6 @@ from megatron_rlvr.distributed.vocab import TokenStatistics
 from megatron_rlvr.exploration.base import Exploration, Needs, Threshold
 from megatron_rlvr.metrics import Meter
 from megatron_rlvr.types import Batch, Microbatch, Update
-
-log = logging.getLogger(__name__)
 
 PRESETS: dict[str, dict[str, Any]] = {
     "paper": {
@@ -86,7 +85,8 @@ class Config:
     percentile_scope: Literal["update", "microbatch"] | None = None  # update: over every rank, by old log-probs
     min_two: bool | None = None  # take floor(rho * n) tokens, none if that is fewer than two; else ceil(rho * n)
     gate: Literal["kept", "below_proxy"] | None = None  # q(o) > 0; below_proxy: also p(o) < q(o)
-    divergence: Literal["fwd_kl_full", "k3_sampled", "k2_sampled"] | None = None
+    divergence: Literal["fwd_kl_full", "k3_sampled", "k2_sampled"] | None = None  # full: over the vocabulary
+    proxy_size: int = 128  # tokens of an old proxy that fwd_kl_full reads; 12 bytes each per token of the batch
     k3_clamp: float | None = None  # k3 is cut off here, and with it its gradient; 0: no bound
     replace_clipped: bool | None = None  # regularised tokens keep -A r instead of the clipped surrogate
 
@@ -108,6 +108,11 @@ class Config:
             f"{name}.target_share picks tokens before the update, when a proxy of the current policy is not yet known: "
             f"set {name}.proxy_source=old",
         )
+        rule(
+            self.proxy_source != "reference" or self.divergence != "fwd_kl_full",
+            f"{name}.proxy_source=reference keeps only scalars of the reference's proxy: set {name}.divergence=k3_sampled, "
+            f"which has the gradient of the full KL in expectation",
+        )
         for option in ("beta", "protection"):
             value = getattr(self, option)
             rule(
@@ -123,15 +128,16 @@ class Config:
             f"{name}.kappa must be in (0, 1], not {self.kappa}: it is a share of the largest probability",
         )
         rule(self.tau is None or 0 < self.tau < 1, f"{name}.tau must be in (0, 1), not {self.tau}: it is a probability")
+        rule(self.proxy_size >= 1, f"{name}.proxy_size must be at least 1, not {self.proxy_size}: a proxy has tokens")
         for option in ("threshold_temperature", "k3_clamp"):
             value = getattr(self, option)
             rule(value >= 0, f"{name}.{option} must be above 0 (or 0, see its comment), not {value}")
 
 
 def fwd_kl_full(current: TokenStatistics, target: Tensor, clamp: float) -> tuple[Tensor, Tensor]:
-    """KL(q || p) over the vocabulary, q a part of the current policy: -ln Z, with gradient p - q in the logits."""
-    divergence = -current.log_kept_mass
-    return divergence, current.log_prob.exp() * (1 - divergence.exp())
+    """KL(q || p) over the vocabulary, with gradient p - q in the logits; -ln Z where q is part of p itself."""
+    divergence = -current.log_kept_mass if current.old_kl is None else current.old_kl
+    return divergence, current.log_prob.exp() - target.exp()
 
 
 def k3_sampled(current: TokenStatistics, target: Tensor, clamp: float) -> tuple[Tensor, Tensor]:
@@ -164,20 +170,11 @@ class LpReg(Exploration):
     def __init__(self, name: str, config: Config, run: RunConfig | None = None) -> None:
         super().__init__(name, config, run)
         self.excludes = "replaces_losses" if config.replace_clipped else ""
-        self.divergence = str(config.divergence)
         self._limits: dict[int, Tensor] = {}  # sign of A -> highest ln p(o) that is improbable, of this update
         self._ranked_by = "old_log_probs"  # what the limits of an update were taken over
-        updates = self.run.trainer.updates_per_rollout
-        is_current = config.proxy_source == "current" or (config.proxy_source == "old" and updates == 1)
-        if self.divergence == "fwd_kl_full" and not is_current:
-            self.divergence = "k3_sampled"
-            log.info(
-                "exploration.lp_reg: with proxy_source=%s and %d updates per rollout the proxy is part of another "
-                "policy, of which only scalars are kept: k3 of the sampled token, the same gradient in expectation, "
-                "replaces the full KL",
-                config.proxy_source,
-                updates,
-            )
+        # With one update the proxy of the old policy is that of the current one, whose KL needs no list of tokens.
+        of_older = config.proxy_source == "old" and self.run.trainer.updates_per_rollout > 1
+        self.old_top = config.proxy_size if of_older and config.divergence == "fwd_kl_full" else 0
 
     def needs(self) -> Needs:
         config = self.config
@@ -185,6 +182,7 @@ class LpReg(Exploration):
             old_statistics=config.target_share > 0 or config.proxy_source == "reference",
             reference=config.proxy_source == "reference",
             threshold=Threshold(config.kappa, config.tau, config.threshold_temperature or 0.0),
+            old_top=self.old_top,
         )
 
     def annotate(
@@ -194,7 +192,8 @@ class LpReg(Exploration):
             return {}
         source = old if self.config.proxy_source == "old" else reference
         assert source is not None
-        return {"lp_reg/proxy_log_prob": source.proxy_log_prob, "lp_reg/log_kept_mass": source.log_kept_mass}
+        kept = {"lp_reg/proxy_log_prob": source.proxy_log_prob, "lp_reg/log_kept_mass": source.log_kept_mass}
+        return kept | ({"lp_reg/cut": source.top_cut} if source.top_cut is not None else {})
 
     def prepare_update(self, batch: Batch, update: Update, groups: ParallelGroups) -> None:
         if self.config.percentile_scope == "update":
@@ -210,7 +209,7 @@ class LpReg(Exploration):
         selected = kept & (log_prob < proxy) if self.config.gate == "below_proxy" else kept
 
         target = torch.where(selected, proxy, log_prob)
-        divergence, slope = DIVERGENCES[self.divergence](current, target, self.config.k3_clamp or 0.0)
+        divergence, slope = DIVERGENCES[str(self.config.divergence)](current, target, self.config.k3_clamp or 0.0)
         unclipped = -micro.advantages * policy_losses.ratio(current.log_prob, micro.old_log_probs)
 
         beta = self._beta(micro)
@@ -218,6 +217,8 @@ class LpReg(Exploration):
         self._record(micro, candidates, kept, selected, meter)
         for name, value in {"kept_mass": log_kept_mass.exp(), "divergence": divergence, "net_coefficient": net}.items():
             meter.add(f"lp_reg/{name}", torch.where(selected, value, 0.0).sum(), selected.sum())
+        if self.old_top:
+            meter.add("lp_reg/cut_share", (selected & micro.extras["lp_reg/cut"]).sum(), selected.sum())
         if self.config.replace_clipped:
             losses = torch.where(selected, unclipped, losses)
         return losses + beta * torch.where(selected, divergence, 0.0)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import fields
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -24,7 +24,8 @@ from megatron_rlvr.weights.gather import hf_weights
 # The microbatch's share of the global loss (scalar), from the current policy's statistics.
 LossFunction = Callable[[Microbatch, TokenStatistics, Meter], Tensor]
 
-_FIELDS = [item.name for item in fields(TokenStatistics)]
+# What every pass gives, [T]; with options.top there is more.
+_FIELDS = ("log_prob", "entropy", "max_log_prob", "sum_squares", "log_kept_mass", "proxy_log_prob", "rank")
 
 
 class Policy(Trainable):
@@ -36,41 +37,47 @@ class Policy(Trainable):
         load_hf(chunks, architecture, groups, config.model.path)
         super().__init__(config, config.optimizer, chunks, config.trainer.num_steps - config.critic_warmup)
 
-    def statistics(self, logits: Tensor, micro: Microbatch, options: StatisticsOptions) -> TokenStatistics:
-        """logits [t, V/tp] -> [t] statistics of the tokens that follow, over the whole vocabulary."""
-        return token_statistics(
-            logits,
-            micro.target_ids,
-            group=self.groups.tp,
-            vocab_size=self.architecture.vocab_size,
-            options=options,
-            overwrite=True,  # the matrix product that made the logits does not need them again
-        )
+    def statistics(self, output: Tensor, micro: Microbatch, options: StatisticsOptions) -> TokenStatistics:
+        """Last stage's logits [t, V/tp] -> statistics of the tokens that follow.
+
+        Where the batch knows the old policy's most probable tokens, the KL to them is among the statistics.
+        """
+        shared = {
+            "group": self.groups.tp,
+            "vocab_size": self.architecture.vocab_size,
+            "old_top": (micro.old_top_ids, micro.old_top_log_probs) if micro.has("old_top_ids") else None,
+            **vars(options),
+        }
+        # the matrix product that made the logits does not need them again
+        return token_statistics(output, micro.target_ids, overwrite=True, **shared)
 
     def fill_log_probs(self, batch: Batch, options: StatisticsOptions) -> TokenStatistics:
-        """One forward over the batch: fills old_log_probs and entropy, returns every statistic [T], on every rank."""
+        """One forward over the batch: fills old_log_probs and entropy, returns every statistic, on every rank.
 
-        def consume(logits: Tensor, micro: Microbatch) -> Tensor:
-            statistics = self.statistics(logits, micro, options)
-            return torch.stack([getattr(statistics, name) for name in _FIELDS])
+        With ``options.top`` it fills old_top_ids and old_top_log_probs too.
+        """
+        parts = self.forward(batch.microbatches(), lambda output, micro: self.statistics(output, micro, options))
 
-        parts = self.forward(batch.microbatches(), consume)
-        stacked = torch.cat(parts, dim=1) if parts else None
-        stacked = broadcast_from_last_stage(
-            stacked, (len(_FIELDS), batch.num_tokens), torch.float32, platform.device(), self.groups
-        )
-        statistics = TokenStatistics(*stacked.unbind(0))
-        zero = torch.zeros_like(statistics.log_prob)
-        batch.old_log_probs = torch.where(batch.loss_mask, statistics.log_prob, zero)
-        batch.entropy = torch.where(batch.loss_mask, statistics.entropy, zero)
+        def whole(name: str, dtype: torch.dtype, *width: int) -> Tensor:
+            held = torch.cat([getattr(part, name) for part in parts]) if parts else None
+            return broadcast_from_last_stage(held, (batch.num_tokens, *width), dtype, platform.device(), self.groups)
+
+        values = {name: whole(name, torch.float32) for name in _FIELDS}
+        if options.top:
+            values["top_ids"] = batch.old_top_ids = whole("top_ids", torch.int64, options.top)
+            values["top_log_probs"] = batch.old_top_log_probs = whole("top_log_probs", torch.float32, options.top)
+            values["top_cut"] = whole("top_cut", torch.bool)
+        statistics = TokenStatistics(**values)
+        batch.old_log_probs = torch.where(batch.loss_mask, statistics.log_prob, 0.0)
+        batch.entropy = torch.where(batch.loss_mask, statistics.entropy, 0.0)
         return statistics
 
     def update(self, batch: Batch, update: Update, loss: LossFunction, options: StatisticsOptions) -> Meter:
         """One optimizer update; the meter, equal on every rank, holds the loss's own entries and policy/*."""
-        meter = Meter()
+        meter, without_top = Meter(), replace(options, top=0)  # whose most probable tokens nobody would read
 
-        def consume(logits: Tensor, micro: Microbatch) -> Tensor:
-            return loss(micro, self.statistics(logits, micro, options), meter)
+        def consume(output: Tensor, micro: Microbatch) -> Tensor:
+            return loss(micro, self.statistics(output, micro, without_top), meter)
 
         result = self.train_step([batch.microbatch(*bounds) for bounds in update.microbatches], consume)
         if self.groups.is_last_stage:

@@ -1,4 +1,4 @@
-"""Token statistics: values and gradients against an unsharded fp64 softmax written another way, on 1, 2 and 4 ranks.
+"""Token statistics: values and gradients against an unsharded fp64 softmax written another way, on 1 to 8 ranks.
 
 What these tests do not show: NCCL, and speed.
 """
@@ -22,6 +22,7 @@ from tests.ranks import run_ranks
 
 FIELDS = ("log_prob", "entropy", "max_log_prob", "sum_squares", "log_kept_mass", "proxy_log_prob", "rank")
 DIFFERENTIABLE = ("log_prob", "entropy", "log_kept_mass")
+TOP_FIELDS = ("top_ids", "top_log_probs", "top_cut")
 OPTIONS = [
     StatisticsOptions(),
     StatisticsOptions(temperature=0.7),
@@ -36,17 +37,20 @@ OPTIONS = [
 ]
 
 
+def kept_set(z: Tensor, options: StatisticsOptions) -> Tensor:
+    """[T, V] bool, from fp64 logits."""
+    p = torch.softmax(z / options.threshold_temperature, dim=1)
+    if options.min_p is not None:
+        return p >= options.min_p * p.max(dim=1, keepdim=True).values * (1 - 1e-9)
+    return p >= (options.tau or 0.0) * (1 - 1e-9)
+
+
 def reference(logits: Tensor, targets: Tensor, options: StatisticsOptions) -> dict[str, Tensor]:
     """Whole [T, V] fp64 logits, plain softmax and autograd. The kept set is constant, as a threshold is flat."""
     z = logits.double()
     log_p = torch.log_softmax(z / options.temperature, dim=1)
     p = log_p.exp()
-    at_threshold = torch.softmax(z.detach() / options.threshold_temperature, dim=1)
-    keep = torch.ones_like(p, dtype=torch.bool)
-    if options.min_p is not None:
-        keep = at_threshold >= options.min_p * at_threshold.max(dim=1, keepdim=True).values * (1 - 1e-9)
-    if options.tau is not None:
-        keep = at_threshold >= options.tau * (1 - 1e-9)
+    keep = kept_set(z.detach(), options)
     nothing = ~keep.any(dim=1, keepdim=True)
     keep = keep | nothing  # nothing kept: no truncation ...
     mass = torch.where(keep, p, 0.0).sum(dim=1)
@@ -63,55 +67,96 @@ def reference(logits: Tensor, targets: Tensor, options: StatisticsOptions) -> di
     }
 
 
+def old_reference(old: Tensor, current: Tensor, options: StatisticsOptions, top: int) -> dict[str, Tensor]:
+    """The ``top`` most probable kept tokens of the [T, V] logits ``old``, and the KL of their share to ``current``."""
+    log_p = torch.log_softmax(old / options.temperature, dim=1)
+    kept = log_p.masked_fill(~(kept_set(old, options) & log_p.isfinite()), -torch.inf)
+    ordered, ids = kept.sort(dim=1, descending=True)
+    ordered = torch.nn.functional.pad(ordered, (0, top + 1), value=-torch.inf)
+    ids = torch.nn.functional.pad(ids, (0, top), value=-1)[:, :top].masked_fill(ordered[:, :top].isinf(), -1)
+    q = torch.softmax(ordered[:, :top], dim=1).nan_to_num(0.0)
+    log_now = torch.log_softmax(current / options.temperature, dim=1).gather(1, ids.clamp(min=0))
+    kl = torch.where(q > 0, q * (q.clamp(min=1e-300).log() - log_now), 0.0).sum(1)
+    return {"old_kl": kl, "top_ids": ids, "top_log_probs": ordered[:, :top], "top_cut": ordered[:, top] > -torch.inf}
+
+
 class Case(NamedTuple):
     logits: Tensor  # [T, vocab_size] fp64
     targets: Tensor
-    upstream: Tensor  # [3, T]: gradients of log_prob, entropy, log_kept_mass
+    upstream: Tensor  # [4, T]: gradients of log_prob, entropy, log_kept_mass, old_kl
     padded: int  # columns over all ranks
     options: StatisticsOptions
+    old: Tensor  # [T, vocab_size] fp64, of the older policy, no two alike in a row
+    top: int  # 0: the older policy is left out
+
+    @property
+    def fields(self) -> tuple[str, ...]:
+        return (*FIELDS, "old_kl") if self.top else FIELDS
 
 
-def make_case(seed: int, tokens: int, vocab: int, padded: int, options: StatisticsOptions, holes: bool = False) -> Case:
+def make_case(
+    seed: int,
+    tokens: int,
+    vocab: int,
+    padded: int,
+    options: StatisticsOptions,
+    holes: bool = False,
+    top: int = 0,
+    spread: float = 3.0,
+) -> Case:
     """Random logits with ties; where ``holes``, -inf columns; targets on every rank, then anywhere, never in a hole."""
     generator = torch.Generator().manual_seed(seed)
-    logits = (torch.randn(tokens, vocab, generator=generator, dtype=torch.float64) * 3).round(decimals=1)
+    logits = (torch.randn(tokens, vocab, generator=generator, dtype=torch.float64) * spread).round(decimals=1)
     logits[::2] *= 0.1  # flat rows, where a fixed threshold may keep nothing
+    old = -0.25 * torch.rand(tokens, vocab, generator=generator).argsort(1).double()  # exact in bf16 too
     targets = torch.randint(vocab, (tokens,), generator=generator)
     targets[: min(tokens, vocab)] = torch.linspace(0, vocab - 1, min(tokens, vocab)).long()
     if holes:
         hole = torch.rand(tokens, vocab, generator=generator) < 0.3
         hole.scatter_(1, targets[:, None], False)
         logits[hole] = -torch.inf
-    return Case(logits, targets, torch.randn(3, tokens, generator=generator, dtype=torch.float64), padded, options)
+        old[hole] = -torch.inf
+    upstream = torch.randn(4, tokens, generator=generator, dtype=torch.float64)
+    return Case(logits, targets, upstream, padded, options, old, top)
 
 
-def own_columns(case: Case, dtype: torch.dtype) -> Tensor:
+def own_columns(logits: Tensor, padded: int, dtype: torch.dtype) -> Tensor:
     """This rank's columns; the padding holds garbage that would win every maximum."""
-    padding = torch.full((case.logits.shape[0], case.padded - case.logits.shape[1]), 1e4, dtype=torch.float64)
-    columns = case.padded // dist.get_world_size()
-    whole = torch.cat([case.logits, padding], dim=1).to(dtype)
-    return whole[:, dist.get_rank() * columns :][:, :columns].clone().requires_grad_()
+    padding = torch.full((logits.shape[0], padded - logits.shape[1]), 1e4, dtype=torch.float64)
+    columns = padded // dist.get_world_size()
+    whole = torch.cat([logits, padding], dim=1).to(dtype)
+    return whole[:, dist.get_rank() * columns :][:, :columns].clone()
 
 
 def weighted(values: dict[str, Tensor], case: Case) -> Tensor:
-    statistics = torch.stack([values[name] for name in DIFFERENTIABLE])
-    return (case.upstream.to(statistics.dtype) * statistics).sum()
+    statistics = torch.stack([values[name] for name in (*DIFFERENTIABLE, "old_kl") if name in values])
+    return (case.upstream[: len(statistics)].to(statistics.dtype) * statistics).sum()
 
 
 def sharded(case: Case, dtype: torch.dtype) -> tuple[dict[str, Tensor], Tensor]:
     """(statistics, gradient of this rank's columns) of sum_i upstream_i * statistic_i."""
-    group = dist.group.WORLD if dist.get_world_size() > 1 else None
-    logits = own_columns(case, dtype)
-    found = token_statistics(logits, case.targets, group=group, vocab_size=case.logits.shape[1], options=case.options)
-    values = {name: getattr(found, name) for name in FIELDS}
+    shared = {
+        "group": dist.group.WORLD if dist.get_world_size() > 1 else None,
+        "vocab_size": case.logits.shape[1],
+        **vars(case.options),
+    }
+    tops, old_top = {}, None
+    if case.top:
+        before = token_statistics(own_columns(case.old, case.padded, dtype), case.targets, **shared | {"top": case.top})
+        tops, old_top = {name: getattr(before, name) for name in TOP_FIELDS}, (before.top_ids, before.top_log_probs)
+    logits = own_columns(case.logits, case.padded, dtype).requires_grad_()
+    found = token_statistics(logits, case.targets, old_top=old_top, **shared)
+    values = {name: getattr(found, name) for name in case.fields}
     weighted(values, case).backward()
-    return {name: value.detach() for name, value in values.items()}, logits.grad
+    return {name: value.detach() for name, value in (values | tops).items()}, logits.grad
 
 
 def expected(case: Case, dtype: torch.dtype) -> tuple[dict[str, Tensor], Tensor]:
     """The same from the reference, at the logits that ``dtype`` can hold; padded columns get no gradient."""
     whole = case.logits.to(dtype).double().clone().requires_grad_()
     values = reference(whole, case.targets, case.options)
+    if case.top:
+        values |= old_reference(case.old.to(dtype).double(), whole, case.options, case.top)
     (gradient,) = torch.autograd.grad(weighted(values, case), whole)
     padding = gradient.new_zeros(gradient.shape[0], case.padded - gradient.shape[1])
     return {name: value.detach() for name, value in values.items()}, torch.cat([gradient, padding], dim=1)
@@ -128,7 +173,11 @@ def check(cases: list[Case], dtype: torch.dtype, world_size: int) -> None:
     for index, case in enumerate(cases):
         values, gradient = expected(case, dtype)
         for found, _ in (result[index] for result in results):
-            for name in FIELDS:
+            for name in TOP_FIELDS if case.top else ():
+                close = {torch.bool: 0.0, torch.int64: 0.0}.get(found[name].dtype, min(TOLERANCE[dtype], 1e-5))
+                wanted = values[name].to(found[name].dtype)
+                torch.testing.assert_close(found[name], wanted, rtol=close, atol=close)
+            for name in case.fields:
                 assert found[name].dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
                 close = min(TOLERANCE[dtype], 1e-5)  # statistics of bf16 logits are fp32 all the same
                 torch.testing.assert_close(found[name].double(), values[name], rtol=close, atol=close)
@@ -142,7 +191,10 @@ def check(cases: list[Case], dtype: torch.dtype, world_size: int) -> None:
 def test_values_and_gradients_equal_the_unsharded_reference(
     world_size: int, vocab: int, padded: int, dtype: torch.dtype
 ):
-    cases = [make_case(seed, 14, vocab, padded, options, holes=seed % 2 == 1) for seed, options in enumerate(OPTIONS)]
+    cases = [
+        make_case(seed, 14, vocab, padded, options, holes=seed % 2 == 1, top=[0, 5, 40, 1][seed % 4])
+        for seed, options in enumerate(OPTIONS)
+    ]
     check(cases, dtype, world_size)
 
 
@@ -158,10 +210,14 @@ def test_the_threshold_has_its_own_temperature():
 
 
 seeds, tokens, vocabularies, paddings = st.integers(0, 2**16), st.integers(0, 6), st.integers(1, 40), st.integers(0, 9)
-shapes = st.tuples(seeds, tokens, vocabularies, paddings, st.sampled_from(OPTIONS), st.booleans())
+temperatures = {name: st.floats(0.6, 1.5) for name in ("temperature", "threshold_temperature")}
+any_min_p = st.builds(StatisticsOptions, min_p=st.floats(-8, 0).map(lambda power: 10.0**power), **temperatures)
+any_options = st.sampled_from(OPTIONS) | any_min_p
+spreads = st.sampled_from([0.0, 3.0, 1e4])  # rows of equal logits; usual ones; all but one column at p = 0
+shapes = st.tuples(seeds, tokens, vocabularies, paddings, any_options, st.booleans(), st.integers(0, 9), spreads)
 
 
-@pytest.mark.parametrize("world_size", [1, 2, 4])
+@pytest.mark.parametrize("world_size", [1, 2, 4, 8])
 def test_any_shape(world_size: int):
     """hypothesis draws the cases; all of them run on one start of the ranks."""
     cases: list[Case] = []
@@ -169,22 +225,22 @@ def test_any_shape(world_size: int):
     @settings(max_examples=40, deadline=None, database=None, derandomize=True)
     @given(shapes)
     def draw(shape: tuple):
-        seed, tokens, vocab, extra, options, holes = shape
+        seed, tokens, vocab, extra, options, holes, top, spread = shape
         padded = -(-(vocab + extra) // world_size) * world_size
-        cases.append(make_case(seed, tokens, vocab, padded, options, holes))
+        cases.append(make_case(seed, tokens, vocab, padded, options, holes, top, spread))
 
     draw()
     assert len(cases) >= 40 and any(case.targets.numel() == 0 for case in cases)
     check(cases, torch.float64, world_size)
 
 
-def test_min_p_takes_two_collectives_fixed_tau_three_and_the_backward_none():
+def test_min_p_takes_two_collectives_tau_or_a_top_three_and_the_backward_none():
     kinds = ("all_", "broadcast", "reduce", "gather", "scatter", "barrier", "send", "recv", "isend", "irecv")
     names = [name for name in dir(dist) if name.startswith(kinds)]
 
     def work():
         counts = []
-        for options in OPTIONS:
+        for options in [*OPTIONS, StatisticsOptions(min_p=0.1, top=3)]:
             logits, targets = torch.randn(5, 8, requires_grad=True), torch.arange(5)
             calls: list[str] = []
             with pytest.MonkeyPatch.context() as patch:
@@ -193,29 +249,29 @@ def test_min_p_takes_two_collectives_fixed_tau_three_and_the_backward_none():
                     patch.setattr(
                         dist, name, lambda *a, f=original, n=name, to=calls, **k: (to.append(n), f(*a, **k))[1]
                     )
-                found = token_statistics(logits, targets, group=dist.group.WORLD, options=options)
+                found = token_statistics(logits, targets, group=dist.group.WORLD, **vars(options))
                 forward = len(calls)
                 (found.log_prob + found.entropy + found.log_kept_mass).sum().backward()
                 counts.append((forward, len(calls) - forward))
         return counts
 
     for counts in run_ranks(2, work):
-        assert counts == [(3 if options.tau is not None else 2, 0) for options in OPTIONS]
+        assert counts == [(3 if options.tau is not None else 2, 0) for options in OPTIONS] + [(3, 0)]
 
 
 def test_ties_are_all_kept():
     logits = torch.tensor([[2.0, 2.0, 2.0, -3.0, 2.0 + math.log(0.5), -9.0]], dtype=torch.float64)
-    top = token_statistics(logits, torch.tensor([1]), options=StatisticsOptions(min_p=1.0))
+    top = token_statistics(logits, torch.tensor([1]), min_p=1.0)
     assert top.proxy_log_prob.item() == pytest.approx(-math.log(3))
-    half = token_statistics(logits, torch.tensor([4]), options=StatisticsOptions(min_p=0.5 * (1 - 1e-12)))
+    half = token_statistics(logits, torch.tensor([4]), min_p=0.5 * (1 - 1e-12))
     assert half.proxy_log_prob.item() == pytest.approx(math.log(0.5 / 3.5))
-    uniform = token_statistics(torch.zeros(1, 8), torch.tensor([5]), options=StatisticsOptions(tau=0.125))
+    uniform = token_statistics(torch.zeros(1, 8), torch.tensor([5]), tau=0.125)
     assert uniform.proxy_log_prob.item() == pytest.approx(-math.log(8)) and uniform.log_kept_mass.item() == 0.0
 
 
 def test_a_fixed_threshold_that_keeps_nothing_regularises_nothing():
     logits = torch.zeros(2, 8, requires_grad=True)
-    found = token_statistics(logits, torch.tensor([0, 7]), options=StatisticsOptions(tau=0.5))
+    found = token_statistics(logits, torch.tensor([0, 7]), tau=0.5)
     assert found.log_kept_mass.tolist() == [0.0, 0.0] and found.proxy_log_prob.tolist() == [-math.inf, -math.inf]
     found.log_kept_mass.sum().backward()
     assert torch.equal(logits.grad, torch.zeros(2, 8))
@@ -224,14 +280,14 @@ def test_a_fixed_threshold_that_keeps_nothing_regularises_nothing():
 def test_a_tiny_dropped_mass_is_not_rounded_away():
     """d/k = 1e-9: s - k and ln(k/s) are both 0 in fp32."""
     logits = torch.tensor([[0.0, math.log(1e-9)]])
-    found = token_statistics(logits, torch.tensor([0]), options=StatisticsOptions(min_p=0.02))
+    found = token_statistics(logits, torch.tensor([0]), min_p=0.02)
     assert found.log_kept_mass.item() == pytest.approx(-1e-9, rel=1e-5)
 
 
 def test_a_target_without_probability_has_log_prob_minus_infinity_and_no_nan():
     logits = torch.tensor([[0.0, 1.0, -math.inf, 7.0]]).expand(5, 4).clone().requires_grad_()
     targets = torch.tensor([2, 3, 9, -1, 0])  # a hole, padding, beyond, before, real
-    found = token_statistics(logits, targets, vocab_size=3, options=StatisticsOptions(min_p=0.1))
+    found = token_statistics(logits, targets, vocab_size=3, min_p=0.1)
     assert found.log_prob[:4].tolist() == [-math.inf] * 4 == found.proxy_log_prob[:4].tolist()
     assert found.log_prob[4].item() == pytest.approx(-math.log1p(math.e))
     mask = torch.tensor([False, False, False, False, True])
@@ -242,7 +298,7 @@ def test_a_target_without_probability_has_log_prob_minus_infinity_and_no_nan():
 
 def test_extreme_logits_stay_finite():
     logits = torch.tensor([[3e4, -3e4, 0.0], [80.0, 80.0, -200.0]], requires_grad=True)
-    found = token_statistics(logits, torch.tensor([1, 0]), options=StatisticsOptions(temperature=0.1, min_p=0.02))
+    found = token_statistics(logits, torch.tensor([1, 0]), temperature=0.1, min_p=0.02)
     for name in ("log_prob", "entropy", "max_log_prob", "sum_squares", "log_kept_mass"):
         assert torch.isfinite(getattr(found, name)).all(), name
     assert found.entropy.tolist() == pytest.approx([0.0, math.log(2)])
@@ -254,7 +310,7 @@ def test_gradient_of_ln_z_is_q_minus_p_detached_or_through():
     """Spec D.2: KL(q||p) = -ln Z, its gradient p - q whether the proxy q is detached or follows the policy."""
     case = make_case(5, 6, 20, 20, StatisticsOptions(min_p=0.2))
     z = case.logits.clone().requires_grad_()
-    (-token_statistics(z, case.targets, options=case.options).log_kept_mass.sum()).backward()
+    (-token_statistics(z, case.targets, **vars(case.options)).log_kept_mass.sum()).backward()
     p = torch.softmax(case.logits, 1)
     keep = p >= 0.2 * (1 - 1e-9) * p.max(1, keepdim=True).values
     q = torch.where(keep, p, 0.0) / torch.where(keep, p, 0.0).sum(1, keepdim=True)
@@ -273,7 +329,7 @@ def test_expected_gradient_of_the_sampled_k3_is_p_minus_q():
     """Spec A.3, over every possible sample o: E_{o~p}[grad k3] = p - q, with k3's slope 1 - q(o)/p(o) in ln p(o)."""
     options = StatisticsOptions(min_p=0.2)
     logits = make_case(11, 2, 12, 12, options).logits[1].expand(12, 12).clone().requires_grad_()
-    found = token_statistics(logits, torch.arange(12), options=options)
+    found = token_statistics(logits, torch.arange(12), **vars(options))
     gap = found.proxy_log_prob - found.log_prob.detach()
     p = found.log_prob.detach().exp()
     (p * (1 - gap.exp()) * found.log_prob).sum().backward()
@@ -284,7 +340,7 @@ def test_expected_gradient_of_the_sampled_k3_is_p_minus_q():
 
 def test_single_pass_proxy_equals_a_second_masked_pass():
     case = make_case(8, 10, 30, 30, StatisticsOptions(temperature=0.8, min_p=0.1))
-    found = token_statistics(case.logits, case.targets, options=case.options)
+    found = token_statistics(case.logits, case.targets, **vars(case.options))
     p = torch.softmax(case.logits, 1)
     masked = case.logits.masked_fill(p < 0.1 * (1 - 1e-9) * p.max(1, keepdim=True).values, -torch.inf) / 0.8
     second = torch.log_softmax(masked, 1).gather(1, case.targets[:, None])[:, 0]
@@ -294,7 +350,7 @@ def test_single_pass_proxy_equals_a_second_masked_pass():
 
 def test_only_the_three_differentiable_statistics_carry_gradients():
     logits, options = torch.randn(3, 5, requires_grad=True), StatisticsOptions(min_p=0.1)
-    found = token_statistics(logits, torch.arange(3), options=options)
+    found = token_statistics(logits, torch.arange(3), **vars(options))
     assert {name for name in FIELDS if getattr(found, name).requires_grad} == set(DIFFERENTIABLE)
     assert isinstance(found, TokenStatistics) and all(getattr(found, name).shape == (3,) for name in FIELDS)
 
@@ -306,6 +362,7 @@ def test_only_the_three_differentiable_statistics_carry_gradients():
         ({"min_p": 0.0}, r"min_p must be in \(0, 1\]"),
         ({"tau": 1.5}, r"tau must be in \(0, 1\]"),
         ({"min_p": 0.1, "tau": 0.1}, "one threshold"),
+        ({"top": -1}, "top must be at least 0"),
     ],
 )
 def test_bad_options_are_refused(options: dict, message: str):
@@ -334,7 +391,7 @@ def test_fused_passes_of_a_real_vocabulary(dtype: torch.dtype, options: Statisti
     case = make_case(11, 24, vocab, padded, options)
     padding = torch.full((24, padded - vocab), 1e4, dtype=torch.float64)
     logits = torch.cat([case.logits, padding], dim=1).to(dtype).requires_grad_()
-    found = token_statistics(logits, case.targets, vocab_size=vocab, options=options)
+    found = token_statistics(logits, case.targets, vocab_size=vocab, **vars(options))
     weighted({name: getattr(found, name) for name in FIELDS}, case).backward()
     values, gradient = expected(case, dtype)
     for name in FIELDS:
@@ -350,7 +407,7 @@ def test_overwriting_puts_the_gradient_where_the_logits_were():
     leaf = torch.cat([case.logits, torch.zeros(9, 2, dtype=torch.float64)], dim=1).requires_grad_()
     logits = leaf * 1.0  # its backward does not read its result
     address = logits.data_ptr()
-    found = token_statistics(logits, case.targets, vocab_size=30, options=case.options, overwrite=True)
+    found = token_statistics(logits, case.targets, vocab_size=30, **vars(case.options), overwrite=True)
     total = weighted({name: getattr(found, name) for name in DIFFERENTIABLE}, case)
     (gradient,) = torch.autograd.grad(total, logits, retain_graph=True)
     assert gradient.data_ptr() == address

@@ -96,7 +96,7 @@ def test_methods_pass_through_each_hook_in_their_declared_order(methods_folder):
     assert torch.allclose(method.shape_advantages(batch, groups, 0, Meter()), before + 11)
     assert torch.allclose(method.shape_raw_advantages(batch, groups, 0, Meter()), (before + 1) * 10)
     assert torch.equal(batch.rewards, torch.tensor([1.0, -1.0])) and torch.equal(batch.advantages, before)
-    old = statistics(make_logits(batch), batch.target_ids, method)
+    old = statistics(make_logits(batch), batch, method)
     assert set(method.annotate(batch, old)) == {"louder/entropy", "shifter/entropy"}
     zeros = torch.zeros(batch.num_tokens)
     assert torch.equal(method.policy_loss(zeros, batch, old, Meter()), zeros + 10)
@@ -139,6 +139,8 @@ def test_needs_merge():
     assert Needs(value_heads=2).merge(merged).value_heads == merged.merge(Needs(value_heads=2)).value_heads == 2
     fixed = Needs(threshold=Threshold(tau=0.1, temperature=1.0))
     assert fixed.statistics(0.6) == StatisticsOptions(temperature=0.6, tau=0.1, threshold_temperature=1.0)
+    kept = merged.merge(Needs(old_top=5)).merge(Needs(old_top=3)).statistics(0.6)
+    assert kept == StatisticsOptions(temperature=0.6, min_p=0.02, threshold_temperature=0.6, top=5)
     with pytest.raises(ConfigError, match="different thresholds.*min_p=0.02.*tau=0.1"):
         merged.merge(fixed)
 

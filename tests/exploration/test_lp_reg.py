@@ -5,22 +5,22 @@ For the paper's objective full-vocabulary sums; for the released code a loop ove
 
 from __future__ import annotations
 
-import logging
 import math
+from dataclasses import replace
 
 import pytest
 import torch
 from torch import Tensor
 
 from megatron_rlvr.config import Config as RunConfig
-from megatron_rlvr.config import TrainerConfig
+from megatron_rlvr.config import ConfigError, TrainerConfig
 from megatron_rlvr.distributed.groups import ParallelGroups
 from megatron_rlvr.distributed.vocab import TokenStatistics
 from megatron_rlvr.exploration.base import Exploration, Threshold, build
 from megatron_rlvr.exploration.lp_reg import DIVERGENCES, PRESETS, Config
 from megatron_rlvr.metrics import Meter
 from megatron_rlvr.types import Batch
-from tests.exploration.toy import fill_old, fill_rollout, make_batch, make_logits, statistics, update_loss
+from tests.exploration.toy import VOCAB, fill_old, fill_rollout, make_batch, make_logits, statistics, update_loss
 from tests.ranks import run_ranks
 
 LENGTHS = [9, 4, 12, 7, 15, 6, 11, 8]
@@ -44,8 +44,13 @@ def sampled(log_p: Tensor, batch: Batch) -> Tensor:
     return log_p.gather(1, batch.target_ids[:, None])[:, 0]
 
 
-def paper_objective(logits: Tensor, batch: Batch, rho: float, beta: float, full_kl: bool) -> tuple[Tensor, Tensor]:
-    """Minus Eq 6, and its regularised tokens; without ``full_kl`` the divergence is k3 to the old policy's proxy."""
+def paper_objective(
+    logits: Tensor, batch: Batch, rho: float, beta: float, divergence: str, proxy_size: int = VOCAB
+) -> tuple[Tensor, Tensor]:
+    """Minus Eq 6, and its regularised tokens; the divergence is k3 of the sampled token or the KL of "old"/"current".
+
+    Of an old proxy only the ``proxy_size`` most probable tokens take part.
+    """
     old = make_logits(batch).softmax(-1)
     mask, advantages = batch.loss_mask, batch.advantages.double()
     p = logits.softmax(-1)
@@ -53,25 +58,37 @@ def paper_objective(logits: Tensor, batch: Batch, rho: float, beta: float, full_
     keep = old >= KAPPA * old.max(-1, keepdim=True).values
     improbable = sorted(old_o[mask].tolist())[math.ceil(round(rho * int(mask.sum()), 6)) - 1]
     on = mask & (advantages < 0) & (old_o <= improbable) & sampled(keep, batch)
-    if full_kl:
-        kept = torch.where(keep, p, 0.0)
-        q = (kept / kept.sum(-1, keepdim=True)).detach()
-        divergence = torch.where(keep, q * (q.clamp(min=1e-300).log() - p.log()), 0.0).sum(-1)
-    else:
+    if divergence == "k3":
         q_o = old_o / torch.where(keep, old, 0.0).sum(-1)
-        divergence = q_o / p_o - 1 - (q_o / p_o).log()
+        distance = q_o / p_o - 1 - (q_o / p_o).log()
+    else:
+        whole = p if divergence == "current" else old
+        kept = torch.where(keep & (whole >= whole.sort(-1).values[:, [-proxy_size]]), whole, 0.0)
+        q = (kept / kept.sum(-1, keepdim=True)).detach()
+        distance = torch.where(kept > 0, q * (q.clamp(min=1e-300).log() - p.log()), 0.0).sum(-1)
     surrogate = -(p_o / old_o).clamp(0, 10) * advantages
-    return (surrogate + beta * torch.where(on, divergence, 0.0))[mask].mean(), on
+    return (surrogate + beta * torch.where(on, distance, 0.0))[mask].mean(), on
 
 
-@pytest.mark.parametrize(("updates", "drift", "full_kl"), [(1, 0.0, True), (4, 0.6, False), (4, 0.0, False)])
-def test_the_papers_objective(updates, drift, full_kl):
-    batch, lp_reg = make_batch(LENGTHS), method(updates, rho=0.3, beta=2.0)
+@pytest.mark.parametrize(
+    ("updates", "drift", "options", "divergence"),
+    [
+        (1, 0.0, {}, "current"),
+        (1, 0.0, {}, "old"),
+        (4, 0.0, {}, "old"),
+        (4, 0.6, {}, "old"),
+        (4, 0.6, {"proxy_size": 4}, "old"),
+        (4, 0.6, {"divergence": "k3_sampled"}, "k3"),
+    ],
+)
+def test_the_papers_objective(updates, drift, options, divergence):
+    batch, lp_reg = make_batch(LENGTHS), method(updates, rho=0.3, beta=2.0, **options)
     logits = old_and_current(batch, lp_reg, drift)
     loss, gradient, metrics = update_loss(batch, logits, lp_reg, "plain_clip", CLIP)
 
     leaf = logits.clone().requires_grad_()
-    expected, on = paper_objective(leaf, batch, rho=0.3, beta=2.0, full_kl=full_kl)
+    size = options.get("proxy_size", VOCAB)
+    expected, on = paper_objective(leaf, batch, 0.3, 2.0, divergence, size)
     assert int(on.sum()) >= 3
     assert torch.allclose(loss, expected, rtol=1e-6)
     assert torch.allclose(gradient, torch.autograd.grad(expected, leaf)[0], atol=1e-9)
@@ -100,7 +117,7 @@ def test_full_kl_pulls_towards_the_proxy(seed):
     batch.advantages = torch.full((batch.num_tokens,), -1e-12)
     logits = old_and_current(batch, lp_reg, 0.0)
     _, gradient, _ = update_loss(batch, logits, lp_reg, "plain_clip", CLIP)
-    _, on = paper_objective(logits, batch, 0.3, 1.0, True)
+    _, on = paper_objective(logits, batch, 0.3, 1.0, "current")
     p = logits.softmax(-1)
     kept = torch.where(p >= KAPPA * p.max(-1, keepdim=True).values, p, 0.0)
     expected = torch.where(on[:, None], p - kept / kept.sum(-1, keepdim=True), 0.0) / sum(LENGTHS)
@@ -235,14 +252,14 @@ def test_on_policy_the_net_coefficient_is_the_penalty_less_the_pull():
     lp_reg = method(rho=0.3, beta=beta, divergence="k3_sampled")
     logits = old_and_current(batch, lp_reg, 0.0)
     _, _, metrics = update_loss(batch, logits, lp_reg, "plain_clip", CLIP)
-    _, on = paper_objective(logits, batch, 0.3, beta, True)
+    _, on = paper_objective(logits, batch, 0.3, beta, "current")
     p = logits.softmax(-1)
     z = torch.where(p >= KAPPA * p.max(-1, keepdim=True).values, p, 0.0).sum(-1)
     net = (batch.advantages.abs().double() - beta * (1 / z - 1))[on]
 
-    current = statistics(logits, batch.target_ids, lp_reg)
+    current = statistics(logits, batch, lp_reg)
     leaf = current.log_prob.clone().requires_grad_()
-    moved = TokenStatistics(leaf, *[getattr(current, name) for name in list(current.__dataclass_fields__)[1:]])
+    moved = replace(current, log_prob=leaf)
     surrogate = -batch.advantages * (leaf - batch.old_log_probs).exp()
     shaped = lp_reg.policy_loss(surrogate, batch.microbatch(0, len(LENGTHS)), moved, Meter())
     assert torch.allclose(torch.autograd.grad(shaped.sum(), leaf)[0][on], net, atol=1e-9)
@@ -280,7 +297,7 @@ def test_the_percentile_is_that_of_all_data_parallel_ranks():
             lp_reg.prepare_update(batch, update, groups)
             rows = slice(int(batch.cu_seqlens[start]), int(batch.cu_seqlens[stop]))
             micro = batch.microbatch(start, stop)
-            current, meter = statistics(logits[rows], micro.target_ids, lp_reg), Meter()
+            current, meter = statistics(logits[rows], micro, lp_reg), Meter()
             lp_reg.policy_loss(torch.zeros(micro.num_tokens), micro, current, meter)
             totals.append(meter.sums)
         return totals
@@ -315,17 +332,28 @@ def test_the_current_policys_proxy_needs_nothing_stored():
     logits = old_and_current(batch, lp_reg, 0.0)
     assert batch.extras == {}
     loss, _, _ = update_loss(batch, logits, lp_reg, "plain_clip", CLIP)
-    expected, _ = paper_objective(logits, batch, 0.3, 1.0, full_kl=True)
+    expected, _ = paper_objective(logits, batch, 0.3, 1.0, "current")
     assert torch.allclose(loss, expected, rtol=1e-6)
 
 
-def test_an_old_proxy_over_several_updates_takes_k3_and_says_so(caplog):
-    with caplog.at_level(logging.INFO):
-        assert method(1).methods[0].divergence == "fwd_kl_full"
-        assert method(4, divergence="k2_sampled").methods[0].divergence == "k2_sampled"
-        assert not caplog.records
-        assert method(4).methods[0].divergence == "k3_sampled"
-    assert ["4 updates per rollout" in record.message for record in caplog.records] == [True]
+def test_the_old_proxys_tokens_are_kept_only_where_the_full_kl_needs_them():
+    assert method(4, proxy_size=7).needs().old_top == 7
+    for updates, options in [(1, {}), (4, {"divergence": "k3_sampled"}), (4, {"proxy_source": "current"})]:
+        assert method(updates, **options).needs().old_top == 0
+    with pytest.raises(ConfigError, match="proxy_size must be at least 1"):
+        method(4, proxy_size=0)
+
+
+@pytest.mark.parametrize("size", [3, VOCAB])
+def test_a_proxy_with_more_tokens_than_are_kept_is_counted(size):
+    batch, lp_reg = make_batch(LENGTHS), method(4, rho=0.3, proxy_size=size)
+    logits = old_and_current(batch, lp_reg, 0.0)
+    _, _, metrics = update_loss(batch, logits, lp_reg, "plain_clip", CLIP)
+    _, on = paper_objective(logits, batch, 0.3, 1.0, "old")
+    p = logits.softmax(-1)
+    larger = (p >= KAPPA * p.max(-1, keepdim=True).values).sum(-1) > size
+    assert metrics["lp_reg/cut_share"] == pytest.approx(int((larger & on).sum()) / int(on.sum()))
+    assert (metrics["lp_reg/cut_share"] > 0) == (size == 3)
 
 
 def test_presets_fill_what_is_not_given():

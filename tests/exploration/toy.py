@@ -10,7 +10,7 @@ from megatron_rlvr.distributed.groups import ParallelGroups
 from megatron_rlvr.distributed.vocab import TokenStatistics, token_statistics
 from megatron_rlvr.exploration.base import Exploration
 from megatron_rlvr.metrics import Meter
-from megatron_rlvr.types import Batch, Update
+from megatron_rlvr.types import Batch, Microbatch, Update
 
 VOCAB = 13
 
@@ -44,15 +44,19 @@ def make_logits(batch: Batch, seed: int = 0, scale: float = 1.0) -> Tensor:
     return scale * torch.randn(batch.num_tokens, VOCAB, generator=generator, dtype=torch.float64)
 
 
-def statistics(logits: Tensor, targets: Tensor, method: Exploration, temperature: float = 1.0) -> TokenStatistics:
-    return token_statistics(logits, targets, options=method.needs().statistics(temperature))
+def statistics(logits: Tensor, micro: Microbatch, method: Exploration, temperature: float = 1.0) -> TokenStatistics:
+    old_top = (micro.old_top_ids, micro.old_top_log_probs) if micro.has("old_top_ids") else None
+    options = method.needs().statistics(temperature)
+    return token_statistics(logits, micro.target_ids, old_top=old_top, **vars(options))
 
 
 def fill_old(batch: Batch, logits: Tensor, method: Exploration, temperature: float = 1.0) -> Batch:
     """What the old policy's pass fills."""
     with torch.no_grad():
-        old = statistics(logits, batch.target_ids, method, temperature)
+        old = statistics(logits, batch, method, temperature)
     batch.old_log_probs = old.log_prob
+    if old.top_ids is not None:
+        batch.old_top_ids, batch.old_top_log_probs = old.top_ids, old.top_log_probs
     batch.extras = method.annotate(batch, old)
     return batch
 
@@ -60,7 +64,7 @@ def fill_old(batch: Batch, logits: Tensor, method: Exploration, temperature: flo
 def fill_rollout(batch: Batch, logits: Tensor, method: Exploration) -> Batch:
     """What a step with one update per rollout starts from: the old policy has had no pass, the rollout carries it."""
     with torch.no_grad():
-        batch.rollout_log_probs = statistics(logits, batch.target_ids, method).log_prob
+        batch.rollout_log_probs = statistics(logits, batch, method).log_prob
     return batch
 
 
@@ -83,7 +87,7 @@ def update_loss(
     for start, stop in update.microbatches:
         micro = batch.microbatch(start, stop)
         rows = slice(int(batch.cu_seqlens[start]), int(batch.cu_seqlens[stop]))
-        current = statistics(leaf[rows], micro.target_ids, method)
+        current = statistics(leaf[rows], micro, method)
         if not batch.has("old_log_probs"):
             micro.old_log_probs = current.log_prob.detach()
         surrogate, _ = losses.LOSSES[loss](current.log_prob, micro, losses.Clip(*clip))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from itertools import pairwise
 
 import pytest
@@ -74,6 +75,23 @@ def _change_one(policy: Policy, case: Case) -> dict[str, bool]:
 def test_changing_one_response_leaves_the_others_bit_identical(layout: Layout, cases: dict[str, Case]) -> None:
     for results in run_ranks(layout.ranks, _on_policy, _change_one, cases, layout, timeout=60):
         assert results == [{"others": True, "itself": False, "zero outside": True}] * len(cases)
+
+
+def _old_kl(policy: Policy, case: Case) -> list[float]:
+    """Largest |KL(q_old || p) + ln Z| on this rank's last stage, of a policy that has not moved; the widest list."""
+    batch = make_batch(case.groups, case.samples, Layout(), policy.groups, 80)
+    old = policy.fill_log_probs(batch, replace(OPTIONS, top=VOCAB))
+    assert old.top_ids.equal(batch.old_top_ids) and old.top_cut.shape == (batch.num_tokens,)
+    assert not old.top_cut.any() and old.top_log_probs[:, 0].equal(old.max_log_prob)
+    parts = policy.forward(batch.microbatches(), lambda output, micro: policy.statistics(output, micro, OPTIONS))
+    return [float((part.old_kl + part.log_kept_mass).abs().max()) for part in parts]
+
+
+@pytest.mark.parametrize("layout", [Layout(tp=2), Layout(pp=2)], ids=str)
+def test_the_old_policys_kept_set_reaches_the_statistics_of_the_update(layout: Layout, cases: dict[str, Case]) -> None:
+    """All of its kept set is there, so while the policy stays as it is the KL to it is -ln Z."""
+    *_, last = run_ranks(layout.ranks, _on_policy, _old_kl, dict(list(cases.items())[:1]), layout, timeout=60)
+    assert last and last[0] and max(last[0]) < 1e-5
 
 
 def test_packed_sequences_describe_the_padded_view() -> None:

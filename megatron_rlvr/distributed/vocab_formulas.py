@@ -1,0 +1,248 @@
+"""Between logits and statistics: what is summed over the columns, what follows from the sums, and the way back.
+
+Written for any block of rows, for vocab.py. With t = (z - max z) / temperature and e = exp t:
+
+    s = sum e        kept, dropped: its parts on either side of the threshold        h = sum e t
+    log_prob = t[target] - ln s        entropy = ln s - h / s        ln Z = ln(kept / s)
+    KL(q_old || p) = ln s - sum q_old (t - ln q_old), over the old policy's kept tokens
+
+"p_v >= min_p * max p" reads t_v >= ln min_p at the threshold's temperature and needs no normaliser, so the kept mass is
+one more sum beside the softmax's own, in the same collective.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.distributed import ProcessGroup
+
+from megatron_rlvr.config import rule
+from megatron_rlvr.distributed import vocab_passes
+from megatron_rlvr.distributed.collect import all_gather_flat
+from megatron_rlvr.distributed.groups import group_rank, group_size
+from megatron_rlvr.distributed.reduce import all_max, all_sum
+
+
+@dataclass(frozen=True)
+class StatisticsOptions:
+    """What the statistics are of: p = softmax(logits / temperature), and which tokens the proxy keeps.
+
+    With p at ``threshold_temperature``, ``min_p`` keeps p >= min_p * max p and ``tau`` keeps p >= tau; ties stay.
+    ``top`` asks for that many of the most probable kept tokens.
+    """
+
+    temperature: float = 1.0
+    min_p: float | None = None
+    tau: float | None = None
+    threshold_temperature: float = 1.0
+    top: int = 0
+
+    def __post_init__(self) -> None:
+        for name, value in (("temperature", self.temperature), ("threshold_temperature", self.threshold_temperature)):
+            rule(value > 0, f"{name} must be above 0, not {value}: logits are divided by it")
+        for name, share in (("min_p", self.min_p), ("tau", self.tau)):
+            why = "it is compared with a probability; null is no threshold"
+            rule(share is None or 0 < share <= 1, f"{name} must be in (0, 1], not {share}: {why}")
+        rule(
+            self.min_p is None or self.tau is None,
+            f"min_p={self.min_p} and tau={self.tau} are both set, but a proxy has one threshold: set one to null",
+        )
+        rule(self.top >= 0, f"top must be at least 0, not {self.top}: it is a number of tokens")
+
+
+@dataclass(frozen=True)
+class Shard:
+    """This rank's columns of the vocabulary."""
+
+    start: int  # vocabulary id of the first one
+    real: int  # those that are not padding; they come first
+    group: ProcessGroup | None
+
+    @staticmethod
+    def of(columns: int, vocab_size: int | None, group: ProcessGroup | None) -> Shard:
+        """Raises ValueError when the vocabulary has more tokens than all ranks have columns."""
+        start, total = group_rank(group) * columns, group_size(group) * columns
+        if vocab_size is not None and vocab_size > total:
+            raise ValueError(f"vocab_size={vocab_size} is more than the {total} columns of all ranks together")
+        return Shard(start, min(columns, max(0, (total if vocab_size is None else vocab_size) - start)), group)
+
+    def own(self, ids: Tensor) -> tuple[Tensor, Tensor]:
+        """Whether each id is among the real columns here, and which one it is (any, where it is not)."""
+        column = ids - self.start
+        return (column >= 0) & (column < self.real), column.clamp(0, max(0, self.real - 1))
+
+
+class Tokens(NamedTuple):
+    """The vocabulary entries that a row is asked about: the target, and the old policy's kept set (K = 0: none)."""
+
+    targets: Tensor  # [T]
+    old_ids: Tensor  # [T, K]
+    old_q: Tensor  # [T, K] their probabilities, which sum to 1, or to 0 where nothing was kept
+
+    @staticmethod
+    def of(targets: Tensor, old_top: tuple[Tensor, Tensor] | None, dtype: torch.dtype) -> Tokens:
+        """``old_top``: ids [T, K] and log-probs [T, K], which are renormalised."""
+        if old_top is None:
+            nothing = targets.new_empty(len(targets), 0)
+            return Tokens(targets, nothing, nothing.to(dtype))
+        ids, log_probs = old_top
+        total = log_probs.to(dtype).logsumexp(1, keepdim=True)
+        return Tokens(targets, ids, torch.where(total > -torch.inf, (log_probs - total).exp(), 0.0))
+
+    def rows(self, rows: slice) -> Tokens:
+        return Tokens(*(tensor[rows] for tensor in self))
+
+
+class Measured(NamedTuple):
+    """What a block of rows gives before the one SUM over the ranks; each [..., T]."""
+
+    largest: Tensor  # [T] logit over all ranks
+    target_gap: Tensor  # [T] target's logit less the largest
+    floor: Tensor  # [T] least gap that the threshold keeps, at its temperature
+    sums: Tensor  # [6, T] over this rank's columns: e kept, e dropped, e t, e^2, [z > target], q_old (t - ln q_old)
+    top_ids: Tensor  # [top + 1, T], or [0, T]
+    top_gaps: Tensor  # [top + 1, T] or [0, T]: their logits less the largest
+
+    @staticmethod
+    def join(blocks: list[Measured]) -> Measured:
+        return Measured(*(torch.cat(parts, dim=-1) for parts in zip(*blocks, strict=True)))
+
+
+class State(NamedTuple):
+    """[T] each, equal on every rank: what the backward needs beside the logits."""
+
+    largest: Tensor
+    floor: Tensor
+    s: Tensor
+    kept: Tensor
+    entropy: Tensor
+
+
+def measure(real: Tensor, tokens: Tokens, shard: Shard, options: StatisticsOptions) -> Measured:
+    """``real`` [T, n]: logits of this rank's real columns. One collective, one more for ``tau``, one for ``top``."""
+    local = torch.stack([vocab_passes.maximum(real), _logits_at(real, tokens.targets[:, None], shard)[:, 0]])
+    largest, target = all_max(local, shard.group)
+    scale = _scale(options, largest)
+    if options.tau is not None:
+        normaliser = all_sum(vocab_passes.threshold_sum(real, largest, scale), shard.group)[0]
+        floor = math.log(options.tau) + normaliser.log()
+    else:
+        # no threshold at all is a floor that nothing falls below
+        floor = torch.full_like(largest, math.log(options.min_p) if options.min_p is not None else -torch.inf)
+    t = (_logits_at(real, tokens.old_ids, shard) - largest[:, None]) * scale[0]
+    owned = shard.own(tokens.old_ids)[0] & (tokens.old_q > 0)
+    cross = torch.where(owned, tokens.old_q * (t - tokens.old_q.log()), 0.0).sum(1)
+    sums = torch.cat([vocab_passes.sums(real, largest, floor, target, scale), cross[None]])
+    top_ids, top = _top(real, options.top + 1 if options.top else 0, shard)
+    return Measured(largest, target - largest, floor, sums, top_ids.t(), (top - largest[:, None]).t())
+
+
+def derive(
+    measured: Measured, tokens: Tokens, shard: Shard, options: StatisticsOptions
+) -> tuple[tuple[Tensor | None, ...], State]:
+    """(the fields of TokenStatistics in their order, what the backward needs). One collective."""
+    kept, dropped, h, squares, larger, cross = all_sum(measured.sums, shard.group)
+    floor, scale = measured.floor, _scale(options, kept)
+    s = kept + dropped
+    log_s = s.log()
+    log_prob, entropy = measured.target_gap / options.temperature - log_s, log_s - h / s
+    # ln(kept / s) as log1p of a ratio: a dropped mass below 6e-8 would round to none in fp32
+    log_kept_mass = torch.where(kept > 0, -torch.log1p(dropped / kept), 0.0)
+    is_kept = vocab_passes.keeps(measured.target_gap, floor, scale)
+    proxy_log_prob = torch.where(is_kept, log_prob - log_kept_mass, -torch.inf)
+    old_kl = torch.where(tokens.old_q.sum(1) > 0, log_s - cross, 0.0) if tokens.old_ids.shape[1] else None
+
+    values = (log_prob, entropy, -log_s, squares / s.square(), log_kept_mass, proxy_log_prob, larger + 1, old_kl)
+    most_probable = _kept_top(measured, log_s, options) if options.top else (None, None, None)
+    return values + most_probable, State(measured.largest, floor, s, kept, entropy)
+
+
+def overwrite_with_gradient(
+    real: Tensor,
+    tokens: Tokens,
+    state: State,
+    upstream: tuple[Tensor | None, ...],
+    shard: Shard,
+    options: StatisticsOptions,
+) -> None:
+    """Put the gradient in the place of the logits ``real`` [T, n]; ``upstream`` [T] is that of the fields in order.
+
+        dz = g_logp ([v = target] - p) - g_H p (ln p + H) + g_lnZ (q - p) + g_KL (p - q_old),  over the temperature
+
+    With p = e / s and q = e / kept that is e (a + b t + c [kept]), and something more at the target and where q_old is.
+    """
+    if not real.numel():
+        return
+    largest, floor, s, kept, entropy = state
+    g_log_prob, g_entropy, g_kept_mass, g_kl = (_or_zero(upstream[field], s) for field in (0, 1, 4, 7))
+    # where a fixed threshold keeps nothing, ln Z is the constant 0; else the most probable is kept, and kept >= 1
+    g_kept_mass = torch.where(kept > 0, g_kept_mass, 0.0)
+    g_old_p = torch.where(tokens.old_q.sum(1) > 0, g_kl, 0.0)
+    scale = _scale(options, s)
+    a = (g_old_p - g_log_prob - g_entropy * (entropy - s.log()) - g_kept_mass) / s * scale[0]
+    b = -g_entropy / s * scale[0]
+    c = g_kept_mass / kept.clamp(min=1.0) * scale[0]
+
+    # The entries that get something more are computed whole and not added to: a sum in bf16 would round twice.
+    ids = torch.cat([tokens.targets[:, None], tokens.old_ids], dim=1)
+    is_target = ids == tokens.targets[:, None]
+    old_q = torch.cat([(tokens.old_q * is_target[:, 1:]).sum(1, keepdim=True), tokens.old_q], dim=1)
+    more = (g_log_prob[:, None] * is_target - g_kl[:, None] * old_q) * scale[0]
+    gap = _logits_at(real, ids, shard) - largest[:, None]
+    t = gap * scale[0]
+    is_kept = vocab_passes.keeps(gap, floor[:, None], scale)
+    entry = t.exp() * (a[:, None] + b[:, None] * t + torch.where(is_kept, c[:, None], 0.0)) + more
+
+    vocab_passes.overwrite_with_gradient(real, largest, floor, (a, b, c), scale)
+    rows, places = (t > -torch.inf).nonzero(as_tuple=True)
+    real[rows, shard.own(ids)[1][rows, places]] = entry[rows, places].to(real.dtype)
+
+
+def _scale(options: StatisticsOptions, like: Tensor) -> Tensor:
+    return vocab_passes.scales(options.temperature, options.threshold_temperature, like)
+
+
+def _or_zero(gradient: Tensor | None, like: Tensor) -> Tensor:
+    return torch.zeros_like(like) if gradient is None else gradient
+
+
+def _logits_at(real: Tensor, ids: Tensor, shard: Shard) -> Tensor:
+    """[T, k] ids -> [T, k]: the logit where the id is this rank's, -inf elsewhere, in the dtype of the maths."""
+    owned, column = shard.own(ids)
+    maths = vocab_passes.maths(real.dtype)
+    if shard.real == 0:
+        return real.new_full(ids.shape, -torch.inf, dtype=maths)
+    return torch.where(owned, real.gather(1, column), -torch.inf).to(maths)
+
+
+def _top(real: Tensor, count: int, shard: Shard) -> tuple[Tensor, Tensor]:
+    """(ids, logits) of the ``count`` largest over all ranks, largest first, [T, count]; one collective, 0 for none.
+
+    Every one of them is among the ``count`` largest of its own rank. Where there are fewer, -1 at -inf.
+    """
+    local = min(count, real.shape[1])
+    logits, columns = real.topk(local, dim=1)
+    logits = F.pad(logits.to(vocab_passes.maths(real.dtype)), (0, count - local), value=-torch.inf)
+    ids = F.pad(columns + shard.start, (0, count - local), value=-1)
+    if count == 0 or shard.group is None:
+        return ids, logits
+    # ids travel as floats beside the logits: fp32 holds each whole number up to 16 million
+    sent = torch.stack([logits, ids.to(logits.dtype)])
+    received = all_gather_flat(sent.flatten(), shard.group)
+    received = received.view(group_size(shard.group), *sent.shape).movedim(0, 2).flatten(2)
+    logits, places = received[0].topk(count, dim=1)
+    return received[1].gather(1, places).long(), logits
+
+
+def _kept_top(measured: Measured, log_s: Tensor, options: StatisticsOptions) -> tuple[Tensor, Tensor, Tensor]:
+    """(ids [T, top], their ln p [T, top], whether the threshold keeps more than these [T]); -1 at -inf: filtered."""
+    gaps = measured.top_gaps
+    is_kept = vocab_passes.keeps(gaps, measured.floor, _scale(options, log_s)) & (gaps > -torch.inf)
+    log_probs = torch.where(is_kept, gaps / options.temperature - log_s, -torch.inf)
+    ids = torch.where(is_kept, measured.top_ids, -1)
+    return ids[:-1].t().contiguous(), log_probs[:-1].t().contiguous(), is_kept[-1]
