@@ -110,8 +110,8 @@ class Config:
         )
         rule(
             self.proxy_source != "reference" or self.divergence != "fwd_kl_full",
-            f"{name}.proxy_source=reference keeps only scalars of the reference's proxy: set {name}.divergence=k3_sampled, "
-            f"which has the gradient of the full KL in expectation",
+            f"{name}.proxy_source=reference keeps only scalars of the reference's proxy: set "
+            f"{name}.divergence=k3_sampled, which has the gradient of the full KL in expectation",
         )
         for option in ("beta", "protection"):
             value = getattr(self, option)
