@@ -9,7 +9,7 @@ the threshold in each microbatch, by the current entropy:
 
 from __future__ import annotations
 
-import dataclasses
+import copy
 from dataclasses import dataclass
 from typing import Literal
 
@@ -54,5 +54,6 @@ class HighEntropy(TokenSelection):
     def policy_loss(self, losses: Tensor, micro: Microbatch, current: TokenStatistics, meter: Meter) -> Tensor:
         if self.config.scope == "update":
             return super().policy_loss(losses, micro, current, meter)
-        now = dataclasses.replace(micro, entropy=current.entropy.detach())
+        now = copy.copy(micro)
+        now.entropy = current.entropy.detach()
         return self.weigh(losses, micro, self.weights(now, ParallelGroups.single()), meter)

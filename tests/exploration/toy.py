@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+
 import torch
 from torch import Tensor
 
@@ -50,11 +52,44 @@ def statistics(logits: Tensor, micro: Microbatch, method: Exploration, temperatu
     return token_statistics(logits, micro.target_ids, old_top=old_top, **vars(options))
 
 
+def deal(batch: Batch, microbatches: list[list[int]]) -> tuple[Batch, Tensor]:
+    """The share of a rank that holds these responses in these microbatches, and which rows of the batch those are."""
+    order = [response for members in microbatches for response in members]
+    bounds = batch.cu_seqlens.tolist()
+    lengths = torch.tensor([bounds[response + 1] - bounds[response] for response in order])
+    rows = torch.cat([torch.arange(bounds[response], bounds[response + 1]) for response in order])
+    ends = torch.tensor([len(members) for members in microbatches]).cumsum(0).tolist()
+    (update,) = batch.updates
+    per_token = [
+        "token_ids",
+        "target_ids",
+        "position_ids",
+        "loss_mask",
+        "rollout_log_probs",
+        "old_log_probs",
+        "old_top_ids",
+        "old_top_log_probs",
+        "entropy",
+        "advantages",
+    ]
+    values = {name: getattr(batch, name)[rows] for name in per_token if batch.has(name)}
+    values |= {name: getattr(batch, name)[order] for name in ("response_ids", "rewards", "response_lengths")}
+    values["response_index"] = torch.arange(len(order)).repeat_interleave(lengths)
+    values["cu_seqlens"] = torch.cat([torch.zeros(1), lengths.cumsum(0)]).int()
+    share = copy.copy(batch)
+    for name, tensor in values.items():
+        setattr(share, name, tensor)
+    share.extras = {name: tensor[rows] for name, tensor in batch.extras.items()}
+    bounds = tuple(zip([0, *ends[:-1]], ends, strict=True))
+    share.updates = (Update(bounds, update.num_tokens, update.num_responses),)
+    return share, rows
+
+
 def fill_old(batch: Batch, logits: Tensor, method: Exploration, temperature: float = 1.0) -> Batch:
     """What the old policy's pass fills."""
     with torch.no_grad():
         old = statistics(logits, batch, method, temperature)
-    batch.old_log_probs = old.log_prob
+    batch.old_log_probs, batch.entropy = old.log_prob, old.entropy
     if old.top_ids is not None:
         batch.old_top_ids, batch.old_top_log_probs = old.top_ids, old.top_log_probs
     batch.extras = method.annotate(batch, old)
