@@ -75,8 +75,21 @@ class RolloutConfig:
 
 
 @dataclass
+class KlConfig:
+    """Distance from the frozen model that the run starts from; that model is only built where it is needed."""
+
+    coefficient: float = 0.0  # loss, or reward, per nat of KL(policy || reference)
+    # From the sampled token: k1 is the log-ratio, k2 half its square, k3 never negative with k1's mean. In the loss, k1
+    # has no gradient on average, k2 has that of KL(policy || reference), k3 that of KL(reference || policy).
+    estimator: Literal["k1", "k2", "k3"] = "k3"
+    where: Literal["loss", "reward"] = "loss"  # reward: of the old policy, summed over the response
+
+
+@dataclass
 class AlgorithmConfig:
-    advantage: Literal["grpo", "grpo_no_std", "gae"] = "grpo"  # gae: PPO, against a critic
+    advantage: Literal["grpo", "grpo_no_std", "rloo", "reinforce", "gae"] = "grpo"  # gae: PPO, against a critic
+    whiten: bool = False  # advantages of all tokens of the step to mean 0 and variance 1 (REINFORCE++); gae always does
+    kl: KlConfig = field(default_factory=KlConfig)
     loss: Literal["ppo", "plain_clip", "unclipped", "gspo", "cispo", "dppo_tv", "dppo_kl"] = "ppo"
     clip_low: float = 0.2  # ratio clipped to [1 - clip_low, 1 + clip_high]; dppo: bounds on the distance from p_old
     clip_high: float = 0.2
@@ -401,6 +414,16 @@ def _check_ranges(config: Config) -> None:
         config.algorithm.dual_clip == 0 or config.algorithm.dual_clip > 1,
         f"algorithm.dual_clip must be above 1 (or 0 for off), not {config.algorithm.dual_clip}: "
         f"it bounds a ratio that is 1 on-policy",
+    )
+    rule(
+        config.algorithm.kl.coefficient >= 0,
+        f"algorithm.kl.coefficient must be at least 0, not {config.algorithm.kl.coefficient}: below 0 it would drive "
+        f"the policy away from the reference",
+    )
+    rule(
+        not (config.has_critic and config.algorithm.kl.coefficient and config.algorithm.kl.where == "reward"),
+        "algorithm.kl.where=reward belongs to the advantages without a critic: with algorithm.advantage=gae set "
+        "algorithm.kl.where=loss",
     )
     rule(
         config.algorithm.loss == "ppo" or not config.algorithm.dual_clip,

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from megatron_rlvr.config import KlConfig
 from megatron_rlvr.metrics import Meter
 from megatron_rlvr.types import Microbatch, Update
 
@@ -173,6 +174,17 @@ def k3(log_prob: Tensor, other: Tensor) -> Tensor:
 
 
 KL_ESTIMATORS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {"k1": k1, "k2": k2, "k3": k3}
+
+
+def kl_penalty(micro: Microbatch, log_prob: Tensor, settings: KlConfig, meter: Meter) -> Tensor:
+    """[t] coefficient * KL(policy || reference), estimated from the sampled token; 0 outside the loss mask.
+
+    policy/ref_kl is the mean in nats. Gradients flow through ``log_prob``.
+    """
+    distance = KL_ESTIMATORS[settings.estimator](log_prob, micro.ref_log_probs)
+    distance = torch.where(micro.loss_mask, distance, 0.0)
+    meter.add("policy/ref_kl", distance.sum(), micro.loss_mask.sum())
+    return settings.coefficient * distance
 
 
 def token_mean(micro: Microbatch, update: Update, length: int) -> Tensor:

@@ -19,18 +19,18 @@ from torch import Tensor
 from transformers import AutoTokenizer
 
 from megatron_rlvr import platform, verifiers
-from megatron_rlvr.advantages import ESTIMATORS
 from megatron_rlvr.architecture import Architecture
 from megatron_rlvr.config import Config
 from megatron_rlvr.distributed import reduce
 from megatron_rlvr.distributed.vocab import TokenStatistics
 from megatron_rlvr.evaluation import summarise
 from megatron_rlvr.exploration.base import build as build_exploration
-from megatron_rlvr.losses import LOSSES, Clip, clipped_value_loss, record, reduction_weights
+from megatron_rlvr.group_advantages import group_advantages
+from megatron_rlvr.losses import LOSSES, Clip, clipped_value_loss, kl_penalty, record, reduction_weights
 from megatron_rlvr.metrics import Meter
 from megatron_rlvr.models.build import initialize_parallel
 from megatron_rlvr.models.critic import Critic
-from megatron_rlvr.models.policy import Policy
+from megatron_rlvr.models.policy import Policy, Reference
 from megatron_rlvr.packing import pack
 from megatron_rlvr.prompts import PromptSet, load_prompts
 from megatron_rlvr.rollout.collect import RolloutCollector
@@ -64,6 +64,8 @@ class Trainer:
         self.policy = Policy(config, self.architecture, self.groups)
         self.critic = Critic(config, self.groups) if config.has_critic else None
         self.models = {"policy": self.policy} | ({"critic": self.critic} if self.critic else {})
+        is_compared = config.algorithm.kl.coefficient > 0 or needs.reference
+        self.reference = Reference(config, self.architecture, self.groups) if is_compared else None
         self.engine = VllmEngine(config, self.groups)
         self.weight_sync = WeightSync(self.engine, self.architecture, self.groups)
         self.collector = RolloutCollector(config, self.engine, self.tokenizer, self._start_verifiers(), self.groups)
@@ -88,10 +90,14 @@ class Trainer:
         groups = self.rollout(step)
         batch = self.pack(groups)
         policy_learns = step > self.config.critic_warmup
+        reference = None
+        if self.reference:
+            with self.phase("reference"):
+                reference = self.reference.fill_log_probs(batch, self.statistics)
         if self.old_policy_pass or not policy_learns:
             with self.phase("log_probs"):
                 old = self.policy.fill_log_probs(batch, self.statistics)
-            batch.extras.update(self.exploration.annotate(batch, old))
+            batch.extras.update(self.exploration.annotate(batch, old, reference))
             measure_old_policy(batch, meter)
         if self.critic:
             with self.phase("values"):
@@ -172,22 +178,15 @@ class Trainer:
 
     def advantages(self, batch: Batch, rewards: Tensor, groups: list[RolloutGroup], step: int, meter: Meter) -> Tensor:
         """[S] shaped rewards -> [T] advantages: over what the critic expected, or over the other responses."""
-        if not self.critic:
-            return self.group_advantages(batch, rewards, groups)
-        seed = (self.config.seed, step)
-        batch.advantages = fill_targets(batch, rewards, self.config.critic, seed, self.groups, meter)
-        raw = self.exploration.shape_raw_advantages(batch, self.groups, step - 1, meter)
-        return reduce.whiten(raw, batch.loss_mask, self.groups.dp)
-
-    def group_advantages(self, batch: Batch, rewards: Tensor, groups: list[RolloutGroup]) -> Tensor:
-        """[S] shaped rewards -> [T] advantages, each response's compared with its group's over every rank."""
-        of_step = reduce.gather_by_index(rewards, batch.response_ids, batch.num_step_responses, self.groups.dp)
+        if self.critic:
+            seed = (self.config.seed, step)
+            batch.advantages = fill_targets(batch, rewards, self.config.critic, seed, self.groups, meter)
+            raw = self.exploration.shape_raw_advantages(batch, self.groups, step - 1, meter)
+            return reduce.whiten(raw, batch.loss_mask, self.groups.dp)
         scored = torch.tensor(
             [[verifiers.is_scored(rollout.verdict) for rollout in group.rollouts] for group in groups]
         )
-        estimate = ESTIMATORS[self.config.algorithm.advantage]
-        advantages = estimate(of_step.view(scored.shape), scored.to(of_step.device))
-        return batch.per_token(advantages.flatten()[batch.response_ids])
+        return group_advantages(batch, rewards, scored.to(rewards.device), self.config.algorithm, self.groups, meter)
 
     def loss(self, update: Update, micro: Microbatch, current: TokenStatistics, meter: Meter) -> Tensor:
         """The microbatch's share of the global loss, a scalar."""
@@ -199,6 +198,8 @@ class Trainer:
         losses, clipped = LOSSES[algorithm.loss](current.log_prob, micro, clip)
         record(micro, current.log_prob, clipped, meter)
         losses = self.exploration.policy_loss(losses, micro, current, meter)
+        if algorithm.kl.coefficient > 0 and algorithm.kl.where == "loss":
+            losses = losses + kl_penalty(micro, current.log_prob, algorithm.kl, meter)
         weights = reduction_weights(micro, update, algorithm.reduction, self.config.rollout.max_response_length)
         return torch.where(micro.loss_mask, weights * losses, 0.0).sum()
 

@@ -32,6 +32,7 @@ class Tokens:
     response: list[int]
     place: list[int]
     num_responses: int
+    mask: Tensor  # [T] which of the batch's tokens these are
 
     @staticmethod
     def of(batch: Batch, old_logits: Tensor, logits: Tensor) -> Tokens:
@@ -47,6 +48,7 @@ class Tokens:
             index[mask].tolist(),
             place[mask].tolist(),
             batch.num_responses,
+            mask,
         )
 
     def only(self, responses: range | list[int]) -> Tokens:
@@ -54,7 +56,7 @@ class Tokens:
         chosen = torch.tensor([place for place, response in enumerate(self.response) if response in responses])
         fields = (self.logits, self.old_logits, self.target, self.advantage, self.rollout)
         numbers = ([values[place] for place in chosen.tolist()] for values in (self.response, self.place))
-        return Tokens(*(values[chosen] for values in fields), *numbers, len(responses))
+        return Tokens(*(values[chosen] for values in fields), *numbers, len(responses), self.mask)
 
     @property
     def count(self) -> int:

@@ -56,6 +56,19 @@ def test_a_verifier_failure_does_not_move_its_siblings():
         assert group_relative(rewards, scored)[0, 3] == 0
 
 
+def test_leave_one_out_compares_with_the_others():
+    rewards = torch.tensor([[1.0, 0.0, 0.5, 9.0], [2.0, 9.0, 9.0, 9.0], [9.0] * 4])
+    scored = torch.tensor([[True, True, True, False], [True, False, False, False], [False] * 4])
+    expected = [[1 - 0.25, 0 - 0.75, 0.5 - 0.5, 0.0], [2.0, 0.0, 0.0, 0.0], [0.0] * 4]
+    assert torch.allclose(ESTIMATORS["rloo"](rewards, scored), torch.tensor(expected))
+
+
+def test_reinforce_has_no_baseline():
+    rewards = torch.tensor([[1.0, -2.0, float("nan")]])
+    scored = torch.tensor([[True, True, False]])
+    assert torch.equal(ESTIMATORS["reinforce"](rewards, scored), torch.tensor([[1.0, -2.0, 0.0]]))
+
+
 def test_estimators_by_name():
     rewards = torch.tensor([[2.0, 0.0]])
     assert torch.allclose(ESTIMATORS["grpo"](rewards, _scored(rewards)), torch.tensor([[0.5**0.5, -(0.5**0.5)]]))

@@ -20,7 +20,7 @@ FLOORS = {
     0: "config platform processes seeds types verdict",
     1: "advantages architecture charts evaluation losses metrics packing progress prompt_files prompts records report "
     "report_style run_folder templates trackers verifiers weights.initial weights.mapping",
-    2: "distributed value_targets",
+    2: "distributed group_advantages value_targets",
     3: "exploration",
     4: "models rollout weights",
     5: "launch preflight run train trainer",

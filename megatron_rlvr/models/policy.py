@@ -1,7 +1,8 @@
-"""The policy: a Megatron language model that gives token statistics and takes updates."""
+"""Language models that give token statistics: the policy, which takes updates, and the frozen reference."""
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 
@@ -15,6 +16,7 @@ from megatron_rlvr.distributed.groups import ParallelGroups
 from megatron_rlvr.distributed.reduce import broadcast_from_last_stage, reduce_meter
 from megatron_rlvr.distributed.vocab import StatisticsOptions, TokenStatistics, token_statistics
 from megatron_rlvr.metrics import Meter
+from megatron_rlvr.models import schedule
 from megatron_rlvr.models.build import build_chunks
 from megatron_rlvr.models.trainable import Trainable
 from megatron_rlvr.types import Batch, Microbatch, Update
@@ -28,14 +30,15 @@ LossFunction = Callable[[Microbatch, TokenStatistics, Meter], Tensor]
 _FIELDS = ("log_prob", "entropy", "max_log_prob", "sum_squares", "log_kept_mass", "proxy_log_prob", "rank")
 
 
-class Policy(Trainable):
-    """The model of ``config.model.path``, sharded as ``config.parallel`` says."""
+class LanguageModel(ABC):
+    """A model over a vocabulary, sharded as ``config.parallel`` says."""
 
-    def __init__(self, config: Config, architecture: Architecture, groups: ParallelGroups) -> None:
-        self.architecture, self.groups = architecture, groups
-        chunks = build_chunks(config, architecture, groups)
-        load_hf(chunks, architecture, groups, config.model.path)
-        super().__init__(config, config.optimizer, chunks, config.trainer.num_steps - config.critic_warmup)
+    architecture: Architecture
+    groups: ParallelGroups
+
+    @abstractmethod
+    def forward(self, microbatches: list[Microbatch], consume: schedule.Consumer) -> list:
+        """A pass without gradients or dropout; on the last stage what ``consume`` makes of each microbatch."""
 
     def statistics(self, output: Tensor, micro: Microbatch, options: StatisticsOptions) -> TokenStatistics:
         """Last stage's logits [t, V/tp] -> statistics of the tokens that follow.
@@ -51,11 +54,8 @@ class Policy(Trainable):
         # the matrix product that made the logits does not need them again
         return token_statistics(output, micro.target_ids, overwrite=True, **shared)
 
-    def fill_log_probs(self, batch: Batch, options: StatisticsOptions) -> TokenStatistics:
-        """One forward over the batch: fills old_log_probs and entropy, returns every statistic, on every rank.
-
-        With ``options.top`` it fills old_top_ids and old_top_log_probs too.
-        """
+    def score(self, batch: Batch, options: StatisticsOptions) -> TokenStatistics:
+        """One forward over the batch: every statistic [T], on every rank."""
         parts = self.forward(batch.microbatches(), lambda output, micro: self.statistics(output, micro, options))
 
         def whole(name: str, dtype: torch.dtype, *width: int) -> Tensor:
@@ -64,10 +64,29 @@ class Policy(Trainable):
 
         values = {name: whole(name, torch.float32) for name in _FIELDS}
         if options.top:
-            values["top_ids"] = batch.old_top_ids = whole("top_ids", torch.int64, options.top)
-            values["top_log_probs"] = batch.old_top_log_probs = whole("top_log_probs", torch.float32, options.top)
+            values["top_ids"] = whole("top_ids", torch.int64, options.top)
+            values["top_log_probs"] = whole("top_log_probs", torch.float32, options.top)
             values["top_cut"] = whole("top_cut", torch.bool)
-        statistics = TokenStatistics(**values)
+        return TokenStatistics(**values)
+
+
+class Policy(Trainable, LanguageModel):
+    """The model of ``config.model.path``, and then what the updates make of it."""
+
+    def __init__(self, config: Config, architecture: Architecture, groups: ParallelGroups) -> None:
+        self.architecture, self.groups = architecture, groups
+        chunks = build_chunks(config, architecture, groups)
+        load_hf(chunks, architecture, groups, config.model.path)
+        super().__init__(config, config.optimizer, chunks, config.trainer.num_steps - config.critic_warmup)
+
+    def fill_log_probs(self, batch: Batch, options: StatisticsOptions) -> TokenStatistics:
+        """One forward over the batch: fills old_log_probs and entropy, returns every statistic, on every rank.
+
+        With ``options.top`` it fills old_top_ids and old_top_log_probs too.
+        """
+        statistics = self.score(batch, options)
+        if statistics.top_ids is not None and statistics.top_log_probs is not None:
+            batch.old_top_ids, batch.old_top_log_probs = statistics.top_ids, statistics.top_log_probs
         batch.old_log_probs = torch.where(batch.loss_mask, statistics.log_prob, 0.0)
         batch.entropy = torch.where(batch.loss_mask, statistics.entropy, 0.0)
         return statistics
@@ -91,3 +110,23 @@ class Policy(Trainable):
     def hf_weights(self) -> Iterator[tuple[str, Tensor]]:
         """(Hugging Face name, full tensor) on every rank, one bucket at a time."""
         return hf_weights(self.chunks, self.architecture, self.groups)
+
+
+class Reference(LanguageModel):
+    """The model of ``config.model.path`` as it is, without gradients or optimizer: what the policy set out from."""
+
+    def __init__(self, config: Config, architecture: Architecture, groups: ParallelGroups) -> None:
+        self.architecture, self.groups = architecture, groups
+        self.chunks = build_chunks(config, architecture, groups)
+        load_hf(self.chunks, architecture, groups, config.model.path)
+        for chunk in self.chunks:
+            chunk.requires_grad_(False).eval()
+
+    def forward(self, microbatches: list[Microbatch], consume: schedule.Consumer) -> list:
+        return schedule.forward(self.chunks, microbatches, consume)
+
+    def fill_log_probs(self, batch: Batch, options: StatisticsOptions) -> TokenStatistics:
+        """One forward over the batch: fills ref_log_probs, returns every statistic [T], on every rank."""
+        statistics = self.score(batch, replace(options, top=0))
+        batch.ref_log_probs = torch.where(batch.loss_mask, statistics.log_prob, 0.0)
+        return statistics

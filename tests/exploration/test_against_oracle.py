@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from megatron_rlvr import losses
-from megatron_rlvr.config import Config, TrainerConfig
+from megatron_rlvr.config import Config, KlConfig, TrainerConfig
 from megatron_rlvr.distributed.groups import ParallelGroups
 from megatron_rlvr.distributed.vocab import token_statistics
 from megatron_rlvr.exploration.base import build
@@ -42,12 +42,16 @@ class Case:
     method: dict[str, dict[str, Any]] = field(default_factory=dict)
     shape: Callable[[oracle.Tokens, Tensor], Tensor] = lambda tokens, values: values
     reduction: str = "token_mean"
+    kl: str = ""  # estimator of the distance from the reference
 
     def expected(self, tokens: oracle.Tokens) -> Tensor:
         values = getattr(oracle, self.loss)(tokens, *self.clip)
         reduce = getattr(oracle, self.reduction)
         options = {"length": LENGTH} if self.reduction == "sequence_sum" else {}
-        return reduce(tokens, self.shape(tokens, values), **options)
+        values = self.shape(tokens, values)
+        if self.kl:
+            values = oracle.kl(tokens, values, reference_logits(tokens.mask), 0.3, self.kl)
+        return reduce(tokens, values, **options)
 
 
 def correction(form: str, low: float, high: float, renormalise: bool = False) -> Case:
@@ -63,6 +67,10 @@ def protected(strength: Callable, **options: Any) -> Case:
     return Case("plain_clip", (1.0, 9.0), {"lp_reg": options}, shape)
 
 
+def reference_logits(mask: Tensor) -> Tensor:
+    return make_logits(make_batch(LENGTHS), seed=7)[mask]
+
+
 CASES = {
     "grpo": Case(reduction="sequence_mean"),
     "dr_grpo": Case(reduction="sequence_sum"),
@@ -72,6 +80,7 @@ CASES = {
     "cispo": Case("cispo", (1.0, 0.2)),
     "dppo_tv": Case("dppo_tv", (0.05, 0.1)),
     "dppo_kl": Case("dppo_kl", (0.01, 0.02)),
+    **{f"kl in the loss, {estimator}": Case(kl=estimator) for estimator in ("k1", "k2", "k3")},
     "kl_cov": Case(
         "unclipped",
         method={"kl_cov": {"share": 0.1, "coefficient": 2.0}},
@@ -117,6 +126,9 @@ def problem() -> tuple[Batch, Tensor, Tensor]:
     noise = torch.randn(batch.num_tokens, generator=torch.Generator().manual_seed(9))
     old = old_logits.log_softmax(-1).gather(1, batch.target_ids[:, None])[:, 0]
     batch.rollout_log_probs = torch.where(batch.loss_mask, old.float() + 0.3 * noise, 0.0)
+    everywhere = torch.ones_like(batch.loss_mask)
+    reference = reference_logits(everywhere).log_softmax(-1).gather(1, batch.target_ids[:, None])[:, 0]
+    batch.ref_log_probs = torch.where(batch.loss_mask, reference, torch.nan)
     return batch, old_logits, old_logits + 0.4 * make_logits(batch, seed=1)
 
 
@@ -141,6 +153,8 @@ def package_loss(case: Case, microbatches: list[list[int]], groups: ParallelGrou
         )
         values, _ = losses.LOSSES[case.loss](current.log_prob, micro, losses.Clip(*case.clip))
         values = method.policy_loss(values, micro, current, Meter())
+        if case.kl:
+            values = values + losses.kl_penalty(micro, current.log_prob, KlConfig(0.3, case.kl), Meter())
         weights = losses.reduction_weights(micro, update, case.reduction, LENGTH)
         total = total + torch.where(micro.loss_mask, weights * values, 0.0).sum()
     return total.detach(), rows, torch.autograd.grad(total, leaf)[0]

@@ -60,19 +60,9 @@ def deal(batch: Batch, microbatches: list[list[int]]) -> tuple[Batch, Tensor]:
     rows = torch.cat([torch.arange(bounds[response], bounds[response + 1]) for response in order])
     ends = torch.tensor([len(members) for members in microbatches]).cumsum(0).tolist()
     (update,) = batch.updates
-    per_token = [
-        "token_ids",
-        "target_ids",
-        "position_ids",
-        "loss_mask",
-        "rollout_log_probs",
-        "old_log_probs",
-        "old_top_ids",
-        "old_top_log_probs",
-        "entropy",
-        "advantages",
-    ]
-    values = {name: getattr(batch, name)[rows] for name in per_token if batch.has(name)}
+    fixed = ("token_ids", "target_ids", "position_ids", "loss_mask", "rollout_log_probs")
+    later = ("old_log_probs", "old_top_ids", "old_top_log_probs", "entropy", "ref_log_probs", "advantages")
+    values = {name: getattr(batch, name)[rows] for name in (*fixed, *later) if batch.has(name)}
     values |= {name: getattr(batch, name)[order] for name in ("response_ids", "rewards", "response_lengths")}
     values["response_index"] = torch.arange(len(order)).repeat_interleave(lengths)
     values["cu_seqlens"] = torch.cat([torch.zeros(1), lengths.cumsum(0)]).int()
