@@ -408,8 +408,9 @@ def _check_ranges(config: Config) -> None:
         f"greedy decoding has no log-probs to learn from, and the engine refuses more than 2",
     )
     rule(0 <= config.model.dropout < 1, f"model.dropout must be in [0, 1), not {config.model.dropout}")
-    rule(config.optimizer.lr > 0, f"optimizer.lr must be above 0, not {config.optimizer.lr}")
-    rule(len(config.optimizer.betas) == 2, f"optimizer.betas must hold two numbers, not {config.optimizer.betas}")
+    for section, settings in {"optimizer": config.optimizer, "critic.optimizer": config.critic.optimizer}.items():
+        rule(settings.lr > 0, f"{section}.lr must be above 0, not {settings.lr}")
+        rule(len(settings.betas) == 2, f"{section}.betas must hold two numbers, not {settings.betas}")
     rule(
         config.algorithm.dual_clip == 0 or config.algorithm.dual_clip > 1,
         f"algorithm.dual_clip must be above 1 (or 0 for off), not {config.algorithm.dual_clip}: "
@@ -487,7 +488,6 @@ def _check_critic(config: Config) -> None:
     for name, value in (("gamma", critic.gamma), ("lam", critic.lam)):
         rule(0 <= value <= 1, f"critic.{name} must be in [0, 1], not {value}: it is a discount per token")
     rule(critic.value_clip >= 0, f"critic.value_clip must be at least 0 (0: off), not {critic.value_clip}")
-    rule(critic.optimizer.lr > 0, f"critic.optimizer.lr must be above 0, not {critic.optimizer.lr}")
     rule(
         0 <= critic.warmup_steps < config.trainer.num_steps,
         f"critic.warmup_steps={critic.warmup_steps} must be below trainer.num_steps={config.trainer.num_steps} and not "

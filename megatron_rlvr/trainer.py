@@ -89,7 +89,7 @@ class Trainer:
         started, self.seconds, meter = time.perf_counter(), {}, Meter()
         groups = self.rollout(step)
         batch = self.pack(groups)
-        policy_learns = step > self.config.critic_warmup
+        policy_learns = step > self.config.critic_warmup  # the critic goes ahead
         reference = None
         if self.reference:
             with self.phase("reference"):

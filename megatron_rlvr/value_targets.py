@@ -43,16 +43,17 @@ def fill_targets(
 def _value_weights(batch: Batch, settings: CriticConfig, seed: tuple[int, int], groups: ParallelGroups) -> Tensor:
     """[T, H] 1 / n where a head learns from a token, n being all such pairs of the update over every rank; else 0."""
     lengths = reduce.gather_by_index(batch.response_lengths, batch.response_ids, batch.num_step_responses, groups.dp)
+    lengths = lengths.cpu()
     chosen = [
-        head_choice(part.cpu(), settings.num_heads, settings.share, settings.share_of, (*seed, number))
+        head_choice(part, settings.num_heads, settings.share, settings.share_of, (*seed, number))
         for number, part in enumerate(lengths.chunk(len(batch.updates)))
     ]
-    weights = torch.cat([choice / choice.sum().clamp(min=1) for choice in chosen]).to(batch.values)
-    places = torch.zeros_like(batch.values)
-    ends = lengths.cumsum(0)
-    rows = [torch.arange(int(ends[i] - lengths[i]), int(ends[i])) for i in batch.response_ids.tolist()]
-    places[batch.loss_mask] = weights[torch.cat(rows).to(weights.device)]
-    return places
+    of_step = torch.cat([choice / choice.sum().clamp(min=1) for choice in chosen])
+    of_responses = of_step.split(lengths.tolist())
+    mine = torch.cat([of_responses[identity] for identity in batch.response_ids.tolist()])
+    weights = torch.zeros_like(batch.values)
+    weights[batch.loss_mask] = mine.to(weights)
+    return weights
 
 
 def head_choice(lengths: Tensor, heads: int, share: float, share_of: str, seed: tuple[int, ...]) -> Tensor:

@@ -166,3 +166,11 @@ def test_a_last_stage_with_something_else_says_so():
         reduce.broadcast_from_last_stage(torch.zeros(3), (2,), torch.float32, "cpu", ParallelGroups.single())
     with pytest.raises(ValueError, match="has None"):
         reduce.broadcast_from_last_stage(None, (2,), torch.float32, "cpu", ParallelGroups.single())
+
+
+def test_whitening_leaves_equal_values_at_zero_and_does_not_read_the_rest():
+    values = torch.tensor([0.1, math.nan, 0.1, 0.1, math.inf])
+    mask = torch.tensor([True, False, True, True, False])
+    assert reduce.whiten(values, mask, None).abs().max() < 1e-3
+    values[0] = 0.4
+    assert torch.allclose(reduce.whiten(values, mask, None), torch.tensor([2.0, 0.0, -1.0, -1.0, 0.0]) / 3**0.5)
