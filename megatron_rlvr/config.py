@@ -28,6 +28,8 @@ class ModelConfig:
     random_init: bool = False  # take the shape from config.json and draw the weights from `seed`
     dtype: Literal["float32", "bfloat16"] = "bfloat16"
     recompute: Literal["none", "selective", "full"] = "none"  # activations recomputed in the backward pass
+    # fused: a few rows of logits at a time, made again in the backward; auto: where all would take more than 1 GiB
+    logits: Literal["auto", "materialised", "fused"] = "auto"
     dropout: float = 0.0
 
 

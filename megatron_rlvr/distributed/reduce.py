@@ -35,6 +35,21 @@ def _all_reduce(tensor: Tensor, operation: Any, group: ProcessGroup | None) -> T
     return result
 
 
+def sum_scatter(tensor: Tensor, group: ProcessGroup | None) -> Tensor:
+    """[size * n, ...] on every rank -> [n, ...]: this rank's rows of the sum over the group, detached. One collective.
+
+    Raises ValueError where the rows do not divide by the ranks.
+    """
+    if group is None:
+        return tensor.detach()
+    rows, size = len(tensor), group_size(group)
+    if rows % size:
+        raise ValueError(f"{rows} rows cannot be dealt out to {size} ranks")
+    result = tensor.new_empty(rows // size, *tensor.shape[1:])
+    dist.reduce_scatter_tensor(result, tensor.detach().contiguous(), group=group)
+    return result
+
+
 def masked_mean(values: Tensor, mask: Tensor, group: ProcessGroup | None) -> Tensor:
     """Mean of ``values`` where ``mask`` (same shape, any number per rank), over every rank; scalar, 0 for no values."""
     _, mean, _ = _masked_moments(values, mask, group)

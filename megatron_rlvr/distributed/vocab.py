@@ -6,7 +6,8 @@ and the KL divergence of an older policy's. Rank r holds columns [r * V/tp, (r +
 min-p threshold or none, three with a fixed one, 32 bytes per token and 4 more for a fixed threshold, and none in the
 backward: every rank turns the (equal) upstream gradients into the gradient of its own columns.
 
-vocab_formulas.py has the formulas, vocab_passes.py the loops over the logits.
+vocab_formulas.py has the formulas, vocab_passes.py the loops over the logits; vocab_linear.py gives the same statistics
+where there are no logits, but hidden states and the output layer.
 """
 
 from __future__ import annotations

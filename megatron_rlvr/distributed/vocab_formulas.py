@@ -1,6 +1,7 @@
 """Between logits and statistics: what is summed over the columns, what follows from the sums, and the way back.
 
-Written for any block of rows, for vocab.py. With t = (z - max z) / temperature and e = exp t:
+Written for any block of rows, so that vocab.py, which has all logits, and vocab_linear.py, which makes those of a few
+rows at a time, share every formula. With t = (z - max z) / temperature and e = exp t:
 
     s = sum e        kept, dropped: its parts on either side of the threshold        h = sum e t
     log_prob = t[target] - ln s        entropy = ln s - h / s        ln Z = ln(kept / s)

@@ -25,6 +25,7 @@ from megatron_rlvr.models.attention import PackedAttention, RMSNorm
 
 log = logging.getLogger(__name__)
 
+MATERIALISED_LIMIT = 2**30  # bytes of one microbatch's logits; above it they are worth making twice to hold few
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
@@ -138,3 +139,27 @@ def _build_chunk(
         vp_stage=vp_stage,
     )
     return chunk.to(platform.device())
+
+
+def fuses_logits(config: Config, architecture: Architecture) -> bool:
+    """Whether statistics are taken from hidden states (distributed/vocab_linear.py) instead of from logits."""
+    if config.model.logits != "auto":
+        return config.model.logits == "fused"
+    columns = architecture.padded_vocab(config.parallel.tp) // config.parallel.tp
+    return config.trainer.microbatch_tokens * columns * DTYPES[config.model.dtype].itemsize > MATERIALISED_LIMIT
+
+
+def leave_out_output_layer(chunk: GPTModel) -> None:
+    """Let the chunk give the hidden states [t, 1, H] that its output layer, if it has one, would have multiplied.
+
+    The layer and its weight stay where checkpoints and weight sync look for them. GPTModel of megatron-core 0.16.1 has
+    no hook between its last norm and the logits (gpt_model.py:685).
+    """
+    if chunk.post_process:
+        chunk.output_layer.forward = lambda hidden, weight=None, runtime_gather_output=None: (hidden, None)
+
+
+def output_weight(chunk: GPTModel) -> torch.Tensor:
+    """[V/tp, H] of the last chunk: the embedding's, where a tied model has both of its ends in that chunk."""
+    weight = chunk.output_layer.weight
+    return chunk.embedding.word_embeddings.weight if weight is None else weight

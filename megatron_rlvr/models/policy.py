@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import replace
 
 import torch
+from megatron.core.models.gpt import GPTModel
 from torch import Tensor
 
 from megatron_rlvr import platform
@@ -15,9 +16,10 @@ from megatron_rlvr.config import Config
 from megatron_rlvr.distributed.groups import ParallelGroups
 from megatron_rlvr.distributed.reduce import broadcast_from_last_stage, reduce_meter
 from megatron_rlvr.distributed.vocab import StatisticsOptions, TokenStatistics, token_statistics
+from megatron_rlvr.distributed.vocab_linear import linear_token_statistics
 from megatron_rlvr.metrics import Meter
 from megatron_rlvr.models import schedule
-from megatron_rlvr.models.build import build_chunks
+from megatron_rlvr.models.build import build_chunks, fuses_logits, leave_out_output_layer, output_weight
 from megatron_rlvr.models.trainable import Trainable
 from megatron_rlvr.types import Batch, Microbatch, Update
 from megatron_rlvr.weights.convert import load_hf
@@ -35,13 +37,24 @@ class LanguageModel(ABC):
 
     architecture: Architecture
     groups: ParallelGroups
+    chunks: list[GPTModel]
 
     @abstractmethod
     def forward(self, microbatches: list[Microbatch], consume: schedule.Consumer) -> list:
         """A pass without gradients or dropout; on the last stage what ``consume`` makes of each microbatch."""
 
+    def build(self, config: Config, architecture: Architecture, groups: ParallelGroups) -> list[GPTModel]:
+        """This rank's chunks with the weights of ``config.model.path``; fused ones end in hidden states."""
+        self.architecture, self.groups = architecture, groups
+        self.fused, self.sequence_parallel = fuses_logits(config, architecture), config.parallel.sequence_parallel
+        chunks = build_chunks(config, architecture, groups)
+        load_hf(chunks, architecture, groups, config.model.path)
+        if self.fused:
+            leave_out_output_layer(chunks[-1])
+        return chunks
+
     def statistics(self, output: Tensor, micro: Microbatch, options: StatisticsOptions) -> TokenStatistics:
-        """Last stage's logits [t, V/tp] -> statistics of the tokens that follow.
+        """Last stage's logits [t, V/tp], or fused its hidden states -> statistics of the tokens that follow.
 
         Where the batch knows the old policy's most probable tokens, the KL to them is among the statistics.
         """
@@ -51,6 +64,10 @@ class LanguageModel(ABC):
             "old_top": (micro.old_top_ids, micro.old_top_log_probs) if micro.has("old_top_ids") else None,
             **vars(options),
         }
+        if self.fused:
+            weight = output_weight(self.chunks[-1])
+            parallel = self.sequence_parallel
+            return linear_token_statistics(output, weight, micro.target_ids, sequence_parallel=parallel, **shared)
         # the matrix product that made the logits does not need them again
         return token_statistics(output, micro.target_ids, overwrite=True, **shared)
 
@@ -74,9 +91,7 @@ class Policy(Trainable, LanguageModel):
     """The model of ``config.model.path``, and then what the updates make of it."""
 
     def __init__(self, config: Config, architecture: Architecture, groups: ParallelGroups) -> None:
-        self.architecture, self.groups = architecture, groups
-        chunks = build_chunks(config, architecture, groups)
-        load_hf(chunks, architecture, groups, config.model.path)
+        chunks = self.build(config, architecture, groups)
         super().__init__(config, config.optimizer, chunks, config.trainer.num_steps - config.critic_warmup)
 
     def fill_log_probs(self, batch: Batch, options: StatisticsOptions) -> TokenStatistics:
@@ -116,9 +131,7 @@ class Reference(LanguageModel):
     """The model of ``config.model.path`` as it is, without gradients or optimizer: what the policy set out from."""
 
     def __init__(self, config: Config, architecture: Architecture, groups: ParallelGroups) -> None:
-        self.architecture, self.groups = architecture, groups
-        self.chunks = build_chunks(config, architecture, groups)
-        load_hf(self.chunks, architecture, groups, config.model.path)
+        self.chunks = self.build(config, architecture, groups)
         for chunk in self.chunks:
             chunk.requires_grad_(False).eval()
 

@@ -69,7 +69,8 @@ def _forward_step(consume: Consumer, forward_only: bool) -> Callable:
         output = model(input_ids=inputs[0], position_ids=inputs[1], attention_mask=None, packed_seq_params=packed)
 
         def finish(output: Tensor, non_loss_data: bool = False) -> Any:
-            # Views alone, where no token is padding: indexing would copy the gradient of all logits.
+            # Views alone, where no token is padding: indexing would copy the gradient of all logits. Hidden states that
+            # sequence parallelism has dealt out are fewer than the tokens, and stay as they are.
             output = output.flatten(0, 1)
             result = consume(output[: micro.num_tokens] if len(output) > micro.num_tokens else output, micro)
             if forward_only:

@@ -11,6 +11,8 @@ from typing import Any
 import pytest
 import torch
 
+from megatron_rlvr import platform
+from megatron_rlvr.distributed import vocab_linear
 from tests.models.conftest import UNSCORED, Case
 from tests.models.layouts import (
     EVERYTHING,
@@ -26,6 +28,7 @@ from tests.models.layouts import (
     run_update,
 )
 from tests.ranks import run_ranks
+from tests.tiny import VOCAB
 
 LOG_PROB = 2e-5  # nats
 LOSS = 1e-6  # absolute, of a loss of order 0.1 to 1
@@ -33,16 +36,23 @@ GRADIENT = 3e-5  # of the tensor's largest entry
 NORM = 1e-5  # relative
 
 ONE_EACH = 28  # tokens: a response or two a microbatch
+FUSED = [
+    Layout(),
+    Layout(tp=2),
+    Layout(tp=2, sequence_parallel=True),
+    Layout(pp=2),
+    Layout(tp=2, pp=2, sequence_parallel=True),
+]
 SIZES = {"qwen3": (ONE_EACH, 80, EVERYTHING), "qwen2": (80,)}  # tokens per microbatch
 
 
-def _measure(layout: Layout, cases: dict[str, Case]) -> list[dict[str, Any]]:
+def _measure(layout: Layout, cases: dict[str, Case], sizes: dict, logits: str) -> list[dict[str, Any]]:
     with megatron(layout) as ranks:
         return [
             {"model": case.name, "microbatch_tokens": tokens} | figures
             for case in cases.values()
-            for policy in [make_policy(case.folder, layout, ranks, optimizer=STILL)]
-            for tokens in SIZES[case.name.split("-")[0]]
+            for policy in [make_policy(case.folder, layout, ranks, optimizer=STILL, model={"logits": logits})]
+            for tokens in sizes[case.name.split("-")[0]]
             for figures in [_measure_one(policy, case, layout, tokens)]
         ]
 
@@ -73,13 +83,28 @@ def _measure_one(policy: Any, case: Case, layout: Layout, tokens: int) -> dict[s
 
 @pytest.mark.parametrize("layout", LAYOUTS, ids=str)
 def test_loss_and_gradients_equal_one_fp64_process(layout: Layout, cases: dict[str, Case]) -> None:
+    measured = _compare(layout, cases, SIZES, "materialised")
+    assert len({figures["microbatches"] for figures in measured}) >= 2  # the sizes really cut the batch differently
+
+
+@pytest.mark.parametrize("layout", FUSED, ids=str)
+def test_and_so_without_logits(layout: Layout, cases: dict[str, Case]) -> None:
+    """Tied and untied; blocks of 48 rows on two ranks, which cut every microbatch but the last."""
+    both = {name: case for name, case in cases.items() if name in ("qwen3-tied", "qwen2-untied")}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(platform, "logits_block_elements", lambda: 48 * VOCAB // layout.tp)
+        patch.setattr(vocab_linear, "LEAST_ROWS", 1)
+        _compare(layout, both, {"qwen3": (80,), "qwen2": (80,)}, "fused")
+
+
+def _compare(layout: Layout, cases: dict[str, Case], sizes: dict, logits: str) -> list[dict[str, Any]]:
     norms = {
         name: float(torch.stack([gradient.norm() for gradient in case.gradients.values()]).norm())
         for name, case in cases.items()
     }
-    measured = [figures for rank in run_ranks(layout.ranks, _measure, layout, cases, timeout=100) for figures in rank]
+    ranks = run_ranks(layout.ranks, _measure, layout, cases, sizes, logits, timeout=100)
+    measured = [figures for rank in ranks for figures in rank]
     assert {figures["model"] for figures in measured} == set(cases)
-    assert len({figures["microbatches"] for figures in measured}) >= 2  # the sizes really cut the batch differently
     for figures in measured:
         assert figures["log_prob"] < LOG_PROB, figures
         assert figures["entropy"] < LOG_PROB, figures
@@ -89,6 +114,7 @@ def test_loss_and_gradients_equal_one_fp64_process(layout: Layout, cases: dict[s
     worst = {key: max(figures[key] for figures in measured) for key in ("log_prob", "entropy", "loss", "gradient")}
     off = max(abs(figures["norm"] / norms[figures["model"]] - 1) for figures in measured)
     print(f"\n{layout}: " + ", ".join(f"{key} {value:.1e}" for key, value in worst.items()) + f", norm {off:.1e}")
+    return measured
 
 
 def test_the_cases_exercise_every_part_of_the_loss(cases: dict[str, Case]) -> None:

@@ -1,0 +1,140 @@
+"""Token statistics from hidden states and the output layer's weight, without ever holding the logits.
+
+The logits of a few rows at a time are made, measured and dropped, and made again in the backward, where their gradient
+takes their place before it is multiplied on. Beside hidden states and weight that is one block of logits, whatever the
+vocabulary and however many the tokens (``platform.logits_block_elements``), for a fourth matrix product of that size.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+from torch.distributed import ProcessGroup
+
+from megatron_rlvr import platform
+from megatron_rlvr.distributed import vocab_formulas, vocab_passes
+from megatron_rlvr.distributed.collect import all_gather_flat
+from megatron_rlvr.distributed.reduce import all_sum, sum_scatter
+from megatron_rlvr.distributed.vocab import TokenStatistics, mark_detached
+from megatron_rlvr.distributed.vocab_formulas import Measured, Shard, StatisticsOptions, Tokens
+
+LEAST_ROWS = 64  # of a block, however large the vocabulary: fewer would read the weight from memory for nothing
+WEIGHT_ROWS = 2048  # of a weight gradient that is made in bf16 before it joins the fp32 one
+
+
+def linear_token_statistics(
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    *,
+    group: ProcessGroup | None = None,
+    sequence_parallel: bool = False,
+    vocab_size: int | None = None,
+    temperature: float = 1.0,
+    min_p: float | None = None,
+    tau: float | None = None,
+    threshold_temperature: float = 1.0,
+    top: int = 0,
+    old_top: tuple[Tensor, Tensor] | None = None,
+) -> TokenStatistics:
+    """token_statistics of the logits ``hidden @ weight.T``, whose options these are, at ``targets`` [T] int64.
+
+    ``weight`` [V/tp, H] is this rank's shard. ``hidden`` [T', H] is the same on every rank, or with
+    ``sequence_parallel`` this rank's T'/tp rows of it; T' >= T, and rows behind the targets take no part. The gradient
+    of ``weight`` is summed in fp32: in its ``main_grad`` (Megatron's gradient buffer) where it has one, and then
+    ``weight.grad`` stays as it is; else it comes back in the dtype of the weight.
+
+    Collectives: forward 1 for each block of rows and 1 more in all, one more per block with ``tau`` and with ``top``;
+    backward 1, the sum of the hidden states' gradient. Sequence parallelism adds one that gathers the hidden states to
+    each, and takes a reduce-scatter for that sum. Raises ValueError when the shapes do not fit, ConfigError for an
+    option that breaks its rule.
+    """
+    if hidden.dim() != 2 or weight.dim() != 2 or hidden.shape[1] != weight.shape[1] or targets.dim() != 1:
+        shapes = f"{list(hidden.shape)}, {list(weight.shape)} and {list(targets.shape)}"
+        raise ValueError(f"linear_token_statistics takes hidden [T, H], weight [V/tp, H] and targets [T], not {shapes}")
+    options = StatisticsOptions(temperature, min_p, tau, threshold_temperature, top)
+    shard = Shard.of(weight.shape[0], vocab_size, group)
+    tokens = Tokens.of(targets, old_top, vocab_passes.maths(weight.dtype))
+    return TokenStatistics(*_LinearTokenStatistics.apply(hidden, weight, tokens, shard, options, sequence_parallel))
+
+
+class _LinearTokenStatistics(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        hidden: Tensor,
+        weight: Tensor,
+        tokens: Tokens,
+        shard: Shard,
+        options: StatisticsOptions,
+        sequence_parallel: bool,
+    ) -> tuple[Tensor | None, ...]:
+        whole = _whole(hidden, shard, sequence_parallel)
+        measured = [
+            vocab_formulas.measure(logits, tokens.rows(rows), shard, options)
+            for rows, logits in _blocks(whole, weight.detach(), shard, len(tokens.targets))
+        ]
+        values, state = vocab_formulas.derive(Measured.join(measured), tokens, shard, options)
+        ctx.save_for_backward(hidden, weight, *state, *tokens)
+        ctx.shard, ctx.options, ctx.sequence_parallel = shard, options, sequence_parallel
+        mark_detached(ctx, values)
+        return values
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *upstream: Tensor | None) -> tuple[Tensor | None, ...]:
+        hidden, weight, *saved = ctx.saved_tensors
+        state, tokens, shard = vocab_formulas.State(*saved[:5]), Tokens(*saved[5:]), ctx.shard
+        whole, real = _whole(hidden, shard, ctx.sequence_parallel), weight.detach()[: shard.real]
+        main_grad = getattr(weight, "main_grad", None)
+        maths = vocab_passes.maths(weight.dtype)
+        weight_gradient = torch.zeros_like(weight, dtype=maths) if main_grad is None else main_grad
+        hidden_gradient = torch.zeros_like(whole)
+        for rows, logits in _blocks(whole, weight.detach(), shard, len(tokens.targets)):
+            of_rows = tuple(None if gradient is None else gradient[rows] for gradient in upstream)
+            state_of_rows = vocab_formulas.State(*(vector[rows] for vector in state))
+            vocab_formulas.overwrite_with_gradient(
+                logits, tokens.rows(rows), state_of_rows, of_rows, shard, ctx.options
+            )
+            torch.mm(logits, real, out=hidden_gradient[rows])
+            _add_product(weight_gradient[: shard.real], logits, whole[rows])
+        if ctx.sequence_parallel:
+            hidden_gradient = sum_scatter(hidden_gradient, shard.group)
+        else:
+            hidden_gradient = all_sum(hidden_gradient, shard.group)
+        returned = weight_gradient.to(weight.dtype) if main_grad is None else None
+        return hidden_gradient, returned, None, None, None, None
+
+
+def _whole(hidden: Tensor, shard: Shard, sequence_parallel: bool) -> Tensor:
+    """[T', H] on every rank, detached."""
+    if not sequence_parallel:
+        return hidden.detach()
+    return all_gather_flat(hidden.detach().contiguous().flatten(), shard.group).view(-1, hidden.shape[1])
+
+
+def _blocks(hidden: Tensor, weight: Tensor, shard: Shard, tokens: int) -> Iterator[tuple[slice, Tensor]]:
+    """(rows, their logits of the real columns), at least once; the next block overwrites the one before.
+
+    Rows are counted by the whole shard, padding too, for every rank has to make the same blocks.
+    """
+    block = min(max(1, tokens), max(LEAST_ROWS, platform.logits_block_elements() // max(1, len(weight))))
+    real = weight[: shard.real]
+    buffer = hidden.new_empty(block, shard.real)
+    for start in range(0, max(1, tokens), block):
+        rows = slice(start, min(start + block, tokens))
+        yield rows, torch.mm(hidden[rows], real.t(), out=buffer[: rows.stop - rows.start])
+
+
+def _add_product(total: Tensor, gradient: Tensor, hidden: Tensor) -> None:
+    """total [n, H] += gradient [t, n].T @ hidden [t, H]; a product in bf16 is rounded once and added in fp32."""
+    if total.dtype == hidden.dtype:
+        total.addmm_(gradient.t(), hidden)
+        return
+    for start in range(0, len(total), WEIGHT_ROWS):
+        rows = slice(start, start + WEIGHT_ROWS)
+        total[rows].add_(gradient[:, rows].t() @ hidden)
