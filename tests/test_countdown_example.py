@@ -110,11 +110,12 @@ def test_the_random_model_loads_and_every_token_has_an_embedding(tiny_model: Mod
     assert stop_token_ids(tmp_path / "a") == [tiny_model.TOKENS.index(tiny_model.END)]
 
 
+@pytest.mark.parametrize("name", ["config", "ppo"])
 def test_config_fits_the_model_and_the_puzzles(
-    tiny_model: ModuleType, puzzles: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    name: str, tiny_model: ModuleType, puzzles: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(EXAMPLE.parents[1])
-    config = load_config("examples/countdown_cpu/config.yaml")
+    config = load_config(f"examples/countdown_cpu/{name}.yaml")
     assert Path(config.prepare).is_file()
     build(config.exploration, config)
     tiny_model.write(tmp_path / "model", seed=0)
