@@ -44,23 +44,26 @@ def test_layouts_give_the_same_rollouts_losses_and_gradients(train, tmp_path: Pa
             assert row["policy/grad_norm"] > 0
 
 
-def test_first_update_of_an_on_policy_step_has_ratio_one(train, tmp_path: Path) -> None:
-    """Two data-parallel ranks under torchrun; one update per rollout, so the old policy is the current one."""
-    train(
-        "trainer.num_steps=2",
-        "trainer.updates_per_rollout=1",
-        "parallel.tp=1",
-        "parallel.dp=2",
+def test_one_update_per_rollout_with_and_without_a_pass_of_the_old_policy(train, tmp_path: Path) -> None:
+    """Two data-parallel ranks under torchrun; 80/20 with a share of one selects every token, but asks for the pass."""
+    common = ["trainer.num_steps=2", "trainer.updates_per_rollout=1", "parallel.tp=1", "parallel.dp=2"]
+    held_out = [
         "data.eval_path=examples/countdown_cpu/build/eval.jsonl",
         "trainer.eval_every=0",
         "trainer.eval_responses=2",
-        f"run.dir={tmp_path / 'run'}",
-        torchrun=2,
-    )
-    for row in metrics(tmp_path / "run"):
-        assert abs(row["policy/ratio_max"] - 1) < 1e-6
+    ]
+    without, with_pass = tmp_path / "without", tmp_path / "with"
+    train(*common, *held_out, "exploration=null", f"run.dir={without}", torchrun=2)
+    train(*common, "exploration={high_entropy: {share: 1.0}}", f"run.dir={with_pass}")
+    for row, other in zip(metrics(without), metrics(with_pass), strict=True):
+        assert "time/log_probs" not in row and other["time/log_probs"] > 0
+        assert other["high_entropy/share"] == 1
+        assert abs(other["policy/ratio_max"] - 1) < 1e-6  # two forwards, one policy
+        for key in ("policy/loss", "policy/grad_norm", "policy/entropy", "reward/mean"):
+            assert close(row[key], other[key]), (row["step"], key, row[key], other[key])
+        assert row["rollout/log_prob_gap_max"] < 1e-4
         assert row["sync/verified"] is True
-    summary = json.loads((tmp_path / "run" / "summary.json").read_text())
+    summary = json.loads((without / "summary.json").read_text())
     assert 0 < summary["eval/pass@1"] < summary["eval/pass@2"] < 1
-    assert (tmp_path / "run" / "hf" / "config.json").exists()
-    assert "<svg" in (tmp_path / "run" / "report.html").read_text()
+    assert (without / "hf" / "config.json").exists()
+    assert "<svg" in (without / "report.html").read_text()
