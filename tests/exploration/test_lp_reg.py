@@ -356,6 +356,37 @@ def test_a_proxy_with_more_tokens_than_are_kept_is_counted(size):
     assert (metrics["lp_reg/cut_share"] > 0) == (size == 3)
 
 
+def test_a_proxy_of_the_reference_policy():
+    """The part of another model: only its scalars are known, so k3 of the sampled token has to take the KL's place."""
+    with pytest.raises(ConfigError, match="set exploration.lp_reg.divergence=k3_sampled"):
+        method(1, proxy_source="reference")
+    lp_reg = method(1, proxy_source="reference", divergence="k3_sampled", rho=0.3)
+    assert lp_reg.needs().reference and lp_reg.needs().old_statistics
+    batch = make_batch(LENGTHS)
+    logits, reference_logits = make_logits(batch), make_logits(batch, seed=5)
+    fill_old(batch, logits, lp_reg, reference=reference_logits)
+    reference = statistics(reference_logits, batch, lp_reg)
+    assert torch.equal(batch.extras["lp_reg/proxy_log_prob"], reference.proxy_log_prob)
+    loss, _, metrics = update_loss(batch, logits, lp_reg, "plain_clip", CLIP)
+
+    p_o, q_o = sampled(logits.softmax(-1), batch), reference.proxy_log_prob.exp()
+    improbable = sorted(p_o[batch.loss_mask].tolist())[math.ceil(0.3 * sum(LENGTHS)) - 1]
+    on = batch.loss_mask & (batch.advantages < 0) & (p_o <= improbable) & (q_o > 0)
+    divergence = torch.where(on, q_o / p_o - 1 - (q_o / p_o).log(), 0.0)
+    assert torch.allclose(loss, (divergence - batch.advantages)[batch.loss_mask].mean(), rtol=1e-6) and on.sum() >= 3
+    assert metrics["lp_reg/share"] == pytest.approx(int(on.sum()) / sum(LENGTHS))
+
+
+@pytest.mark.parametrize("share", [0.02, 0.1, 0.9])
+def test_target_share_regularises_that_share_while_there_are_tokens_to(share):
+    batch, lp_reg = make_batch(LENGTHS), method(target_share=share)
+    logits = old_and_current(batch, lp_reg, 0.0)
+    _, _, metrics = update_loss(batch, logits, lp_reg, "plain_clip", CLIP)
+    eligible = batch.loss_mask & (batch.advantages < 0) & batch.extras["lp_reg/proxy_log_prob"].isfinite()
+    wanted = min(round(share * sum(LENGTHS)), int(eligible.sum()))
+    assert metrics["lp_reg/share"] * sum(LENGTHS) == pytest.approx(wanted)
+
+
 def test_presets_fill_what_is_not_given():
     assert set(PRESETS["paper"]) == set(PRESETS["released_code"])
     for preset, values in PRESETS.items():

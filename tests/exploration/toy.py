@@ -75,14 +75,17 @@ def deal(batch: Batch, microbatches: list[list[int]]) -> tuple[Batch, Tensor]:
     return share, rows
 
 
-def fill_old(batch: Batch, logits: Tensor, method: Exploration, temperature: float = 1.0) -> Batch:
-    """What the old policy's pass fills."""
+def fill_old(
+    batch: Batch, logits: Tensor, method: Exploration, temperature: float = 1.0, reference: Tensor | None = None
+) -> Batch:
+    """What the passes of the old policy and of the reference, by its logits, fill."""
     with torch.no_grad():
         old = statistics(logits, batch, method, temperature)
+        scored = None if reference is None else statistics(reference, batch, method, temperature)
     batch.old_log_probs, batch.entropy = old.log_prob, old.entropy
     if old.top_ids is not None:
         batch.old_top_ids, batch.old_top_log_probs = old.top_ids, old.top_log_probs
-    batch.extras = method.annotate(batch, old)
+    batch.extras = method.annotate(batch, old, scored)
     return batch
 
 
