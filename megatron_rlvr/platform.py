@@ -45,6 +45,16 @@ def has_apex_weight_gradient_kernel() -> bool:
     return has_gpu() and importlib.util.find_spec("fused_weight_gradient_mlp_cuda") is not None
 
 
+def has_triton() -> bool:
+    """Whether Triton kernels run on a GPU here."""
+    return has_gpu() and importlib.util.find_spec("triton") is not None
+
+
+def interprets_triton() -> bool:
+    """Whether Triton kernels run on the CPU, by its interpreter: slowly, for tests. Triton asks when it is imported."""
+    return os.environ.get("TRITON_INTERPRET") == "1" and importlib.util.find_spec("triton") is not None
+
+
 def block_elements() -> int:
     """Elements to work on at a time where operations run one by one: what a CPU's cache holds, or what fills a GPU."""
     return 1 << 26 if has_gpu() else 1 << 16

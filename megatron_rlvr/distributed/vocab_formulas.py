@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from types import ModuleType
 from typing import NamedTuple
 
 import torch
@@ -22,6 +23,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
+from megatron_rlvr import platform
 from megatron_rlvr.config import rule
 from megatron_rlvr.distributed import vocab_passes
 from megatron_rlvr.distributed.collect import all_gather_flat
@@ -124,13 +126,23 @@ class State(NamedTuple):
     entropy: Tensor
 
 
+def passes_for(logits: Tensor) -> ModuleType:
+    """vocab_kernels for logits on a GPU, or where Triton is interpreted; vocab_passes for others, and for fp64."""
+    runs_kernels = platform.interprets_triton() or (logits.is_cuda and platform.has_triton())
+    if logits.dtype == torch.float64 or not runs_kernels:
+        return vocab_passes
+    from megatron_rlvr.distributed import vocab_kernels  # Triton is not everywhere
+
+    return vocab_kernels
+
+
 def measure(real: Tensor, tokens: Tokens, shard: Shard, options: StatisticsOptions) -> Measured:
     """``real`` [T, n]: logits of this rank's real columns. One collective, one more for ``tau``, one for ``top``."""
-    local = torch.stack([vocab_passes.maximum(real), _logits_at(real, tokens.targets[:, None], shard)[:, 0]])
+    local = torch.stack([passes_for(real).maximum(real), _logits_at(real, tokens.targets[:, None], shard)[:, 0]])
     largest, target = all_max(local, shard.group)
     scale = _scale(options, largest)
     if options.tau is not None:
-        normaliser = all_sum(vocab_passes.threshold_sum(real, largest, scale), shard.group)[0]
+        normaliser = all_sum(passes_for(real).threshold_sum(real, largest, scale), shard.group)[0]
         floor = math.log(options.tau) + normaliser.log()
     else:
         # no threshold at all is a floor that nothing falls below
@@ -138,7 +150,7 @@ def measure(real: Tensor, tokens: Tokens, shard: Shard, options: StatisticsOptio
     t = (_logits_at(real, tokens.old_ids, shard) - largest[:, None]) * scale[0]
     owned = shard.own(tokens.old_ids)[0] & (tokens.old_q > 0)
     cross = torch.where(owned, tokens.old_q * (t - tokens.old_q.log()), 0.0).sum(1)
-    sums = torch.cat([vocab_passes.sums(real, largest, floor, target, scale), cross[None]])
+    sums = torch.cat([passes_for(real).sums(real, largest, floor, target, scale), cross[None]])
     top_ids, top = _top(real, options.top + 1 if options.top else 0, shard)
     return Measured(largest, target - largest, floor, sums, top_ids.t(), (top - largest[:, None]).t())
 
@@ -199,7 +211,7 @@ def overwrite_with_gradient(
     is_kept = vocab_passes.keeps(gap, floor[:, None], scale)
     entry = t.exp() * (a[:, None] + b[:, None] * t + torch.where(is_kept, c[:, None], 0.0)) + more
 
-    vocab_passes.overwrite_with_gradient(real, largest, floor, (a, b, c), scale)
+    passes_for(real).overwrite_with_gradient(real, largest, floor, (a, b, c), scale)
     rows, places = (t > -torch.inf).nonzero(as_tuple=True)
     real[rows, shard.own(ids)[1][rows, places]] = entry[rows, places].to(real.dtype)
 

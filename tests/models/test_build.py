@@ -1,0 +1,38 @@
+"""When a policy does without logits; that it may is in test_invariance.py."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from megatron_rlvr.architecture import Architecture
+from megatron_rlvr.models.build import fuses_logits
+from tests.tiny import make_config, make_folder
+
+
+@pytest.fixture(scope="module")
+def architecture(tmp_path_factory: pytest.TempPathFactory) -> Architecture:
+    return Architecture.from_folder(make_folder(tmp_path_factory.mktemp("model")))
+
+
+@pytest.mark.parametrize(
+    ("tokens", "vocab", "tp", "dtype", "fused"),
+    [
+        (8192, 4096, 1, "float32", False),  # 128 MiB
+        (8192, 151_936, 1, "bfloat16", True),  # 2.3 GiB
+        (8192, 151_936, 4, "bfloat16", False),  # a quarter of it on each rank
+        (8192, 151_936, 4, "float32", True),  # twice that
+        (32_768, 152_064, 8, "bfloat16", True),  # Qwen2.5-32B: 1.16 GiB
+    ],
+)
+def test_logits_are_left_out_where_they_would_take_more_than_a_gib(
+    architecture: Architecture, tokens: int, vocab: int, tp: int, dtype: str, fused: bool
+) -> None:
+    large = replace(architecture, vocab_size=vocab)
+    tree = {"model": {"dtype": dtype}, "parallel": {"tp": tp}, "trainer": {"microbatch_tokens": tokens}}
+    assert fuses_logits(make_config(Path("unused"), tree), large) == fused
+    for logits in ("materialised", "fused"):
+        tree["model"]["logits"] = logits
+        assert fuses_logits(make_config(Path("unused"), tree), large) == (logits == "fused")
