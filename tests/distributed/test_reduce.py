@@ -31,6 +31,19 @@ def values_of(seed: int) -> tuple[list[Tensor], list[Tensor]]:
     return values, masks
 
 
+def test_a_sum_is_dealt_out_by_rows():
+    def work():
+        rank = dist.get_rank()
+        tensor = torch.arange(12.0).view(6, 2).t().contiguous().t() * (rank + 1)  # columns first in memory
+        with pytest.raises(ValueError, match="5 rows cannot be dealt out to 3 ranks"):
+            reduce.sum_scatter(tensor[:5], dist.group.WORLD)
+        return reduce.sum_scatter(tensor, dist.group.WORLD)
+
+    parts = run_ranks(WORLD, work)
+    assert torch.cat(parts).equal(6 * torch.arange(12.0).view(6, 2)) and parts[0].shape == (2, 2)
+    assert reduce.sum_scatter(torch.ones(5, 2), None).equal(torch.ones(5, 2))
+
+
 def places(total: int) -> list[int]:
     """Which of the smallest values to ask for: the ends, the middle, and one more than there are."""
     return [0, 1, 2, total // 2, total - 1, total, total + 1]
