@@ -2,9 +2,11 @@
 
 Forward and backward over the same random logits: ours (log-prob, exact entropy and kept mass, with gradients of all
 three), plain PyTorch over whole logits (the same three; with one rank), and megatron-core's cross-entropy, plain and
-fused, which give the log-prob alone. One JSON line each: median CPU seconds per pass of the slowest rank, rounds
-interleaved; peak memory beside the logits in bytes per logits element (gradients included, as they are part of every
-alternative but ours, which writes them over the logits); collectives in forward and backward. Ratios come last.
+fused, which give the log-prob alone. Then from hidden states [tokens, --hidden] and the output layer's weight: ours
+without logits, beside the four matrix products that it cannot do without. One JSON line each: median CPU seconds per
+pass of the slowest rank, rounds interleaved; peak memory beside the inputs in bytes, and in bytes per logits element
+(gradients included, save where they are written over the logits or into a buffer that is there); collectives in forward
+and backward. Ratios come last.
 """
 
 from __future__ import annotations
@@ -23,50 +25,68 @@ import bench_ranks
 
 NAIVE_BYTES = 28  # per logits element, forward and backward (float32)
 
+Run = Callable[[Any, Any], Any]  # (logits or hidden states that need a gradient, targets) -> scalar to differentiate
+
 
 def main() -> int:
-    parser = bench_ranks.parser(__doc__, "float32", tokens=1024, vocab=151_936, tp=1, rounds=5)
+    parser = bench_ranks.parser(__doc__, "float32", tokens=1024, vocab=151_936, hidden=1024, tp=1, rounds=5)
     return bench_ranks.on_ranks(bench, parser.parse_args())
 
 
 def bench(options: argparse.Namespace) -> None:
     import torch
-    import torch.distributed as dist
 
     from megatron_rlvr import platform
     from megatron_rlvr.config import Config, ParallelConfig
     from megatron_rlvr.models.build import initialize_parallel
 
     groups = initialize_parallel(Config(parallel=ParallelConfig(tp=options.tp)))
-    torch.manual_seed(groups.rank)
-    dtype = getattr(torch, options.dtype)
-    columns = options.vocab // options.tp
-    logits = (torch.randn(options.tokens, columns, device=platform.device()) * 3).to(dtype)
-    torch.manual_seed(0)  # the same targets on every rank
-    targets = torch.randint(options.vocab, (options.tokens,), device=logits.device)
+    dtype, columns = getattr(torch, options.dtype), options.vocab // options.tp
+
+    def random(seed: int, rows: int, width: int, scale: float) -> Any:
+        torch.manual_seed(seed)
+        return (torch.randn(rows, width, device=platform.device()) * scale).to(dtype)
+
+    torch.manual_seed(0)  # the same targets and hidden states on every rank
+    targets = torch.randint(options.vocab, (options.tokens,), device=platform.device())
+    hidden = random(0, options.tokens, options.hidden, 1.0)
+    logits = random(1 + groups.rank, options.tokens, columns, 3.0)
+    ratios = compare(options, groups, with_logits(options, groups), logits, targets, columns)
+    del logits
+    weight = random(1 + groups.rank, columns, options.hidden, 3.0 * options.hidden**-0.5)
+    ratios |= compare(options, groups, without_logits(groups, weight), hidden, targets, columns)
+    if groups.rank == 0:
+        print(json.dumps(ratios))
+
+
+def compare(
+    options: argparse.Namespace, groups: Any, passes: dict[str, Run], source: Any, targets: Any, columns: int
+) -> dict[str, float]:
+    """Prints the figures of each of ``passes`` over ``source``; the first one's time over each of the others'."""
+    import torch
+    import torch.distributed as dist
+
     figures: dict[str, dict[str, Any]] = {}
-    passes = alternatives(options, groups, logits.numel())
     seconds: dict[str, list[float]] = {name: [] for name in passes}
     for number in range(options.rounds + 1):
         for name, run in passes.items():
-            row = measure(run, logits, targets)
+            row = measure(run, source, targets, options.tokens * columns)
             if number:  # the first one compiles
                 seconds[name].append(row["cpu_seconds"])
                 figures[name] = row
-    for name, row in figures.items():
-        slowest = torch.tensor(median(seconds[name]))
-        dist.all_reduce(slowest, dist.ReduceOp.MAX)
-        row["cpu_seconds"] = round(float(slowest), 4)
-        if groups.rank == 0:
-            case = {name: getattr(options, name) for name in ("tokens", "vocab", "tp", "dtype")}
-            print(json.dumps({"implementation": name, **case, **row}), flush=True)
+    slowest = torch.tensor([median(seconds[name]) for name in passes])
+    dist.all_reduce(slowest, dist.ReduceOp.MAX)
+    medians = dict(zip(passes, slowest.tolist(), strict=True))
     if groups.rank == 0:
-        ours = figures["ours"]["cpu_seconds"]
-        print(json.dumps({f"ours / {name}": round(ours / row["cpu_seconds"], 3) for name, row in figures.items()}))
+        case = {name: getattr(options, name) for name in ("tokens", "vocab", "tp", "dtype")}
+        for name, row in figures.items():
+            row["cpu_seconds"] = round(medians[name], 5)
+            print(json.dumps({"implementation": name, **case, **row}), flush=True)
+    ours, *others = passes
+    return {f"{ours} / {name}": round(medians[ours] / medians[name], 3) for name in others}
 
 
-def alternatives(options: argparse.Namespace, groups: Any, elements: int) -> dict[str, Callable]:
-    """name -> (logits that need a gradient, targets) -> the scalar to differentiate."""
+def with_logits(options: argparse.Namespace, groups: Any) -> dict[str, Run]:
     import torch
     from megatron.core.fusions.fused_cross_entropy import fused_vocab_parallel_cross_entropy
     from megatron.core.tensor_parallel import vocab_parallel_cross_entropy
@@ -96,7 +116,7 @@ def alternatives(options: argparse.Namespace, groups: Any, elements: int) -> dic
 
     found = {"ours": ours, "megatron": megatron, "megatron_fused": megatron_fused}
     if options.tp == 1:
-        needed = elements * (NAIVE_BYTES + 8)
+        needed = options.tokens * options.vocab * (NAIVE_BYTES + 8)
         if needed < free_bytes():
             found["naive"] = naive
         elif groups.rank == 0:
@@ -104,16 +124,45 @@ def alternatives(options: argparse.Namespace, groups: Any, elements: int) -> dic
     return found
 
 
-def measure(run: Callable, logits: Any, targets: Any) -> dict[str, Any]:
-    """One forward and backward over a copy of ``logits``."""
+def without_logits(groups: Any, weight: Any) -> dict[str, Run]:
+    """Both add the weight's gradient to the same fp32 buffer, as training does."""
+    import torch
+
+    from megatron_rlvr.distributed.vocab_linear import linear_token_statistics
+
+    weight.requires_grad_()
+    weight.main_grad = torch.zeros_like(weight, dtype=torch.float32)
+
+    def linear(hidden, targets):
+        found = linear_token_statistics(hidden, weight, targets, group=groups.tp, min_p=0.02)
+        return (found.log_prob + 0.1 * found.entropy + 0.1 * found.log_kept_mass).sum()
+
+    class FourProducts(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, hidden):
+            ctx.save_for_backward(hidden)
+            return (hidden @ weight.t())[0, 0]
+
+        @staticmethod
+        def backward(ctx, upstream):
+            (hidden,) = ctx.saved_tensors
+            gradient = hidden @ weight.t()
+            weight.main_grad.add_(gradient.t() @ hidden)
+            return gradient @ weight
+
+    return {"linear": linear, "products": lambda hidden, targets: FourProducts.apply(hidden)}
+
+
+def measure(run: Run, source: Any, targets: Any, elements: int) -> dict[str, Any]:
+    """One forward and backward over a copy of ``source``, whose logits have so many elements."""
     import torch
     import torch.distributed as dist
 
     from megatron_rlvr import platform
 
     # A copy that is not a leaf, as a model's logits are: whoever wants may write over it.
-    source = logits.clone().requires_grad_()
-    copy = source.view_as(source)
+    leaf = source.clone().requires_grad_()
+    copy = leaf.view_as(leaf)
     calls = count_collectives()
     gc.collect()
     dist.barrier()
@@ -122,14 +171,15 @@ def measure(run: Callable, logits: Any, targets: Any) -> dict[str, Any]:
     with platform.megatron_calls():
         total = run(copy, targets)
         forward = calls["count"]
-        (gradient,) = torch.autograd.grad(total, source)
+        (gradient,) = torch.autograd.grad(total, leaf)
     spent = time.process_time() - started
     peak = memory() - before
-    assert gradient.shape == logits.shape and gradient.isfinite().all()
+    assert gradient.shape == source.shape and gradient.isfinite().all()
     calls["restore"]()
     return {
         "cpu_seconds": spent,
-        "bytes_per_element": round(peak / logits.numel(), 2),
+        "bytes": peak,
+        "bytes_per_element": round(peak / elements, 2),
         "collectives": [forward, calls["count"] - forward],
     }
 
