@@ -8,6 +8,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 ROOT = Path(__file__).resolve().parents[2]
 DEADLINE = 300.0  # seconds, on a machine with other work; 20 on an idle one
 
@@ -32,6 +34,7 @@ def test_token_statistics() -> None:
     assert set(ratios) == {"ours / megatron", "ours / megatron_fused", "linear / products"}
 
 
+@pytest.mark.slow
 def test_weight_sync() -> None:
     *syncs, medians = run("bench_weight_sync", layers=1, hidden=128, ffn=64, vocab=256, syncs=2, dtype="float32")
     assert len(syncs) == 2 and all(0 < row["proof_seconds"] < row["sync_seconds"] for row in syncs)
