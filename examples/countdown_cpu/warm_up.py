@@ -23,7 +23,7 @@ from megatron_rlvr.architecture import Architecture  # noqa: E402
 from megatron_rlvr.config import Config, ModelConfig, OptimizerConfig, TrainerConfig  # noqa: E402
 from megatron_rlvr.distributed import groups as process_groups  # noqa: E402
 from megatron_rlvr.distributed.vocab import StatisticsOptions, TokenStatistics  # noqa: E402
-from megatron_rlvr.losses import token_mean  # noqa: E402
+from megatron_rlvr.losses import reduction_weights  # noqa: E402
 from megatron_rlvr.metrics import Meter  # noqa: E402
 from megatron_rlvr.models.build import initialize_parallel  # noqa: E402
 from megatron_rlvr.models.policy import Policy  # noqa: E402
@@ -84,7 +84,7 @@ def _warm_up(policy: Policy, batch: Batch) -> float:
     for update in track(batch.updates, description="warm-up"):
 
         def loss(micro: Microbatch, current: TokenStatistics, meter: Meter, update: Update = update) -> Tensor:
-            return -(token_mean(micro, update) * current.log_prob).sum()
+            return -(reduction_weights(micro, update, "token_mean") * current.log_prob).sum()
 
         meter = policy.update(batch, update, loss, StatisticsOptions())
     return meter.means()["policy/loss"]
