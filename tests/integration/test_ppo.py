@@ -1,21 +1,19 @@
-"""PPO with four heads and both bonuses of CDE, with real Megatron and real vLLM, resumed in the middle."""
+"""PPO with four heads and both bonuses of CDE, with real Megatron and real vLLM."""
 
 from __future__ import annotations
 
 import math
-import shutil
 from pathlib import Path
 
-from tests.integration.conftest import metrics, without_times
+from tests.integration.conftest import metrics
 
 PPO = "examples/countdown_cpu/ppo.yaml"
 
 
-def test_three_steps_and_the_last_one_again_from_a_checkpoint(train, tmp_path: Path) -> None:
+def test_three_steps(train, tmp_path: Path) -> None:
     folder = tmp_path / "run"
     overrides = [
         "trainer.num_steps=3",
-        "trainer.save_every=2",
         "critic.warmup_steps=1",
         "critic.share=0.5",
         "reward.scale=signed",
@@ -34,9 +32,3 @@ def test_three_steps_and_the_last_one_again_from_a_checkpoint(train, tmp_path: P
         assert row["time/values"] > 0 and row["time/critic"] > 0
     for row in rows[1:]:
         assert row["policy/grad_norm"] > 0
-
-    weights = (folder / "hf" / "model.safetensors").read_bytes()
-    shutil.rmtree(folder / "checkpoints" / "step_3")
-    train(*overrides, "run.resume=must", config=PPO)
-    assert without_times(metrics(folder)) == without_times(rows)
-    assert (folder / "hf" / "model.safetensors").read_bytes() == weights
