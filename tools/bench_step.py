@@ -16,6 +16,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from statistics import median
@@ -36,7 +37,9 @@ def main() -> int:
     parser.add_argument(
         "--trl-python", default=sys.executable, help="interpreter that can import trl (default: this one)"
     )
-    parser.add_argument("overrides", nargs="*", metavar="key=value", help="overrides of our side's config")
+    parser.add_argument(
+        "overrides", nargs="*", metavar="key=value", help="overrides of the config, which both sides read"
+    )
     options = parser.parse_args()
     implementations = {"ours": ours}
     if has_trl(options.trl_python):
@@ -80,14 +83,15 @@ def ours(folder: Path, options: argparse.Namespace) -> dict[str, Any]:
     command = [sys.executable, "-m", "megatron_rlvr.train", str(CONFIG), *settings]
     figures, rows = measure(command, run / "metrics.jsonl", options.steps, threads=1)
     total = sum(row["time/step"] for row in rows)
-    shares = {phase: round(sum(row[f"time/{phase}"] for row in rows) / total, 4) for phase in PHASES}
+    shares = {phase: round(sum(row.get(f"time/{phase}", 0.0) for row in rows) / total, 4) for phase in PHASES}
     return figures | {"phases": shares | {"other": round(1 - sum(shares.values()), 4)}}
 
 
 def trl(threads: int, folder: Path, options: argparse.Namespace) -> dict[str, Any]:
     """One run of TRL's trainer in its own interpreter, which runs ``train_with_trl`` of this file."""
     marks = folder / "steps.jsonl"
-    code = f"import bench_step; bench_step.train_with_trl({str(folder)!r}, {str(marks)!r}, {SKIPPED + options.steps})"
+    arguments = f"{str(folder)!r}, {str(marks)!r}, {SKIPPED + options.steps}, {options.overrides!r}"
+    code = f"import bench_step; bench_step.train_with_trl({arguments})"
     figures, _ = measure([options.trl_python, "-W", "ignore", "-c", code], marks, options.steps, threads)
     return figures
 
@@ -150,7 +154,7 @@ def cpu_seconds(pid: int) -> float:
     return sum(ticks.get(member, 0) for member in family) / os.sysconf("SC_CLK_TCK")
 
 
-def train_with_trl(folder: str, marks: str, steps: int) -> None:
+def train_with_trl(folder: str, marks: str, steps: int, overrides: Sequence[str] = ()) -> None:
     """TRL's side, in its own interpreter: same model, prompts, reward and batch sizes; a line in ``marks`` per step."""
     from datasets import load_dataset
     from transformers import AutoTokenizer, TrainerCallback
@@ -159,7 +163,7 @@ def train_with_trl(folder: str, marks: str, steps: int) -> None:
     from megatron_rlvr.config import load_config
     from megatron_rlvr.verifiers.countdown import verify
 
-    config = load_config(CONFIG)
+    config = load_config(CONFIG, overrides)
     rollout, updates = config.rollout, config.trainer.updates_per_rollout
 
     class Mark(TrainerCallback):
