@@ -74,9 +74,8 @@ class Config:
     # The paper's fixed rho regularised fewer and fewer tokens, as those that pass the filter went from 27% to 8%.
     target_share: float = 0.0
     beta: float | Literal["advantage"] = 1.0  # weight of the divergence; advantage: protection * |A| at each token
-    protection: float = (
-        1.0  # beta=advantage: on-policy the net coefficient is then |A| (1 - protection (1/Z - 1)) for k3
-    )
+    # With beta=advantage; on-policy, with k3, the net coefficient is then |A| (1 - protection (1/Z - 1)).
+    protection: float = 1.0
     kappa: float | None = None  # min-p threshold, kept where p >= kappa * max p; 0.02 unless tau is given
     tau: float | None = None  # fixed threshold instead, kept where p >= tau
     threshold_temperature: float | None = None  # of the distribution that is thresholded; 0: the sampling temperature
