@@ -1,6 +1,7 @@
 """The RL step, and the run around it.
 
-    prompts -> rollouts -> verdicts -> packed batch -> old log-probs -> rewards -> advantages -> updates -> weight sync
+    prompts -> rollouts -> verdicts -> packed batch -> reference, old log-probs and values, where something reads them
+            -> rewards -> advantages -> updates of critic and policy -> weight sync
 
 Every rank runs this same program; what differs between ranks is hidden in the groups, the policy and the engine.
 """

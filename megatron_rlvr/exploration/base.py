@@ -23,6 +23,7 @@ import copy
 import difflib
 import importlib
 import pkgutil
+from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from typing import Any
 
@@ -158,7 +159,7 @@ class Exploration:
         """Take back what state_dict gave."""
 
 
-class TokenSelection(Exploration):
+class TokenSelection(Exploration, ABC):
     """A method that trains on some of the tokens: the others lose their loss and their place in the denominator.
 
     Under ``reduction: token_mean`` the loss is then the mean over the selected tokens of the update; a reduction by
@@ -171,9 +172,9 @@ class TokenSelection(Exploration):
     def needs(self) -> Needs:
         return Needs(old_statistics=True)
 
+    @abstractmethod
     def select(self, tokens: Microbatch, groups: ParallelGroups) -> Tensor:
         """[t] bool, from what is known before the update; ``tokens`` is this rank's part of it."""
-        raise NotImplementedError
 
     def prepare_update(self, batch: Batch, update: Update, groups: ParallelGroups) -> None:
         batch.keep(update, f"{self.name}/weight", self.weights(batch.of_update(update), groups))
