@@ -1,0 +1,152 @@
+"""From YAML and dotted overrides to a dataclass; knows no key of its own.
+
+Every mistake is a ConfigError that names the key, the rule, the value and the way out.
+"""
+
+from __future__ import annotations
+
+import difflib
+import types
+import typing
+from dataclasses import fields, is_dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+
+
+class ConfigError(ValueError):
+    """A configuration that cannot run; the message is meant for the person who wrote it."""
+
+
+def rule(condition: bool, message: str) -> None:
+    """Raise ConfigError(message) unless the rule holds."""
+    if not condition:
+        raise ConfigError(message)
+
+
+def read_tree(path: Path, includers: tuple[Path, ...] = ()) -> dict:
+    """The file's keys over those of its bases; ``includers`` are the files that lead here. Raises ConfigError."""
+    if path.resolve() in includers:
+        raise ConfigError(f"{path} includes itself: {' -> '.join(str(item) for item in (*includers, path.resolve()))}")
+    try:
+        text = path.read_text()
+    except OSError as error:
+        by = f", a base of {includers[-1]}" if includers else ""
+        raise ConfigError(f"cannot read the config {path}{by}: {error.strerror}") from error
+    try:
+        tree = yaml.safe_load(text) or {}
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{path} is not valid YAML: {error}") from error
+    if not isinstance(tree, dict):
+        raise ConfigError(f"{path} must hold a mapping of keys to values, not a {type(tree).__name__}")
+    bases = tree.pop("base", [])
+    bases = [bases] if isinstance(bases, str) else bases
+    if not isinstance(bases, list) or not all(isinstance(base, str) for base in bases):
+        raise ConfigError(f"{path}: base must be the name of a config file or a list of them, not {bases!r}")
+    merged: dict = {}
+    for base in bases:
+        _merge(merged, read_tree(path.parent / base, (*includers, path.resolve())))
+    _merge(merged, tree)
+    return merged
+
+
+def _merge(into: dict, tree: dict) -> None:
+    """The keys of ``tree`` over those of ``into``, level by level."""
+    for key, value in tree.items():
+        if isinstance(value, dict) and isinstance(into.get(key), dict):
+            _merge(into[key], value)
+        else:
+            into[key] = value
+
+
+def apply_override(tree: dict, override: str) -> None:
+    """Set one ``key.sub=value`` in the tree. Raises ConfigError."""
+    key, separator, text = override.partition("=")
+    if not separator or not key:
+        raise ConfigError(f"override {override!r} must look like key.sub=value")
+    node = tree
+    *parents, leaf = key.split(".")
+    for parent in parents:
+        node = node.setdefault(parent, {})
+        if node is None or not isinstance(node, dict):
+            raise ConfigError(f"override {override!r}: {parent!r} holds a value, not keys")
+    try:
+        node[leaf] = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise ConfigError(f"override {override!r}: {text!r} is not a YAML value") from error
+
+
+def from_dict(cls: type, tree: Any, path: str = "") -> Any:
+    """A mapping -> a dataclass of type ``cls``; ``path`` is what errors call it ("exploration.lp_reg")."""
+    if tree is None:
+        tree = {}
+    if not isinstance(tree, dict):
+        raise ConfigError(f"{path or 'the config'} must be a mapping of keys to values, not {tree!r}")
+    hints = typing.get_type_hints(cls)
+    known = [item.name for item in fields(cls)]
+    values = {}
+    for key, value in tree.items():
+        name = f"{path}.{key}" if path else str(key)
+        if key not in known:
+            raise ConfigError(f"unknown key {name!r}{_closest(str(key), known, path)}")
+        values[key] = _convert(hints[key], value, name)
+    return cls(**values)
+
+
+def _closest(key: str, known: list[str], path: str) -> str:
+    close = difflib.get_close_matches(key, known, n=1, cutoff=0.0)
+    prefix = f"{path}." if path else ""
+    return f"; did you mean {prefix + close[0]!r}?" if close else f"; {path} takes no keys"
+
+
+def _convert(hint: Any, value: Any, name: str) -> Any:
+    origin, arguments = typing.get_origin(hint), typing.get_args(hint)
+    if is_dataclass(hint):
+        return from_dict(typing.cast(type, hint), value, name)
+    if origin is Literal:
+        if value not in arguments:
+            raise ConfigError(f"{name} must be one of {', '.join(map(repr, arguments))}, not {value!r}")
+        return value
+    if origin in (typing.Union, types.UnionType):
+        return _convert_union(arguments, value, name)
+    if origin is list:
+        if not isinstance(value, list):
+            raise ConfigError(f"{name} must be a list, not {value!r}")
+        return [_convert(arguments[0], item, f"{name}[{index}]") for index, item in enumerate(value)]
+    if origin is dict:
+        if value is None:  # `exploration: null` takes away what a base file switched on
+            return {}
+        if not isinstance(value, dict):
+            raise ConfigError(f"{name} must be a mapping, not {value!r}")
+        return {key: {} if item is None else item for key, item in value.items()}
+    return _convert_scalar(hint, value, name)
+
+
+def _convert_union(arguments: tuple, value: Any, name: str) -> Any:
+    if value is None and type(None) in arguments:
+        return None
+    problems = []
+    for argument in arguments:
+        if argument is type(None):
+            continue
+        try:
+            return _convert(argument, value, name)
+        except ConfigError as error:
+            problems.append(str(error))
+    raise ConfigError("; or ".join(problems))
+
+
+def _convert_scalar(hint: Any, value: Any, name: str) -> Any:
+    if hint is float and isinstance(value, str):  # YAML 1.1 reads 1e-6 as text
+        try:
+            return float(value)
+        except ValueError:
+            pass
+    if hint is str and value is None:  # `key=` on the command line, `key:` in the file
+        return ""
+    if hint is float and isinstance(value, int) and not isinstance(value, bool):
+        return float(value)
+    if not isinstance(value, hint) or (hint is int and isinstance(value, bool)):
+        raise ConfigError(f"{name} must be of type {hint.__name__}, not {value!r}")
+    return value

@@ -1,0 +1,178 @@
+"""Rules between the keys of a config, and what its batch sizes come to; each broken rule says why it is one."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from megatron_rlvr.config_reading import rule
+
+if TYPE_CHECKING:  # config.py imports this file
+    from megatron_rlvr.config import Config
+
+
+def check(config: Config) -> None:
+    """Every rule between keys that needs nothing but the config. Raises ConfigError."""
+    _check_ranges(config)
+    _check_batch(config)
+    if config.has_critic:
+        _check_critic(config)
+    parallel, world = config.parallel, config.world_size
+    rule(
+        world % config.rollout_tp == 0,
+        f"rollout.tp={config.rollout_tp} must divide the number of ranks tp*pp*dp={world}: "
+        f"each engine replica takes that many ranks",
+    )
+    rule(
+        parallel.vpp == 1 or parallel.pp > 1,
+        f"parallel.vpp={parallel.vpp} needs parallel.pp > 1: one stage has nothing to interleave",
+    )
+    rule(
+        not parallel.sequence_parallel or parallel.tp > 1,
+        "parallel.sequence_parallel needs parallel.tp > 1: it shards over the tensor-parallel ranks",
+    )
+    rule(
+        bool(config.verifier), "verifier is not set: name the one that scores the responses, for example verifier=math"
+    )
+    rule(
+        bool(config.model.path),
+        "model.path is not set: give a Hugging Face folder (config.json, tokenizer, safetensors)",
+    )
+    rule(bool(config.data.path), "data.path is not set: give the file that holds the prompts")
+
+
+def _check_ranges(config: Config) -> None:
+    at_least_one = {
+        "parallel.tp": config.parallel.tp,
+        "parallel.pp": config.parallel.pp,
+        "parallel.vpp": config.parallel.vpp,
+        "parallel.dp": config.parallel.dp,
+        "rollout.prompts_per_step": config.rollout.prompts_per_step,
+        "rollout.responses_per_prompt": config.rollout.responses_per_prompt,
+        "rollout.max_response_length": config.rollout.max_response_length,
+        "trainer.updates_per_rollout": config.trainer.updates_per_rollout,
+        "trainer.num_steps": config.trainer.num_steps,
+        "reward.workers": config.reward.workers,
+        "data.max_prompt_length": config.data.max_prompt_length,
+    }
+    for name, value in at_least_one.items():
+        rule(value >= 1, f"{name} must be at least 1, not {value}")
+    rule(
+        0 < config.rollout.temperature <= 2,
+        f"rollout.temperature must be in (0, 2], not {config.rollout.temperature}: "
+        f"greedy decoding has no log-probs to learn from, and the engine refuses more than 2",
+    )
+    rule(0 <= config.model.dropout < 1, f"model.dropout must be in [0, 1), not {config.model.dropout}")
+    for section, settings in {"optimizer": config.optimizer, "critic.optimizer": config.critic.optimizer}.items():
+        rule(settings.lr > 0, f"{section}.lr must be above 0, not {settings.lr}")
+        rule(len(settings.betas) == 2, f"{section}.betas must hold two numbers, not {settings.betas}")
+    rule(
+        config.algorithm.dual_clip == 0 or config.algorithm.dual_clip > 1,
+        f"algorithm.dual_clip must be above 1 (or 0 for off), not {config.algorithm.dual_clip}: "
+        f"it bounds a ratio that is 1 on-policy",
+    )
+    rule(
+        config.algorithm.kl.coefficient >= 0,
+        f"algorithm.kl.coefficient must be at least 0, not {config.algorithm.kl.coefficient}: below 0 it would drive "
+        f"the policy away from the reference",
+    )
+    rule(
+        not (config.has_critic and config.algorithm.kl.coefficient and config.algorithm.kl.where == "reward"),
+        "algorithm.kl.where=reward belongs to the advantages without a critic: with algorithm.advantage=gae set "
+        "algorithm.kl.where=loss",
+    )
+    rule(
+        config.algorithm.loss == "ppo" or not config.algorithm.dual_clip,
+        f"algorithm.dual_clip is a part of algorithm.loss=ppo and has no effect with {config.algorithm.loss}: "
+        f"drop one of them",
+    )
+    rule(
+        config.algorithm.loss != "gspo" or config.algorithm.reduction == "sequence_mean",
+        f"algorithm.loss=gspo needs algorithm.reduction=sequence_mean, not {config.algorithm.reduction}: "
+        f"its ratio belongs to a response, which must count once whatever its length",
+    )
+    rule(
+        0 <= config.algorithm.clip_low <= 1,
+        f"algorithm.clip_low must be in [0, 1], not {config.algorithm.clip_low}: a ratio is never negative",
+    )
+
+
+def _check_batch(config: Config) -> None:
+    rollout, updates, dp = config.rollout, config.trainer.updates_per_rollout, config.parallel.dp
+    rule(
+        rollout.prompts_per_step % updates == 0,
+        f"trainer.updates_per_rollout={updates} must divide rollout.prompts_per_step={rollout.prompts_per_step}: "
+        f"each update takes whole groups",
+    )
+    responses = rollout.prompts_per_step // updates * rollout.responses_per_prompt
+    interleaved = config.parallel.pp if config.parallel.vpp > 1 else 1
+    rule(
+        responses % (dp * interleaved) == 0,
+        f"an update has {responses} responses, which parallel.dp={dp}"
+        + (f" x parallel.pp={interleaved} (stages of parallel.vpp interleave)" if interleaved > 1 else "")
+        + " must divide: every data-parallel rank runs the same number of microbatches",
+    )
+    longest = config.data.max_prompt_length + rollout.max_response_length
+    rule(
+        config.trainer.microbatch_tokens >= longest,
+        f"trainer.microbatch_tokens={config.trainer.microbatch_tokens} must hold the longest response with its prompt: "
+        f"data.max_prompt_length + rollout.max_response_length = {longest}",
+    )
+
+
+def _check_critic(config: Config) -> None:
+    critic = config.critic
+    rule(critic.num_heads >= 1, f"critic.num_heads must be at least 1, not {critic.num_heads}: the value is their mean")
+    rule(critic.head_init > 0, f"critic.head_init must be above 0, not {critic.head_init}: heads would start as one")
+    rule(
+        0 < critic.share <= 1,
+        f"critic.share must be in (0, 1], not {critic.share}: it is the share of the data that a head learns from",
+    )
+    rule(
+        critic.share * critic.num_heads >= 1,
+        f"critic.share={critic.share} of critic.num_heads={critic.num_heads} head(s) adds up to less than the whole "
+        f"batch, so that some of it would teach no head: raise one of them",
+    )
+    responses = config.rollout.prompts_per_step * config.rollout.responses_per_prompt
+    responses //= config.trainer.updates_per_rollout
+    rule(
+        critic.share_of == "tokens" or critic.share * responses >= 1,
+        f"critic.share={critic.share} of an update's {responses} responses is less than one, which leaves a head "
+        f"without data: raise it, or set critic.share_of=tokens",
+    )
+    for name, value in (("gamma", critic.gamma), ("lam", critic.lam)):
+        rule(0 <= value <= 1, f"critic.{name} must be in [0, 1], not {value}: it is a discount per token")
+    rule(critic.value_clip >= 0, f"critic.value_clip must be at least 0 (0: off), not {critic.value_clip}")
+    rule(
+        0 <= critic.warmup_steps < config.trainer.num_steps,
+        f"critic.warmup_steps={critic.warmup_steps} must be below trainer.num_steps={config.trainer.num_steps} and not "
+        f"negative: the policy learns in the steps behind them",
+    )
+
+
+def batch_table(config: Config) -> list[tuple[str, str, str]]:
+    """(what, value, how it comes about): what each batch size means, printed once at the start of a run."""
+    rollout, trainer, parallel = config.rollout, config.trainer, config.parallel
+    responses = rollout.prompts_per_step * rollout.responses_per_prompt
+    longest = config.data.max_prompt_length + rollout.max_response_length
+    per_update = responses // trainer.updates_per_rollout
+    most = max(1, -(-per_update // parallel.dp) // max(1, trainer.microbatch_tokens // longest))
+    replicas = config.world_size // config.rollout_tp
+    return [
+        ("ranks", f"{config.world_size}", f"tp {parallel.tp} x pp {parallel.pp} x dp {parallel.dp}"),
+        ("engine replicas", f"{replicas}", f"{config.world_size} ranks / rollout.tp {config.rollout_tp}"),
+        ("prompts per step", f"{rollout.prompts_per_step}", "rollout.prompts_per_step"),
+        ("responses per step", f"{responses}", f"prompts x {rollout.responses_per_prompt} responses each"),
+        (
+            "tokens per step",
+            f"<= {responses * longest}",
+            f"responses x (prompt <= {config.data.max_prompt_length} + response <= {rollout.max_response_length})",
+        ),
+        ("updates per step", f"{trainer.updates_per_rollout}", "trainer.updates_per_rollout, each over whole groups"),
+        ("responses per update", f"{per_update}", f"over {parallel.dp} data-parallel rank(s)"),
+        ("microbatches per update and rank", f"<= {most}", f"packed to {trainer.microbatch_tokens} tokens each"),
+        (
+            "steps",
+            f"{trainer.num_steps}",
+            f"{trainer.num_steps * trainer.updates_per_rollout} optimizer updates in all",
+        ),
+    ]
