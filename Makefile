@@ -48,8 +48,9 @@ $(STAMP): requirements/cpu.lock
 demo: $(STAMP) ## a whole run on this machine: two ranks, real rollouts, a report
 	$(RUN) -m megatron_rlvr.train examples/countdown_cpu/config.yaml name=demo run.dir=runs/demo run.overwrite=true
 
+# Two workers, a file to each: most tests use one core, and what a file starts once it keeps.
 test: $(STAMP) ## everything but the marked tests below (pyproject.toml leaves those out)
-	$(RUN) -m pytest
+	$(RUN) -m pytest -n 2 --dist loadfile
 
 test-slow: $(STAMP) ## tests of minutes
 	$(RUN) -m pytest -m "slow and not gpu and not slurm and not browser"

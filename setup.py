@@ -33,6 +33,7 @@ EXTRAS = {
         "pre-commit",
         "pytest",
         "pytest-timeout",
+        "pytest-xdist",
         "ruff==0.17.5",
         "types-PyYAML",
     ],

@@ -6,6 +6,7 @@ FOLDER/train.jsonl and eval.jsonl hold the puzzles, FOLDER/model the model after
 from __future__ import annotations
 
 import argparse
+import fcntl
 import json
 import random
 import shutil
@@ -24,11 +25,17 @@ def main() -> int:
     parser.add_argument("--out", type=Path, default=here / "build", help="folder to write (default: %(default)s)")
     parser.add_argument("--force", action="store_true", help="make everything anew")
     options = parser.parse_args()
+    options.out.mkdir(parents=True, exist_ok=True)
+    with open(options.out / ".lock", "w") as lock:  # two runs that start at once: the second finds everything there
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        return make(options)
+
+
+def make(options: argparse.Namespace) -> int:
     data, model = [options.out / "train.jsonl", options.out / "eval.jsonl"], options.out / "model"
     if all(path.exists() for path in [*data, model]) and not options.force:
         print(f"{options.out} is there already; --force makes it anew")
         return 0
-    options.out.mkdir(parents=True, exist_ok=True)
     shutil.rmtree(model, ignore_errors=True)  # made last and whole or not at all: where it is, everything is
     train, held_out = split(all_puzzles())
     for path, puzzles in zip(data, (train, held_out), strict=True):
