@@ -1,12 +1,12 @@
 """Token statistics beside the alternatives: python tools/bench_token_statistics.py [--tokens 1024 --tp 2 ...]
 
 Forward and backward over the same random logits: ours (log-prob, exact entropy and kept mass, with gradients of all
-three), plain PyTorch over whole logits (the same three; with one rank), and megatron-core's cross-entropy, plain and
-fused, which give the log-prob alone. Then from hidden states [tokens, --hidden] and the output layer's weight: ours
-without logits, beside the four matrix products that it cannot do without. One JSON line each: median CPU seconds per
-pass of the slowest rank, rounds interleaved; peak memory beside the inputs in bytes, and in bytes per logits element
-(gradients included, save where they are written over the logits or into a buffer that is there); collectives in forward
-and backward. Ratios come last.
+three), plain PyTorch over whole logits (the same three; with one rank), megatron-core's cross-entropy, plain and fused,
+which give the log-prob alone, and with --peers slime's, verl's and NeMo-RL's log-prob and entropy. Then from hidden
+states [tokens, --hidden] and the output layer's weight: ours without logits, beside the four matrix products that it
+cannot do without. One JSON line each: median CPU seconds per pass of the slowest rank, rounds interleaved; peak memory
+beside the inputs in bytes, and in bytes per logits element (gradients included, save where they are written over the
+logits or into a buffer that is there); collectives in forward and backward. Ratios come last.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
+import bench_peers
 import bench_ranks
 
 NAIVE_BYTES = 28  # per logits element, forward and backward (float32)
@@ -30,7 +31,11 @@ Run = Callable[[Any, Any], Any]  # (logits or hidden states that need a gradient
 
 def main() -> int:
     parser = bench_ranks.parser(__doc__, "float32", tokens=1024, vocab=151_936, hidden=1024, tp=1, rounds=5)
-    return bench_ranks.on_ranks(bench, parser.parse_args())
+    parser.add_argument("--peers", metavar="DIR", help="folder with source trees named slime, verl, nemo_rl")
+    options = parser.parse_args()
+    if options.peers:
+        bench_peers.trees(options.peers)  # a wrong folder is refused before any rank starts
+    return bench_ranks.on_ranks(bench, options)
 
 
 def bench(options: argparse.Namespace) -> None:
@@ -88,6 +93,7 @@ def compare(
 
 def with_logits(options: argparse.Namespace, groups: Any) -> dict[str, Run]:
     import torch
+    from megatron.core import parallel_state
     from megatron.core.fusions.fused_cross_entropy import fused_vocab_parallel_cross_entropy
     from megatron.core.tensor_parallel import vocab_parallel_cross_entropy
 
@@ -108,13 +114,14 @@ def with_logits(options: argparse.Namespace, groups: Any) -> dict[str, Run]:
     def megatron(logits, targets):
         return -vocab_parallel_cross_entropy(logits[:, None], targets[:, None]).sum()
 
-    def megatron_fused(logits, targets):
-        from megatron.core import parallel_state
+    tp_group = parallel_state.get_tensor_model_parallel_group()
 
-        group = parallel_state.get_tensor_model_parallel_group()
-        return -fused_vocab_parallel_cross_entropy(logits[:, None], targets[:, None], group).sum()
+    def megatron_fused(logits, targets):
+        return -fused_vocab_parallel_cross_entropy(logits[:, None], targets[:, None], tp_group).sum()
 
     found = {"ours": ours, "megatron": megatron, "megatron_fused": megatron_fused}
+    if options.peers:
+        found |= bench_peers.from_trees(options.peers, tp_group, groups.tp_rank)
     if options.tp == 1:
         needed = options.tokens * options.vocab * (NAIVE_BYTES + 8)
         if needed < free_bytes():

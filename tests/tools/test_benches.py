@@ -34,6 +34,12 @@ def test_token_statistics() -> None:
     assert set(ratios) == {"ours / megatron", "ours / megatron_fused", "linear / products"}
 
 
+def test_peers_are_named_where_there_are_none(tmp_path: Path) -> None:
+    command = [sys.executable, str(ROOT / "tools/bench_token_statistics.py"), "--peers", str(tmp_path)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=DEADLINE, cwd=ROOT)
+    assert done.returncode != 0 and "none of the folders slime, verl, nemo_rl" in done.stderr
+
+
 @pytest.mark.slow
 def test_weight_sync() -> None:
     *syncs, medians = run("bench_weight_sync", layers=1, hidden=128, ffn=64, vocab=256, syncs=2, dtype="float32")
