@@ -89,7 +89,7 @@ class Trainer:
         """One step, counted from 1: its metrics, equal on every rank, and its rollouts."""
         started, self.seconds, meter = time.perf_counter(), {}, Meter()
         groups = self.rollout(step)
-        batch = self.pack(groups)
+        batch = self.pack(groups, self.config.trainer.updates_per_rollout)
         policy_learns = step > self.config.critic_warmup  # the critic goes ahead
         reference = None
         if self.reference:
@@ -156,8 +156,8 @@ class Trainer:
             f"the exploration method turns away too many prompts, for example because all are solved or none is"
         )
 
-    def pack(self, groups: list[RolloutGroup]) -> Batch:
-        """This data-parallel rank's share of the groups, on its device."""
+    def pack(self, groups: list[RolloutGroup], updates: int) -> Batch:
+        """This data-parallel rank's share of the groups, in so many updates, on its device."""
         parallel, scale = self.config.parallel, self.config.reward.scale
         rewards = [
             [
@@ -169,7 +169,7 @@ class Trainer:
         batch = pack(
             groups,
             rewards,
-            updates=self.config.trainer.updates_per_rollout,
+            updates=updates,
             microbatch_tokens=self.config.trainer.microbatch_tokens,
             dp_rank=self.groups.dp_rank,
             dp_size=self.groups.dp_size,
@@ -221,7 +221,23 @@ class Trainer:
         collected = self.collector.collect(
             prompts, responses, step=EVALUATION, attempt=0, policy_version=self.policy_version
         )
-        return summarise(collected.groups)
+        return summarise(collected.groups) | (self.held_out_values(collected.groups) if self.critic else {})
+
+    def held_out_values(self, groups: list[RolloutGroup]) -> dict[str, float]:
+        """eval/* of the critic: how far its heads disagree on responses that it does not learn from, what it explains.
+
+        Data-parallel ranks (and stages, where they interleave) get equally many: a remainder of prompts is left out.
+        """
+        assert self.critic is not None
+        groups = groups[: len(groups) - len(groups) % (self.groups.dp_size * self.groups.pp_size)]
+        if not groups:
+            return {}
+        batch, meter = self.pack(groups, updates=1), Meter()
+        self.critic.fill_values(batch)
+        seed = (self.config.seed, EVALUATION)
+        fill_targets(batch, batch.rewards, self.config.critic, seed, self.groups, meter)
+        figures = reduce.reduce_meter(meter, self.groups).means()
+        return {name.replace("critic/", "eval/"): value for name, value in figures.items()}
 
     def close(self) -> None:
         """End the verifiers and the engine; the engine's end also ends the process group."""

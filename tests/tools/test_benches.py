@@ -47,3 +47,14 @@ def test_weight_sync() -> None:
     # embedding and output layer, attention of one head with its query and key norms, gated MLP, three norms
     assert medians["parameters"] == 2 * 256 * 128 + 4 * 128 * 128 + 2 * 128 + 3 * 128 * 64 + 3 * 128
     assert medians["sync_seconds"] > 0 and medians["gib"] == round(4 * medians["parameters"] / 2**30, 3)
+
+
+def test_exploration() -> None:
+    sizes = {"layers": 1, "hidden": 128, "ffn": 64, "vocab": 64, "length": 4, "microbatch_tokens": 32}
+    *rows, ratios = run("bench_exploration", rounds=1, **sizes)
+    found = {row["variant"]: row for row in rows}
+    assert set(found) == {"grpo", "lp_reg", "lp_reg_released_code", "ppo_1_head", "ppo_16_heads"}
+    # two updates of two microbatches, before them the old policy's pass: Lp-Reg makes none of its own
+    assert {row["policy_forwards"] for row in rows} == {8}
+    assert all(row["seconds"] > 0 and row["cpu_seconds"] > 0 for row in rows)
+    assert {"lp_reg / grpo", "lp_reg_released_code / grpo", "ppo_16_heads / ppo_1_head"} <= set(ratios)
