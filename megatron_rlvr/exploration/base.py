@@ -279,5 +279,9 @@ def _build_one(name: str, options: dict, run: Config | None) -> Exploration:
         )
     module = importlib.import_module(f"{exploration.__name__}.{name}")
     classes = [item for item in vars(module).values() if isinstance(item, type) and item.__module__ == module.__name__]
-    (method,) = [item for item in classes if issubclass(item, Exploration)]
+    methods = [item for item in classes if issubclass(item, Exploration)]
+    file = f"exploration/{name}.py"
+    rule(len(methods) == 1, f"{file} must hold one subclass of Exploration, not {len(methods)}: the file is the method")
+    rule(hasattr(module, "Config"), f"{file} has no dataclass named Config: it holds the method's options, if any")
+    (method,) = methods
     return method(name, from_dict(module.Config, options, path=f"exploration.{name}"), run)

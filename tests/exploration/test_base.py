@@ -1,18 +1,22 @@
 from __future__ import annotations
 
+import re
 import sys
+from pathlib import Path
 
 import pytest
 import torch
 
 from megatron_rlvr import exploration
-from megatron_rlvr.config import ConfigError
+from megatron_rlvr.config import ConfigError, load_config
 from megatron_rlvr.distributed.groups import ParallelGroups
 from megatron_rlvr.distributed.vocab import StatisticsOptions
 from megatron_rlvr.exploration.base import Composite, Exploration, Needs, Threshold, build, method_names
 from megatron_rlvr.metrics import Meter
 from megatron_rlvr.types import Prompt, Rollout, RolloutGroup
 from tests.exploration.toy import fill_old, make_batch, make_logits, statistics, update_loss
+
+ROOT = Path(__file__).parents[2]
 
 METHOD = """
 from dataclasses import dataclass
@@ -81,6 +85,38 @@ def test_adding_a_method_is_adding_a_file(methods_folder):
     assert torch.equal(method.shape_rewards(batch, ParallelGroups.single(), 0, Meter()), torch.tensor([3.0, -3.0]))
     with pytest.raises(ConfigError, match="exploration.louder.factr.*exploration.louder.factor"):
         build({"louder": {"factr": 3}})
+
+
+def test_the_readmes_method_works_as_it_stands_there(methods_folder, tmp_path_factory):
+    """Its block of code in the file that its first line names, switched on and overridden as the text below it says."""
+    _, section = (ROOT / "README.md").read_text().split("## Add a method", 1)
+    code, rest = section.split("```python\n")[1].split("```", 1)
+    named, switch, override = code.splitlines()[0].removeprefix("# "), *re.findall(r"`(exploration[^`]*)`", rest)[:2]
+    assert Path(named).parent == Path("megatron_rlvr/exploration") and len(code.splitlines()) <= 40
+    (methods_folder / Path(named).name).write_text(code)
+    folder = tmp_path_factory.mktemp("config")
+    (folder / "config.yaml").write_text(f"verifier: math\nmodel: {{path: m}}\ndata: {{path: d}}\n{switch}\n")
+    batch, meter = make_batch([2, 6]), Meter()
+    for overrides, strength in ([], 0.2), ([override], 0.3):
+        config = load_config(folder / "config.yaml", overrides)
+        method = build(config.exploration | {"lp_reg": {}}, config)
+        shaped = method.shape_rewards(batch, ParallelGroups.single(), 0, meter)
+        assert torch.allclose(shaped, strength * torch.tensor([3.0, 7.0]).log())
+    assert "novelty/bonus" in meter.means()
+
+
+@pytest.mark.parametrize(
+    ("code", "message"),
+    [
+        (METHOD.format(order=10).replace("class Config", "class Options"), "louder.py has no dataclass named Config"),
+        (METHOD.format(order=10) + "\n\nclass Twice(Louder):\n    pass\n", "hold one subclass of Exploration, not 2"),
+        ("from dataclasses import dataclass\n\n\n@dataclass\nclass Config:\n    pass\n", "not 0"),
+    ],
+)
+def test_a_file_that_is_no_method_is_refused(methods_folder, code, message):
+    (methods_folder / "louder.py").write_text(code)
+    with pytest.raises(ConfigError, match=message):
+        build({"louder": {}})
 
 
 def test_methods_pass_through_each_hook_in_their_declared_order(methods_folder):
