@@ -56,6 +56,7 @@ class Trainer:
         self.architecture = Architecture.from_folder(config.model.path)
         self.exploration = build_exploration(config.exploration, config)
         needs, trainer = self.exploration.needs(), config.trainer
+        self.states = needs.states
         self.statistics = needs.statistics(config.rollout.temperature)
         # With one update per rollout, and no dropout, the training forward is the old policy's too.
         self.old_policy_pass = needs.old_statistics or trainer.updates_per_rollout > 1 or config.model.dropout > 0
@@ -100,6 +101,9 @@ class Trainer:
                 old = self.policy.fill_log_probs(batch, self.statistics)
             batch.extras.update(self.exploration.annotate(batch, old, reference))
             measure_old_policy(batch, meter)
+        if self.states:
+            with self.phase("states"):
+                self.policy.fill_states(batch, self.states)
         if self.critic:
             with self.phase("values"):
                 self.critic.fill_values(batch)

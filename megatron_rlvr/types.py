@@ -82,6 +82,7 @@ class Microbatch:
     rewards: Tensor  # [s] fp32, as scaled by reward.scale
     response_lengths: Tensor  # [s] int64, predicted response tokens
     # None until the phase in FILLED_BY has run, and reading them until then raises.
+    states: Tensor = None  # type: ignore[assignment]  # [s, h] fp32, what the old policy makes of each whole response
     old_log_probs: Tensor = None  # type: ignore[assignment]  # [t] fp32
     entropy: Tensor = None  # type: ignore[assignment]  # [t] fp32, of the old policy
     old_top_ids: Tensor = None  # type: ignore[assignment]  # [t, K] int64, its most probable kept tokens
@@ -94,6 +95,7 @@ class Microbatch:
     extras: dict[str, Tensor] = field(default_factory=dict)  # name -> [t], from the exploration methods
 
     FILLED_BY: ClassVar[dict[str, str]] = {
+        "states": "policy.fill_states",
         "old_log_probs": "policy.fill_log_probs (or, where the step makes no such pass, the loss)",
         "entropy": "policy.fill_log_probs (or, where the step makes no such pass, the loss)",
         "old_top_ids": "policy.fill_log_probs, with options that ask for a top,",
@@ -144,7 +146,7 @@ class Microbatch:
         )
 
 
-_PER_RESPONSE = {"response_ids", "rewards", "response_lengths"}
+_PER_RESPONSE = {"response_ids", "rewards", "response_lengths", "states"}
 
 
 @dataclass(frozen=True)

@@ -86,7 +86,7 @@ def build(folder: str, options: argparse.Namespace) -> tuple[dict[str, Any], Any
             self.config, self.groups, self.policy, self.policy_version = config, groups, policy, 0
             self.exploration = build_exploration(config.exploration, config)
             self.statistics = self.exploration.needs().statistics(config.rollout.temperature)
-            self.old_policy_pass = config.trainer.updates_per_rollout > 1
+            self.states, self.old_policy_pass = "", config.trainer.updates_per_rollout > 1
             self.critic = Critic(config, groups) if config.has_critic else None
             self.reference = None
 

@@ -11,6 +11,7 @@ How methods compose, in the order of ``order``; each hook of the step passes thr
     20  replaces losses of some tokens       lp_reg            one at most: the later would undo the earlier
     30  penalises or drops by covariance     kl_cov, clip_cov  one at most: two readings of the same tokens
     40  weighs by training / rollout prob    rollout_correction
+    50  shapes rewards or advantages         cde, sim_hash
     60  selects the tokens that train        high_entropy, stapo    one at most: each divides by the tokens it keeps
     80  adds to every token                  entropy_bonus
 
@@ -62,6 +63,7 @@ class Needs:
     threshold: Threshold | None = None
     value_heads: int = 0  # heads that the critic must have at least; 0: no critic
     old_top: int = 0  # most probable kept tokens of the old policy, for the KL to the current one
+    states: str = ""  # batch.states of the old policy, of that kind: last, second_last, mean
 
     def merge(self, other: Needs) -> Needs:
         """Both needs at once. Raises ConfigError: two different thresholds, where one pass takes one."""
@@ -70,12 +72,18 @@ class Needs:
                 f"exploration: two methods ask for different thresholds ({self.threshold} and {other.threshold}), but "
                 f"one pass over the vocabulary computes one kept mass: give them the same options or drop one"
             )
+        if self.states and other.states and self.states != other.states:
+            raise ConfigError(
+                f"exploration: two methods ask for different states of a response ({self.states} and {other.states}), "
+                f"but a step keeps one: give them the same or drop one"
+            )
         return Needs(
             old_statistics=self.old_statistics or other.old_statistics,
             reference=self.reference or other.reference,
             threshold=self.threshold or other.threshold,
             value_heads=max(self.value_heads, other.value_heads),
             old_top=max(self.old_top, other.old_top),
+            states=self.states or other.states,
         )
 
     def statistics(self, temperature: float) -> StatisticsOptions:

@@ -6,6 +6,10 @@
 The actor's B is in nats per response token. A confident error loses more than a doubtful one, and a doubtful success
 gains more than a confident one; the cap keeps the sign of r. That bonus joins the reward before advantages are
 estimated. The critic's bonus needs a critic with several heads: where they have seen little, they disagree.
+
+Where it does nothing, or more than it seems: a reward of 0 gets no bonus (set reward.scale=signed); from B = 1 / (alpha
+kappa) on, every bonus is the cap; in a group that is all right or all wrong the bonus is all that differs, and GRPO,
+which divides by the standard deviation, makes advantages of full size of it (bonus_in_degenerate_groups).
 """
 
 from __future__ import annotations
@@ -88,6 +92,8 @@ class ActorBonus(Bonus):
     """The amount is a reward. The paper's best run drops the bonus in stairs, at steps that only a figure shows."""
 
     name: ClassVar[str] = "exploration.cde.actor"
+    # Whether a group whose rewards are all the same gets it; without, such a group teaches nothing, as in GRPO alone.
+    bonus_in_degenerate_groups: bool = True
 
 
 @dataclass
@@ -127,6 +133,8 @@ class Cde(Exploration):
             return rewards
         surprise = batch.per_response_sum(-batch.known_log_probs) / batch.response_lengths.clamp(min=1)
         bonus = actor.of(rewards, surprise, step)
+        if not actor.bonus_in_degenerate_groups:
+            bonus = torch.where(in_degenerate_group(batch, groups), 0.0, bonus)
         meter.add("cde/omega", actor.omega(step))
         meter.add("cde/bonus", bonus.sum(), bonus.numel())
         self._record(rewards, surprise.exp(), groups, meter)
@@ -171,6 +179,18 @@ class Cde(Exploration):
                 "told from doubtful ones: set reward.scale=signed"
             )
         self._warned = True
+
+
+def in_degenerate_group(batch: Batch, groups: ParallelGroups) -> Tensor:
+    """[S] bool: whether all responses of the group that were judged, on whichever rank, have the same reward."""
+    mine = torch.stack([batch.rewards, (batch.response_lengths > 0).to(batch.rewards)])
+    rewards, judged = (
+        reduce.gather_by_index(row, batch.response_ids, batch.num_step_responses, groups.dp).view(-1, batch.group_size)
+        for row in mine
+    )
+    highest = torch.where(judged > 0, rewards, -torch.inf).amax(1)
+    lowest = torch.where(judged > 0, rewards, torch.inf).amin(1)
+    return (highest <= lowest)[batch.response_ids // batch.group_size]
 
 
 def disagreement_after(values: Tensor) -> Tensor:

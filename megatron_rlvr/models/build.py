@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import functools
 import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
 import torch.nn.functional as F
@@ -157,6 +159,19 @@ def leave_out_output_layer(chunk: GPTModel) -> None:
     """
     if chunk.post_process:
         chunk.output_layer.forward = lambda hidden, weight=None, runtime_gather_output=None: (hidden, None)
+
+
+@contextmanager
+def without_output_layer(chunk: GPTModel) -> Iterator[None]:
+    """The chunk gives hidden states for as long as this is open."""
+    layer = chunk.output_layer if chunk.post_process else None
+    forward = layer.forward if layer is not None else None
+    leave_out_output_layer(chunk)
+    try:
+        yield
+    finally:
+        if layer is not None:
+            layer.forward = forward
 
 
 def output_weight(chunk: GPTModel) -> torch.Tensor:

@@ -8,6 +8,7 @@ from dataclasses import replace
 
 import torch
 from megatron.core.models.gpt import GPTModel
+from megatron.core.tensor_parallel import gather_from_sequence_parallel_region
 from torch import Tensor
 
 from megatron_rlvr import platform
@@ -19,7 +20,13 @@ from megatron_rlvr.distributed.vocab import StatisticsOptions, TokenStatistics, 
 from megatron_rlvr.distributed.vocab_linear import linear_token_statistics
 from megatron_rlvr.metrics import Meter
 from megatron_rlvr.models import schedule
-from megatron_rlvr.models.build import build_chunks, fuses_logits, leave_out_output_layer, output_weight
+from megatron_rlvr.models.build import (
+    build_chunks,
+    fuses_logits,
+    leave_out_output_layer,
+    output_weight,
+    without_output_layer,
+)
 from megatron_rlvr.models.trainable import Trainable
 from megatron_rlvr.types import Batch, Microbatch, Update
 from megatron_rlvr.weights.convert import load_hf
@@ -106,6 +113,24 @@ class Policy(Trainable, LanguageModel):
         batch.entropy = torch.where(batch.loss_mask, statistics.entropy, 0.0)
         return statistics
 
+    def fill_states(self, batch: Batch, which: str) -> None:
+        """One forward over the batch, without logits: fills states [S, h] on every rank.
+
+        ``which``: the last norm's output at the response's last token or the second to last, or its mean over prompt
+        and response.
+        """
+
+        def consume(hidden: Tensor, micro: Microbatch) -> Tensor:
+            if self.sequence_parallel:
+                hidden = gather_from_sequence_parallel_region(hidden)
+            return response_states(hidden[: micro.num_tokens].float(), micro, which)
+
+        with without_output_layer(self.chunks[-1]):
+            parts = self.forward(batch.microbatches(), consume)
+        shape = (batch.num_responses, self.architecture.hidden_size)
+        held = torch.cat(parts) if parts else None
+        batch.states = broadcast_from_last_stage(held, shape, torch.float32, platform.device(), self.groups)
+
     def update(self, batch: Batch, update: Update, loss: LossFunction, options: StatisticsOptions) -> Meter:
         """One optimizer update; the meter, equal on every rank, holds the loss's own entries and policy/*."""
         meter, without_top = Meter(), replace(options, top=0)  # whose most probable tokens nobody would read
@@ -125,6 +150,15 @@ class Policy(Trainable, LanguageModel):
     def hf_weights(self) -> Iterator[tuple[str, Tensor]]:
         """(Hugging Face name, full tensor) on every rank, one bucket at a time."""
         return hf_weights(self.chunks, self.architecture, self.groups)
+
+
+def response_states(hidden: Tensor, micro: Microbatch, which: str) -> Tensor:
+    """[t, h] -> [s, h]: a response's hidden state at its last token or the one before, or the mean over all."""
+    ends = micro.cu_seqlens[1:].long()
+    if which != "mean":
+        return hidden[ends - {"last": 1, "second_last": 2}[which]]
+    sums = hidden.new_zeros(micro.num_responses, hidden.shape[1]).index_add(0, micro.response_index, hidden)
+    return sums / (ends - micro.cu_seqlens[:-1])[:, None]
 
 
 class Reference(LanguageModel):

@@ -7,11 +7,12 @@ import statistics
 import pytest
 import torch
 
+from megatron_rlvr.advantages import group_relative
 from megatron_rlvr.distributed.groups import ParallelGroups
 from megatron_rlvr.exploration.base import Needs, build
 from megatron_rlvr.metrics import Meter
 from megatron_rlvr.types import Batch
-from tests.exploration.toy import make_batch
+from tests.exploration.toy import deal, make_batch
 from tests.ranks import run_ranks
 
 LENGTHS = [4, 1, 6, 3, 2]
@@ -65,6 +66,45 @@ def test_the_cap_keeps_the_sign_of_the_reward(surprise):
     assert torch.equal(shaped.sign(), batch.rewards.sign())
     assert ((shaped - batch.rewards) <= 2.9 * batch.rewards.abs() / 3 + 1e-6).all()
     assert not any(math.isnan(value) for value in metrics.values())
+
+
+def _in_groups(rewards: list[float], size: int = 2) -> Batch:
+    batch = make_batch([3] * len(rewards))
+    batch.group_size, batch.rewards = size, torch.tensor(rewards)
+    batch.old_log_probs = -0.05 * (1 + batch.response_index)
+    return batch
+
+
+@pytest.mark.parametrize("keeps", [True, False])
+def test_groups_that_are_all_right_or_all_wrong(keeps):
+    """GRPO makes advantages of order 1 of what is left there, the bonus; by option such groups get none."""
+    batch = _in_groups([1.0, 1.0, -1.0, 1.0, -1.0, -1.0])
+    shaped, _ = _shape({"bonus_in_degenerate_groups": keeps}, batch)
+    gets = torch.tensor([keeps, keeps, True, True, keeps, keeps])
+    assert (shaped != batch.rewards).equal(gets)
+    advantages = group_relative(shaped.view(3, 2), torch.ones(3, 2, dtype=torch.bool))
+    assert advantages[[0, 2]].abs().allclose(torch.full((2, 2), 0.5**0.5 if keeps else 0.0), atol=1e-4)
+
+
+def test_a_response_that_nobody_could_judge_does_not_make_its_group_differ():
+    batch = _in_groups([1.0, 0.0, -1.0, 1.0])
+    batch.response_lengths[1] = 0
+    shaped, _ = _shape({"bonus_in_degenerate_groups": False}, batch)
+    assert (shaped != batch.rewards).tolist() == [False, False, True, True]
+
+
+def test_a_groups_rewards_are_looked_at_on_every_rank():
+    whole = _in_groups([1.0, 1.0, -1.0, 1.0, -1.0, -1.0])
+    wanted, _ = _shape({"bonus_in_degenerate_groups": False}, whole)
+
+    def work():
+        groups = ParallelGroups.from_grid(dp=2)
+        batch, _ = deal(whole, [[[0, 3, 5]], [[4, 1, 2]]][groups.dp_rank])
+        method = build({"cde": {"actor": {"bonus_in_degenerate_groups": False}}})
+        return batch.response_ids.tolist(), method.shape_rewards(batch, groups, 0, Meter()).tolist()
+
+    for places, found in run_ranks(2, work, timeout=60):
+        assert found == pytest.approx(wanted[places].tolist())
 
 
 def test_a_confident_error_loses_more_than_a_doubtful_one():

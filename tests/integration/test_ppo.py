@@ -1,7 +1,8 @@
-"""PPO with four heads and both bonuses of CDE, with real Megatron and real vLLM."""
+"""PPO with four heads, both bonuses of CDE and its count-based baseline, with real Megatron and real vLLM."""
 
 from __future__ import annotations
 
+import json
 import math
 from pathlib import Path
 
@@ -10,14 +11,17 @@ from tests.integration.conftest import metrics
 PPO = "examples/countdown_cpu/ppo.yaml"
 
 
-def test_three_steps(train, tmp_path: Path) -> None:
-    folder = tmp_path / "run"
+def test_three_steps(train, countdown: Path, tmp_path: Path) -> None:
+    folder, held_out = tmp_path / "run", tmp_path / "held_out.jsonl"
+    held_out.write_text("".join((countdown / "eval.jsonl").read_text().splitlines(keepends=True)[:8]))
     overrides = [
         "trainer.num_steps=3",
         "critic.warmup_steps=1",
         "critic.share=0.5",
         "reward.scale=signed",
-        "exploration={cde: {critic: {}}}",
+        "exploration={cde: {critic: {}}, sim_hash: {}}",
+        f"data.eval_path={held_out}",
+        "trainer.eval_every=2",
         f"run.dir={folder}",
     ]
     train(*overrides, config=PPO)
@@ -30,5 +34,9 @@ def test_three_steps(train, tmp_path: Path) -> None:
         assert row["cde/bonus"] > 0 and row["cde/critic_bonus"] > 0
         assert row["sync/verified"] is True
         assert row["time/values"] > 0 and row["time/critic"] > 0
+        assert 0 < row["sim_hash/largest_share"] <= 1 and 0 < row["sim_hash/bonus"] <= 0.1 and row["time/states"] > 0
+    for row in (rows[0], rows[2]):  # the critic looks at held-out responses too
+        assert 0 < row["eval/head_std"] < 1 and row["eval/explained_variance"] < 1
+    assert 0 < json.loads((folder / "summary.json").read_text())["eval/head_std"] < 1
     for row in rows[1:]:
         assert row["policy/grad_norm"] > 0

@@ -94,6 +94,35 @@ def test_the_old_policys_kept_set_reaches_the_statistics_of_the_update(layout: L
     assert last and last[0] and max(last[0]) < 1e-5
 
 
+def _states(policy: Policy, case: Case) -> dict[str, list]:
+    """Kind -> the states of this rank's responses, and afterwards the log-probs as they were before."""
+    batch = make_batch(case.groups, case.samples, Layout(), policy.groups, 60)
+    assert len(batch.microbatches()) > 2
+    before, found = policy.fill_log_probs(batch, OPTIONS).log_prob, {}
+    for which in ("last", "second_last", "mean"):
+        policy.fill_states(batch, which)
+        found[which] = batch.states.tolist()
+    assert policy.fill_log_probs(batch, OPTIONS).log_prob.equal(before)
+    return found | {"tokens": [batch.token_ids[low:high].tolist() for low, high in pairwise(batch.cu_seqlens.tolist())]}
+
+
+@pytest.mark.parametrize("layout", [Layout(), Layout(tp=2, pp=2, sequence_parallel=True)], ids=str)
+def test_states_of_whole_responses_equal_transformers(layout: Layout, cases: dict[str, Case]) -> None:
+    chosen = {name: cases[name] for name in ("qwen3-tied", "qwen2-untied")}
+    for found in run_ranks(layout.ranks, _on_policy, _states, chosen, layout, timeout=60):
+        for case, states in zip(chosen.values(), found, strict=True):
+            model = AutoModelForCausalLM.from_pretrained(case.folder, dtype=torch.float32).model
+            with torch.no_grad():
+                hidden = [model(torch.tensor([tokens])).last_hidden_state[0] for tokens in states["tokens"]]
+            expected = {
+                "last": [rows[-1] for rows in hidden],
+                "second_last": [rows[-2] for rows in hidden],
+                "mean": [rows.mean(0) for rows in hidden],
+            }
+            for which, rows in expected.items():
+                assert float((torch.tensor(states[which]) - torch.stack(rows)).abs().max()) < LOGITS, which
+
+
 def test_packed_sequences_describe_the_padded_view() -> None:
     packed = PackedSequences.from_cu_seqlens(torch.tensor([0, 3, 5], dtype=torch.int32))
     assert packed.padded_tokens.tolist() == [[0, 1, 2], [3, 4, 4]]
