@@ -14,7 +14,15 @@ def _scored(rewards: torch.Tensor) -> torch.Tensor:
 
 @pytest.mark.parametrize(
     ("correct", "right", "wrong"),
-    [(1, 2.475, -0.354), (2, 1.620, -0.540), (3, 1.208, -0.725), (4, 0.935, -0.935), (7, 0.354, -2.475)],
+    [
+        (1, 2.475, -0.354),
+        (2, 1.620, -0.540),
+        (3, 1.208, -0.725),
+        (4, 0.935, -0.935),
+        (5, 0.725, -1.208),
+        (6, 0.540, -1.620),
+        (7, 0.354, -2.475),
+    ],
 )
 def test_eight_binary_rewards(correct, right, wrong):
     rewards = torch.tensor([[1.0] * correct + [0.0] * (8 - correct)])

@@ -39,8 +39,8 @@ RATIOS = [("lp_reg", "grpo"), ("lp_reg_released_code", "grpo"), ("ppo_16_heads",
 
 
 def main() -> int:
-    sizes = dict(layers=4, hidden=256, ffn=768, vocab=151_936, tp=1, updates=2, rounds=5)
-    parser = bench_ranks.parser(__doc__, "float32", **sizes, prompts=4, responses=4, length=16, microbatch_tokens=256)
+    sizes = dict(layers=12, hidden=512, ffn=1536, vocab=151_936, tp=1, updates=2, rounds=7)
+    parser = bench_ranks.parser(__doc__, "float32", **sizes, prompts=4, responses=4, length=8, microbatch_tokens=128)
     return bench_ranks.on_ranks(bench, parser.parse_args())
 
 

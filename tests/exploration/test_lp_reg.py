@@ -1,6 +1,6 @@
 """Lp-Reg against references written from the formulas, values and gradients in fp64.
 
-For the paper's objective full-vocabulary sums; for the released code a loop over tokens with a second, masked pass.
+Full-vocabulary sums; the released code has a file of its own.
 """
 
 from __future__ import annotations
@@ -20,7 +20,17 @@ from megatron_rlvr.exploration.base import Exploration, Threshold, build
 from megatron_rlvr.exploration.lp_reg import DIVERGENCES, PRESETS, Config
 from megatron_rlvr.metrics import Meter
 from megatron_rlvr.types import Batch
-from tests.exploration.toy import VOCAB, fill_old, fill_rollout, make_batch, make_logits, statistics, update_loss
+from tests.exploration.toy import (
+    VOCAB,
+    fill_old,
+    fill_rollout,
+    make_batch,
+    make_logits,
+    old_and_current,
+    sampled,
+    statistics,
+    update_loss,
+)
 from tests.ranks import run_ranks
 
 LENGTHS = [9, 4, 12, 7, 15, 6, 11, 8]
@@ -31,17 +41,6 @@ CLIP = (1.0, 9.0)  # ratio in [0, 10]
 def method(updates_per_rollout: int = 1, **options) -> Exploration:
     run = RunConfig(trainer=TrainerConfig(updates_per_rollout=updates_per_rollout))
     return build({"lp_reg": {"kappa": KAPPA, **options}}, run)
-
-
-def old_and_current(batch: Batch, lp_reg: Exploration, drift: float) -> Tensor:
-    """Fill the old policy's fields; the current policy's logits, ``drift`` away from the old ones."""
-    logits = make_logits(batch)
-    fill_old(batch, logits, lp_reg)
-    return logits + drift * make_logits(batch, seed=1)
-
-
-def sampled(log_p: Tensor, batch: Batch) -> Tensor:
-    return log_p.gather(1, batch.target_ids[:, None])[:, 0]
 
 
 def paper_objective(
@@ -124,59 +123,6 @@ def test_full_kl_pulls_towards_the_proxy(seed):
     assert on.any() and torch.allclose(gradient, expected, atol=1e-10)
 
 
-def released_code(logits: Tensor, batch: Batch, rho: float) -> tuple[Tensor, list[int]]:
-    """The steps of the released loss over one microbatch, token by token -> token-mean loss, regularised places."""
-    old_logits = make_logits(batch)
-    old_p = old_logits.softmax(-1)
-    masked = torch.where(old_p >= KAPPA * old_p.max(-1, keepdim=True).values, old_logits, -1e4)
-    proxy = sampled(masked.log_softmax(-1), batch).tolist()  # the second forward pass, with filtered logits
-    old = sampled(old_logits.log_softmax(-1), batch).tolist()
-    new = sampled(logits.log_softmax(-1), batch)
-    places = [place for place, valid in enumerate(batch.loss_mask.tolist()) if valid]
-
-    negative = sorted((place for place in places if batch.advantages[place] < 0), key=new.tolist().__getitem__)
-    k = max(1, int(len(negative) * rho))
-    chosen = [place for place in (negative[:k] if k > 1 else []) if new.tolist()[place] < proxy[place]]
-    total = torch.zeros((), dtype=torch.float64)
-    for place in places:
-        a, r = batch.advantages[place].double(), (new[place] - old[place]).exp()
-        if place in chosen:
-            x = proxy[place] - new[place]
-            total = total - a * r + (x.exp() - x - 1).clamp(-10, 10)
-        else:
-            total = total + torch.maximum(-a * r, -a * r.clamp(0, 10))
-    return total / len(places), chosen
-
-
-@pytest.mark.parametrize("drift", [0.0, 0.3, 3.0])
-def test_the_released_code_on_one_microbatch(drift):
-    batch, lp_reg = make_batch(LENGTHS), method(4, preset="released_code", rho=0.4)
-    logits = old_and_current(batch, lp_reg, drift)
-    loss, gradient, metrics = update_loss(batch, logits, lp_reg, "ppo", CLIP, "microbatch_token_mean")
-
-    leaf = logits.clone().requires_grad_()
-    expected, chosen = released_code(leaf, batch, 0.4)
-    assert len(chosen) >= 3 and metrics["lp_reg/share"] == pytest.approx(len(chosen) / sum(LENGTHS))
-    assert torch.allclose(loss, expected, rtol=1e-6)
-    assert torch.allclose(gradient, torch.autograd.grad(expected, leaf)[0], atol=1e-9)
-
-
-def test_the_released_code_takes_each_microbatch_by_itself():
-    split = ((0, 3), (3, 8))
-    batch, lp_reg = make_batch(LENGTHS, microbatches=split), method(preset="released_code", rho=0.4)
-    logits = old_and_current(batch, lp_reg, 0.0)
-    loss, _, _ = update_loss(batch, logits, lp_reg, "ppo", CLIP, "microbatch_token_mean")
-    total = 0.0
-    for start, stop in split:
-        rows = slice(int(batch.cu_seqlens[start]), int(batch.cu_seqlens[stop]))
-        for_this = torch.zeros_like(batch.loss_mask)
-        for_this[rows] = True
-        alone = make_batch(LENGTHS)
-        alone.loss_mask = alone.loss_mask & for_this
-        total += float(released_code(logits, alone, 0.4)[0]) * (stop - start) / len(LENGTHS)
-    assert float(loss) == pytest.approx(total, rel=1e-6)
-
-
 @pytest.mark.parametrize("options", [{}, {"tau": 0.03, "kappa": None}, {"threshold_temperature": 1.0}])
 def test_the_proxy_of_the_old_pass_is_that_of_a_second_masked_pass(options):
     temperature, batch, lp_reg = 0.7, make_batch(LENGTHS), method(**options)
@@ -220,6 +166,22 @@ def test_where_nothing_is_regularised_the_loss_is_the_surrogate(name):
     assert torch.allclose(gradient, plain_gradient, atol=1e-15)
     if name != "nothing filtered":  # there tokens are regularised, by a divergence of 0
         assert not metrics.get("lp_reg/share")
+
+
+def test_k3_pulls_at_the_sampled_token_alone_for_its_proxy_stands_still():
+    """Its gradient in the logits is (1 - q/p) (1[o] - p); if it flowed through the proxy too, (1/Z - 1) (p - q)."""
+    batch, lp_reg = make_batch(LENGTHS), method(rho=0.3, divergence="k3_sampled", proxy_source="current")
+    batch.advantages = torch.full((batch.num_tokens,), -1e-12)
+    logits = old_and_current(batch, lp_reg, 0.0)
+    _, gradient, _ = update_loss(batch, logits, lp_reg, "plain_clip", CLIP)
+    _, on = paper_objective(logits, batch, 0.3, 1.0, "current")
+    p = logits.softmax(-1)
+    kept = torch.where(p >= KAPPA * p.max(-1, keepdim=True).values, p, 0.0)
+    z = kept.sum(-1, keepdim=True)
+    at_o = torch.zeros_like(p).scatter(1, batch.target_ids[:, None], 1.0)
+    detached, through = (1 - 1 / z) * (at_o - p), (1 / z - 1) * (p - kept / z)
+    assert on.any() and torch.allclose(gradient, torch.where(on[:, None], detached, 0.0) / sum(LENGTHS), atol=1e-10)
+    assert not torch.allclose(detached[on], through[on], atol=1e-3)
 
 
 def _statistics_at(log_prob: Tensor) -> TokenStatistics:

@@ -89,6 +89,17 @@ def fill_old(
     return batch
 
 
+def old_and_current(batch: Batch, method: Exploration, drift: float) -> Tensor:
+    """Fill the old policy's fields; the current policy's logits, ``drift`` away from the old ones."""
+    logits = make_logits(batch)
+    fill_old(batch, logits, method)
+    return logits + drift * make_logits(batch, seed=1)
+
+
+def sampled(log_p: Tensor, batch: Batch) -> Tensor:
+    return log_p.gather(1, batch.target_ids[:, None])[:, 0]
+
+
 def fill_rollout(batch: Batch, logits: Tensor, method: Exploration) -> Batch:
     """What a step with one update per rollout starts from: the old policy has had no pass, the rollout carries it."""
     with torch.no_grad():
