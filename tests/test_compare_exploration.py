@@ -66,3 +66,14 @@ def test_every_method_has_its_file(compare: ModuleType) -> None:
     methods = {path.stem for path in (EXAMPLE / "methods").glob("*.yaml")}
     wanted = {"grpo", "grpo_entropy", "clip_higher", "high_entropy", "kl_cov", "gspo", "lp_reg", "lp_reg_released_code"}
     assert wanted | {"lp_reg_target_share", "cde_actor", "cde_critic", "ppo"} == methods
+
+
+def test_the_committed_table_is_that_of_the_committed_results(compare: ModuleType) -> None:
+    by_method: dict[str, list[dict]] = {}
+    for path in sorted((EXAMPLE / "results").glob("*.json")):
+        result = json.loads(path.read_text())
+        by_method.setdefault(result["method"], []).append(result)
+    assert {result["steps"] for results in by_method.values() for result in results} == {200}
+    assert all([result["seed"] for result in results] == [0, 1, 2] for results in by_method.values())
+    shown = (EXAMPLE / "README.md").read_text().partition(compare.START)[2].partition(compare.END)[0]
+    assert shown.strip() == compare.table(by_method, 200).strip()

@@ -1,4 +1,4 @@
-"""Lp-Reg's released code against a loop over tokens with a second, masked pass: tokens, gate, entries, loss, gradient."""
+"""Lp-Reg's released code against a loop over tokens with a second, masked pass: tokens, gate, loss and gradient."""
 
 from __future__ import annotations
 
