@@ -132,6 +132,7 @@ def _build(responses: list[_Response], updates: tuple[Update, ...], num_step_res
     target_ids: list[int] = []
     loss_mask: list[bool] = []
     log_probs: list[float] = []
+    extras: dict[str, list[float]] = {name: [] for response in responses[:1] for name in response.rollout.extras}
     starts = [0]
     for response in responses:
         sequence = [*response.prompt_ids, *response.rollout.response_ids]
@@ -143,6 +144,8 @@ def _build(responses: list[_Response], updates: tuple[Update, ...], num_step_res
         target_ids += [*sequence[1:], 0]
         loss_mask += [False] * before + [response.reward is not None] * after + [False]
         log_probs += [0.0] * before + response.rollout.rollout_log_probs + [0.0]
+        for name, values in response.rollout.extras.items():
+            extras[name] += [0.0] * before + values + [0.0]
         starts.append(len(token_ids))
     cu_seqlens = torch.tensor(starts, dtype=torch.int32)
     lengths = (cu_seqlens[1:] - cu_seqlens[:-1]).long()
@@ -157,6 +160,7 @@ def _build(responses: list[_Response], updates: tuple[Update, ...], num_step_res
         response_ids=torch.tensor([response.index for response in responses]),
         rewards=torch.tensor([response.reward or 0.0 for response in responses], dtype=torch.float32),
         response_lengths=torch.tensor([response.loss_tokens for response in responses]),
+        extras={name: torch.tensor(values, dtype=torch.float32) for name, values in extras.items()},
         updates=updates,
         num_step_responses=num_step_responses,
         group_size=size,

@@ -68,7 +68,7 @@ class Trainer:
         self.models = {"policy": self.policy} | ({"critic": self.critic} if self.critic else {})
         is_compared = config.algorithm.kl.coefficient > 0 or needs.reference
         self.reference = Reference(config, self.architecture, self.groups) if is_compared else None
-        self.engine = VllmEngine(config, self.groups)
+        self.engine = VllmEngine(config, self.groups, needs.rollout_top)
         self.weight_sync = WeightSync(self.engine, self.architecture, self.groups)
         self.collector = RolloutCollector(config, self.engine, self.tokenizer, self._start_verifiers(), self.groups)
         self.prompt_position = 0  # prompts consumed so far
@@ -145,6 +145,7 @@ class Trainer:
                 step=step,
                 attempt=attempt,
                 policy_version=self.policy_version,
+                exploration=self.exploration,
             )
             for phase, seconds in collected.seconds.items():
                 self.seconds[phase] = self.seconds.get(phase, 0.0) + seconds

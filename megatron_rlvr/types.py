@@ -50,6 +50,7 @@ class Rollout:
     policy_version: int
     text: str = ""
     verdict: Verdict = None  # type: ignore[assignment]  # None until a verifier has judged it
+    extras: dict[str, list[float]] = field(default_factory=dict)  # name -> a number per token, of the methods
 
 
 @dataclass

@@ -198,6 +198,8 @@ def test_microbatches_are_slices_of_the_batch(plan: Plan) -> None:
 def test_two_responses_by_hand() -> None:
     prompt = Prompt("p", "", (5, 6), "toy", None)
     group = RolloutGroup(prompt, [Rollout(0, [7, 1], [-0.5, -0.25], "stop", 0), Rollout(1, [8], [-1.0], "length", 0)])
+    for rollout, noted in zip(group.rollouts, ([-3.0, -4.0], [-5.0]), strict=True):
+        rollout.extras = {"method/noted": noted}
     batch = pack([group], [[1.0, None]], updates=1, microbatch_tokens=7)
     wanted = dict(
         token_ids=[5, 6, 7, 1, 5, 6, 8],
@@ -209,6 +211,7 @@ def test_two_responses_by_hand() -> None:
         response_lengths=[2, 0],
     )
     assert {name: getattr(batch, name).tolist() for name in wanted} == wanted
+    assert {name: row.tolist() for name, row in batch.extras.items()} == {"method/noted": [0, -3, -4, 0, 0, -5, 0]}
     (update,) = batch.updates
     assert dataclasses.astuple(update) == (((0, 2),), 2, 1)
 

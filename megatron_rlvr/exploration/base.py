@@ -63,6 +63,7 @@ class Needs:
     threshold: Threshold | None = None
     value_heads: int = 0  # heads that the critic must have at least; 0: no critic
     old_top: int = 0  # most probable kept tokens of the old policy, for the KL to the current one
+    rollout_top: int = 0  # most probable tokens of the engine's distribution, for ``annotate_sample``
     states: str = ""  # batch.states of the old policy, of that kind: last, second_last, mean
 
     def merge(self, other: Needs) -> Needs:
@@ -83,6 +84,7 @@ class Needs:
             threshold=self.threshold or other.threshold,
             value_heads=max(self.value_heads, other.value_heads),
             old_top=max(self.old_top, other.old_top),
+            rollout_top=max(self.rollout_top, other.rollout_top),
             states=self.states or other.states,
         )
 
@@ -125,6 +127,14 @@ class Exploration:
 
     def needs(self) -> Needs:
         return Needs()
+
+    def annotate_sample(self, log_probs: list[float], top_log_probs: list[list[float]]) -> dict[str, list[float]]:
+        """Numbers to keep for each token of a sampled response, in ``batch.extras`` by these names.
+
+        log_probs [n] of the sampled tokens, top_log_probs [n][K or K + 1] of the most probable ones in descending
+        order, the sampled token's among them. Called with Needs.rollout_top, on one rank of an engine replica.
+        """
+        return {}
 
     def keep_group(self, group: RolloutGroup) -> bool:
         """Whether a scored group is trained on."""
@@ -217,6 +227,12 @@ class Composite(Exploration):
         for method in self.methods:
             merged = merged.merge(method.needs())
         return merged
+
+    def annotate_sample(self, log_probs: list[float], top_log_probs: list[list[float]]) -> dict[str, list[float]]:
+        kept: dict[str, list[float]] = {}
+        for method in self.methods:
+            kept |= method.annotate_sample(log_probs, top_log_probs)
+        return kept
 
     def keep_group(self, group: RolloutGroup) -> bool:
         return all(method.keep_group(group) for method in self.methods)

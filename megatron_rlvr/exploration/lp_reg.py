@@ -7,7 +7,8 @@
 The old policy's forward pass gives ln p(o), ln Z and ln q(o) at once, so the proxy costs no pass of its own. With one
 update per rollout there is no such pass: the training forward's policy is the old one, and D = -ln Z. With several, the
 old pass also keeps the proxy's ``proxy_size`` most probable tokens, and D is the exact KL of those, renormalised, to
-the current policy. How often the proxy has more tokens than that is ``lp_reg/cut_share``.
+the current policy. How often the proxy has more tokens than that is ``lp_reg/cut_share``. ``proxy_source: rollout``
+takes the engine's own distribution instead, by its ``proxy_size`` most probable tokens.
 
 ``preset: paper`` is Eq 6; ``preset: released_code`` is what github.com/CarlanLark/Lp-Reg-dev @33b27e2 runs
 (verl/trainer/ppo/core_algos.py:648-745). An option that is given explicitly wins over the preset. The rest of the
@@ -62,6 +63,8 @@ PRESETS: dict[str, dict[str, Any]] = {
     },
 }
 
+EVERYTHING = 1e-6  # -ln of a mass that is 1 but for the rounding of its log-probs
+
 
 @dataclass
 class Config:
@@ -79,13 +82,15 @@ class Config:
     kappa: float | None = None  # min-p threshold, kept where p >= kappa * max p; 0.02 unless tau is given
     tau: float | None = None  # fixed threshold instead, kept where p >= tau
     threshold_temperature: float | None = None  # of the distribution that is thresholded; 0: the sampling temperature
-    proxy_source: Literal["old", "current", "reference"] | None = None  # the policy that the proxy is a part of
+    # The policy that the proxy is a part of; rollout: the old one as the engine computes it.
+    proxy_source: Literal["old", "current", "rollout", "reference"] | None = None
     percentile_pool: Literal["all_tokens", "neg_tokens"] | None = None  # neg_tokens: A < 0 (A > 0 for pos_rho)
     percentile_scope: Literal["update", "microbatch"] | None = None  # update: over every rank, by old log-probs
     min_two: bool | None = None  # take floor(rho * n) tokens, none if that is fewer than two; else ceil(rho * n)
     gate: Literal["kept", "below_proxy"] | None = None  # q(o) > 0; below_proxy: also p(o) < q(o)
     divergence: Literal["fwd_kl_full", "k3_sampled", "k2_sampled"] | None = None  # full: over the vocabulary
-    proxy_size: int = 128  # tokens of an old proxy that fwd_kl_full reads; 12 bytes each per token of the batch
+    # Tokens of an old proxy that fwd_kl_full reads, 12 bytes each per token of the batch; or that the engine returns.
+    proxy_size: int = 128
     k3_clamp: float | None = None  # k3 is cut off here, and with it its gradient; 0: no bound
     replace_clipped: bool | None = None  # regularised tokens keep -A r instead of the clipped surrogate
 
@@ -108,8 +113,8 @@ class Config:
             f"set {name}.proxy_source=old",
         )
         rule(
-            self.proxy_source != "reference" or self.divergence != "fwd_kl_full",
-            f"{name}.proxy_source=reference keeps only scalars of the reference's proxy: set "
+            self.proxy_source not in ("reference", "rollout") or self.divergence != "fwd_kl_full",
+            f"{name}.proxy_source={self.proxy_source} keeps only scalars of that proxy: set "
             f"{name}.divergence=k3_sampled, which has the gradient of the full KL in expectation",
         )
         for option in ("beta", "protection"):
@@ -174,20 +179,48 @@ class LpReg(Exploration):
         # With one update the proxy of the old policy is that of the current one, whose KL needs no list of tokens.
         of_older = config.proxy_source == "old" and self.run.trainer.updates_per_rollout > 1
         self.old_top = config.proxy_size if of_older and config.divergence == "fwd_kl_full" else 0
+        sampled_at, thresholded_at = self.run.rollout.temperature, config.threshold_temperature
+        self.sharpness = sampled_at / (thresholded_at or sampled_at)  # of the thresholded distribution
+        rule(
+            config.proxy_source != "rollout" or config.tau is None or self.sharpness == 1,
+            f"exploration.lp_reg.proxy_source=rollout knows probabilities at rollout.temperature={sampled_at} alone, "
+            f"and tau is one at threshold_temperature={thresholded_at}: set that to 0, or kappa instead of tau",
+        )
 
     def needs(self) -> Needs:
-        config = self.config
+        config, of_engine = self.config, self.config.proxy_source == "rollout"
         return Needs(
-            old_statistics=config.target_share > 0 or config.proxy_source == "reference",
+            old_statistics=(config.target_share > 0 and not of_engine) or config.proxy_source == "reference",
             reference=config.proxy_source == "reference",
-            threshold=Threshold(config.kappa, config.tau, config.threshold_temperature or 0.0),
+            threshold=None if of_engine else Threshold(config.kappa, config.tau, config.threshold_temperature or 0.0),
             old_top=self.old_top,
+            rollout_top=config.proxy_size if of_engine else 0,
         )
+
+    def annotate_sample(self, log_probs: list[float], top_log_probs: list[list[float]]) -> dict[str, list[float]]:
+        """The engine's proxy, of the tokens that it returns; cut: all of them are kept, and there are others."""
+        width = max(map(len, top_log_probs))
+        rows = [row + [-math.inf] * (width - len(row)) for row in top_log_probs]
+        top, sampled = torch.tensor(rows, dtype=torch.float64), torch.tensor(log_probs, dtype=torch.float64)
+        config = self.config
+        if config.tau is None:
+            least = top[:, 0] + math.log(config.kappa or 0.0) / self.sharpness
+        else:
+            least = torch.full_like(sampled, math.log(config.tau))
+        is_kept = top >= least[:, None]
+        log_mass = torch.where(is_kept, top, -torch.inf).logsumexp(1).clamp(max=0.0)
+        log_mass = torch.where(is_kept.any(1), log_mass, 0.0)
+        is_cut = (is_kept | top.isinf()).all(1) & (log_mass < -EVERYTHING)
+        return {
+            "lp_reg/proxy_log_prob": torch.where(sampled >= least, sampled - log_mass, -torch.inf).tolist(),
+            "lp_reg/log_kept_mass": log_mass.tolist(),
+            "lp_reg/cut": is_cut.double().tolist(),
+        }
 
     def annotate(
         self, batch: Batch, old: TokenStatistics, reference: TokenStatistics | None = None
     ) -> dict[str, Tensor]:
-        if self.config.proxy_source == "current":
+        if self.config.proxy_source in ("current", "rollout"):
             return {}
         source = old if self.config.proxy_source == "old" else reference
         assert source is not None
@@ -216,8 +249,8 @@ class LpReg(Exploration):
         self._record(micro, candidates, kept, selected, meter)
         for name, value in {"kept_mass": log_kept_mass.exp(), "divergence": divergence, "net_coefficient": net}.items():
             meter.add(f"lp_reg/{name}", torch.where(selected, value, 0.0).sum(), selected.sum())
-        if self.old_top:
-            meter.add("lp_reg/cut_share", (selected & micro.extras["lp_reg/cut"]).sum(), selected.sum())
+        if "lp_reg/cut" in micro.extras:
+            meter.add("lp_reg/cut_share", (selected & micro.extras["lp_reg/cut"].bool()).sum(), selected.sum())
         if self.config.replace_clipped:
             losses = torch.where(selected, unclipped, losses)
         return losses + beta * torch.where(selected, divergence, 0.0)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections import Counter
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -11,9 +12,13 @@ from megatron_rlvr import verifiers
 from megatron_rlvr.config import Config
 from megatron_rlvr.distributed import reduce
 from megatron_rlvr.distributed.groups import ParallelGroups
-from megatron_rlvr.rollout.engine import Engine, Request, request_seed
+from megatron_rlvr.exploration.base import Exploration
+from megatron_rlvr.rollout.engine import Engine, Request, Sample, request_seed
 from megatron_rlvr.types import Prompt, Rollout, RolloutGroup
 from megatron_rlvr.verifiers.pool import VerifierPool
+
+# A response's log-probs and those of the engine's most probable tokens -> a number per token by name.
+Annotation = Callable[[list[float], list[list[float]]], dict[str, list[float]]]
 
 
 @dataclass
@@ -36,20 +41,32 @@ class RolloutCollector:
         self.speaks_for_replica = groups.rank % config.rollout_tp == 0
 
     def collect(
-        self, prompts: list[Prompt], responses: int, *, step: int, attempt: int, policy_version: int
+        self,
+        prompts: list[Prompt],
+        responses: int,
+        *,
+        step: int,
+        attempt: int,
+        policy_version: int,
+        exploration: Exploration | None = None,
     ) -> Collected:
         """``responses`` samples of each prompt; they depend on (seed, step, attempt, prompt, sample) alone.
 
         A prompt that comes twice, where one epoch ends and the next begins, goes on counting its samples.
+        ``exploration`` annotates the tokens of what is trained on, if it reads the engine's distribution.
         """
+        top = exploration.needs().rollout_top if exploration else 0
         started = time.perf_counter()
         mine_of = slice(self.replica, None, self.replicas)
         share, earlier = prompts[mine_of], earlier_appearances(prompts)[mine_of]
-        samples = iter(self.engine.generate(self._requests(share, earlier, responses, step, attempt)))
+        samples = iter(self.engine.generate(self._requests(share, earlier, responses, step, attempt, top)))
         sampled = time.perf_counter()
         mine = []
         if self.speaks_for_replica:
-            mine = [RolloutGroup(prompt, self._rollouts(samples, responses, policy_version)) for prompt in share]
+            annotate = exploration.annotate_sample if exploration and top else None
+            mine = [
+                RolloutGroup(prompt, self._rollouts(samples, responses, policy_version, annotate)) for prompt in share
+            ]
             assert self.pool is not None
             verifiers.score_groups(mine, self.pool)
         verified = time.perf_counter()
@@ -63,7 +80,7 @@ class RolloutCollector:
         return Collected(ordered, seconds)
 
     def _requests(
-        self, prompts: list[Prompt], earlier: list[int], responses: int, step: int, attempt: int
+        self, prompts: list[Prompt], earlier: list[int], responses: int, step: int, attempt: int, top: int
     ) -> list[Request]:
         settings = self.config.rollout
         return [
@@ -72,21 +89,25 @@ class RolloutCollector:
                 seed=request_seed(self.config.seed, step, attempt, prompt.id, times * responses + sample),
                 max_tokens=settings.max_response_length,
                 temperature=settings.temperature,
+                top=top,
             )
             for prompt, times in zip(prompts, earlier, strict=True)
             for sample in range(responses)
         ]
 
-    def _rollouts(self, samples: Any, responses: int, policy_version: int) -> list[Rollout]:
+    def _rollouts(
+        self, samples: Iterator[Sample], responses: int, policy_version: int, annotate: Annotation | None
+    ) -> list[Rollout]:
         rollouts = []
         for index in range(responses):
             sample = next(samples)
             # Without the end token, but with any other special one: hidden from the verifier, it would earn a reward.
             said = sample.response_ids[:-1] if sample.finish_reason == "stop" else sample.response_ids
             text = self.tokenizer.decode(said)
-            rollouts.append(
-                Rollout(index, sample.response_ids, sample.log_probs, sample.finish_reason, policy_version, text)
-            )
+            rollout = Rollout(index, sample.response_ids, sample.log_probs, sample.finish_reason, policy_version, text)
+            if annotate:
+                rollout.extras = annotate(sample.log_probs, sample.top_log_probs)
+            rollouts.append(rollout)
         return rollouts
 
 

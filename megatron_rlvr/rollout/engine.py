@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Protocol
 
@@ -26,6 +26,7 @@ class Request:
     seed: int
     max_tokens: int
     temperature: float  # 0: greedy
+    top: int = 0  # most probable tokens whose log-probs come with each sampled one
 
 
 @dataclass(frozen=True)
@@ -38,6 +39,9 @@ class Sample:
     response_ids: list[int]
     log_probs: list[float]
     finish_reason: FinishReason
+    # Per token, where the request asks for a top: those log-probs in descending order, and that of the sampled token
+    # among them even where it is less probable; no more than the vocabulary has.
+    top_log_probs: list[list[float]] = field(default_factory=list)
 
 
 class EngineNotReady(RuntimeError):

@@ -37,7 +37,8 @@ _SETTINGS = {
 class VllmEngine:
     """This rank's part of its replica: rollout.tp neighbouring ranks hold one copy of the model."""
 
-    def __init__(self, config: Config, groups: ParallelGroups) -> None:
+    def __init__(self, config: Config, groups: ParallelGroups, most_log_probs: int = 0) -> None:
+        """``most_log_probs``: the largest ``top`` that a request may ask for."""
         architecture = Architecture.from_folder(config.model.path)
         architecture.check_engine_layout(config.rollout_tp)
         length = config.data.max_prompt_length + config.rollout.max_response_length
@@ -45,13 +46,14 @@ class VllmEngine:
         self.tp_size, self.tp_rank = config.rollout_tp, groups.rank % config.rollout_tp
         self.ready = False
         self._stop_ids = stop_token_ids(config.model.path)
+        self._vocab_size = architecture.vocab_size
         job = broadcast_object(f"megatron-rlvr-{uuid.uuid4().hex[:12]}", 0, groups.world)
         os.environ.update({name: value for name, value in _SETTINGS.items() if name not in os.environ})
         with _process_unchanged():
             platform.spare_vllm_small_compiles()
             with platform.private_shared_memory(job):
                 _check_head_dim(architecture)
-                self._llm = _start(config, length)
+                self._llm = _start(config, length, most_log_probs)
         self._model: Any = self._llm.apply_model(lambda model: model)[0]
         self._modules = dict(self._model.named_modules())
         self._can_sleep = self._llm.llm_engine.model_config.enable_sleep_mode
@@ -68,7 +70,7 @@ class VllmEngine:
             self._wake()
             outputs = self._llm.generate(prompts, [self._sampling(request) for request in requests], use_tqdm=False)
             self._sleep()
-        return [_sample(output.outputs[0]) for output in outputs]
+        return [_sample(output.outputs[0], request.top) for output, request in zip(outputs, requests, strict=True)]
 
     def load_weights(self, weights: Iterable[tuple[str, Tensor]]) -> None:
         """Stream (Hugging Face name, whole tensor) into vLLM, which fuses and cuts them itself; leaves it not ready."""
@@ -120,7 +122,7 @@ class VllmEngine:
             temperature=request.temperature,
             stop_token_ids=self._stop_ids,
             ignore_eos=True,  # the end tokens are all in stop_token_ids
-            logprobs=0,  # of the sampled token alone
+            logprobs=min(request.top, self._vocab_size),  # 0: of the sampled token alone
             detokenize=False,
             skip_clone=True,  # made for this one request: vLLM need not copy it deeply
         )
@@ -150,7 +152,7 @@ def _check_head_dim(architecture: Architecture) -> None:
     )
 
 
-def _start(config: Config, length: int) -> Any:
+def _start(config: Config, length: int, most_log_probs: int) -> Any:
     from vllm import LLM  # after the settings above, which vLLM reads while it is imported
     from vllm.platforms import current_platform
 
@@ -170,6 +172,7 @@ def _start(config: Config, length: int) -> Any:
         max_num_seqs=config.rollout.max_running,
         # Of the distribution that is sampled from, temperature included, as the policy recomputes them.
         logprobs_mode="processed_logprobs",
+        max_logprobs=most_log_probs,
         generation_config="vllm",  # no sampling defaults that hide in the model's folder
         skip_tokenizer_init=True,
         enforce_eager=on_cpu,  # compiling takes longer than a small run
@@ -179,12 +182,15 @@ def _start(config: Config, length: int) -> Any:
     )
 
 
-def _sample(completion: Any) -> Sample:
+def _sample(completion: Any, top: int) -> Sample:
     ids = list(completion.token_ids)
     log_probs = [step[token].logprob for step, token in zip(completion.logprobs, ids, strict=True)]
     if completion.finish_reason not in ("stop", "length"):
         raise RuntimeError(f"the engine ended a response with {completion.finish_reason!r} instead of stop or length")
-    return Sample(ids, log_probs, completion.finish_reason)
+    if not top:
+        return Sample(ids, log_probs, completion.finish_reason)
+    most = [sorted((item.logprob for item in step.values()), reverse=True) for step in completion.logprobs]
+    return Sample(ids, log_probs, completion.finish_reason, most)
 
 
 @contextmanager

@@ -36,6 +36,9 @@ class Louder(Exploration):
     def needs(self):
         return Needs(old_statistics=True)
 
+    def annotate_sample(self, log_probs, top_log_probs):
+        return {{self.name + "/gap": [row[0] - log_prob for log_prob, row in zip(log_probs, top_log_probs)]}}
+
     def keep_group(self, group):
         return len(group.rollouts) > 1
 
@@ -134,6 +137,7 @@ def test_methods_pass_through_each_hook_in_their_declared_order(methods_folder):
     assert torch.equal(batch.rewards, torch.tensor([1.0, -1.0])) and torch.equal(batch.advantages, before)
     old = statistics(make_logits(batch), batch, method)
     assert set(method.annotate(batch, old)) == {"louder/entropy", "shifter/entropy"}
+    assert method.annotate_sample([-2.0], [[-0.5, -2.0]]) == {"louder/gap": [1.5], "shifter/gap": [1.5]}
     zeros = torch.zeros(batch.num_tokens)
     assert torch.equal(method.policy_loss(zeros, batch, old, Meter()), zeros + 10)
     prompt = Prompt("0", "", (1,), "math", 0)
@@ -172,6 +176,7 @@ def test_needs_merge():
     assert merged == Needs(old_statistics=True, reference=True, threshold=threshold)
     assert merged.merge(Needs(threshold=threshold)) == merged
     assert merged.statistics(0.6) == StatisticsOptions(temperature=0.6, min_p=0.02, threshold_temperature=0.6)
+    assert Needs(rollout_top=3).merge(Needs(rollout_top=8, states="last")) == Needs(rollout_top=8, states="last")
     assert Needs(value_heads=2).merge(merged).value_heads == merged.merge(Needs(value_heads=2)).value_heads == 2
     fixed = Needs(threshold=Threshold(tau=0.1, temperature=1.0))
     assert fixed.statistics(0.6) == StatisticsOptions(temperature=0.6, tau=0.1, threshold_temperature=1.0)

@@ -1,6 +1,6 @@
 """Lp-Reg against references written from the formulas, values and gradients in fp64.
 
-Full-vocabulary sums; the released code has a file of its own.
+Full-vocabulary sums; the released code, and proxies of other distributions than the policy's, have files of their own.
 """
 
 from __future__ import annotations
@@ -316,27 +316,6 @@ def test_a_proxy_with_more_tokens_than_are_kept_is_counted(size):
     larger = (p >= KAPPA * p.max(-1, keepdim=True).values).sum(-1) > size
     assert metrics["lp_reg/cut_share"] == pytest.approx(int((larger & on).sum()) / int(on.sum()))
     assert (metrics["lp_reg/cut_share"] > 0) == (size == 3)
-
-
-def test_a_proxy_of_the_reference_policy():
-    """The part of another model: only its scalars are known, so k3 of the sampled token has to take the KL's place."""
-    with pytest.raises(ConfigError, match="set exploration.lp_reg.divergence=k3_sampled"):
-        method(1, proxy_source="reference")
-    lp_reg = method(1, proxy_source="reference", divergence="k3_sampled", rho=0.3)
-    assert lp_reg.needs().reference and lp_reg.needs().old_statistics
-    batch = make_batch(LENGTHS)
-    logits, reference_logits = make_logits(batch), make_logits(batch, seed=5)
-    fill_old(batch, logits, lp_reg, reference=reference_logits)
-    reference = statistics(reference_logits, batch, lp_reg)
-    assert torch.equal(batch.extras["lp_reg/proxy_log_prob"], reference.proxy_log_prob)
-    loss, _, metrics = update_loss(batch, logits, lp_reg, "plain_clip", CLIP)
-
-    p_o, q_o = sampled(logits.softmax(-1), batch), reference.proxy_log_prob.exp()
-    improbable = sorted(p_o[batch.loss_mask].tolist())[math.ceil(0.3 * sum(LENGTHS)) - 1]
-    on = batch.loss_mask & (batch.advantages < 0) & (p_o <= improbable) & (q_o > 0)
-    divergence = torch.where(on, q_o / p_o - 1 - (q_o / p_o).log(), 0.0)
-    assert torch.allclose(loss, (divergence - batch.advantages)[batch.loss_mask].mean(), rtol=1e-6) and on.sum() >= 3
-    assert metrics["lp_reg/share"] == pytest.approx(int(on.sum()) / sum(LENGTHS))
 
 
 @pytest.mark.parametrize("share", [0.02, 0.1, 0.9])

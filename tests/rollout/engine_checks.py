@@ -53,7 +53,7 @@ class Checks:
             data=DataConfig(max_prompt_length=16),
         )
         before = _process_state()
-        self.engine = VllmEngine(self.config, self.groups)
+        self.engine = VllmEngine(self.config, self.groups, most_log_probs=5)
         self.left_alone = before == _process_state()
         self.sync = WeightSync(self.engine, Architecture.from_folder(folder), self.groups)
         self.use_model(seed=0)
@@ -110,6 +110,23 @@ class Checks:
     def check_log_probs_are_those_of_transformers(self) -> None:
         for temperature in (1.0, 0.7):
             assert self.differs_from_transformers(self.generate(temperature), temperature) < 3e-5
+
+    def check_the_most_probable_tokens_come_with_the_sampled_ones(self) -> None:
+        """Their log-probs at the sampling temperature, the sampled token's among them where it is not one of them."""
+        requests = [Request(prompt, 7, 12, 0.7, top) for prompt, top in zip(PROMPTS, (0, 3, 5), strict=True)]
+        plain, *samples = self.engine.generate(requests)
+        assert plain.top_log_probs == [] and plain.log_probs
+        outsiders = 0
+        for request, sample in zip(requests[1:], samples, strict=True):
+            with torch.no_grad():
+                logits = self.model(torch.tensor([request.prompt_token_ids + sample.response_ids])).logits[0]
+            start = len(request.prompt_token_ids) - 1
+            expected = (logits[start:-1] / 0.7).log_softmax(-1).topk(request.top).values
+            for row, found, drawn in zip(expected.tolist(), sample.top_log_probs, sample.log_probs, strict=True):
+                outsiders += len(found) > request.top
+                wanted = row + [drawn] * (len(found) > request.top)
+                assert max(abs(a - b) for a, b in zip(wanted, found, strict=True)) < 3e-5 and drawn in found
+        assert outsiders
 
     def check_greedy_tokens_are_those_of_transformers(self) -> None:
         for prompt, sample in zip(PROMPTS, self.generate(temperature=0.0), strict=True):
