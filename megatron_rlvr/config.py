@@ -82,7 +82,7 @@ class KlConfig:
     # From the sampled token: k1 is the log-ratio, k2 half its square, k3 never negative with k1's mean. In the loss, k1
     # has no gradient on average, k2 has that of KL(policy || reference), k3 that of KL(reference || policy).
     estimator: Literal["k1", "k2", "k3"] = "k3"
-    where: Literal["loss", "reward"] = "loss"  # reward: of the old policy, summed over the response
+    where: Literal["loss", "reward"] = "loss"  # reward: of the old policy, per token (gae) or summed
 
 
 @dataclass

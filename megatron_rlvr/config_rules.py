@@ -76,11 +76,6 @@ def _check_ranges(config: Config) -> None:
         f"the policy away from the reference",
     )
     rule(
-        not (config.has_critic and config.algorithm.kl.coefficient and config.algorithm.kl.where == "reward"),
-        "algorithm.kl.where=reward belongs to the advantages without a critic: with algorithm.advantage=gae set "
-        "algorithm.kl.where=loss",
-    )
-    rule(
         config.algorithm.loss == "ppo" or not config.algorithm.dual_clip,
         f"algorithm.dual_clip is a part of algorithm.loss=ppo and has no effect with {config.algorithm.loss}: "
         f"drop one of them",

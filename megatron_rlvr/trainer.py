@@ -185,8 +185,8 @@ class Trainer:
     def advantages(self, batch: Batch, rewards: Tensor, groups: list[RolloutGroup], step: int, meter: Meter) -> Tensor:
         """[S] shaped rewards -> [T] advantages: over what the critic expected, or over the other responses."""
         if self.critic:
-            seed = (self.config.seed, step)
-            batch.advantages = fill_targets(batch, rewards, self.config.critic, seed, self.groups, meter)
+            seed, kl = (self.config.seed, step), self.config.algorithm.kl
+            batch.advantages = fill_targets(batch, rewards, self.config.critic, seed, self.groups, meter, kl)
             raw = self.exploration.shape_raw_advantages(batch, self.groups, step - 1, meter)
             return reduce.whiten(raw, batch.loss_mask, self.groups.dp)
         scored = torch.tensor(

@@ -1,6 +1,6 @@
 """What the critic is asked for and what it is taught: advantages, returns, and which head learns from which token.
 
-    raw = fill_targets(batch, rewards, config.critic, (config.seed, step), groups, meter)
+    raw = fill_targets(batch, rewards, config.critic, (config.seed, step), groups, meter, config.algorithm.kl)
 
 The heads of an ensemble learn from data of their own, so that they agree where there is much of it and differ where
 there is little: CDE (arXiv 2509.09675v1) Sec 3.2.
@@ -12,26 +12,36 @@ import torch
 from torch import Tensor
 
 from megatron_rlvr.advantages import gae
-from megatron_rlvr.config import CriticConfig
+from megatron_rlvr.config import CriticConfig, KlConfig
 from megatron_rlvr.distributed import reduce
 from megatron_rlvr.distributed.groups import ParallelGroups
+from megatron_rlvr.losses import kl_penalty
 from megatron_rlvr.metrics import Meter
 from megatron_rlvr.seeds import stable_seed
 from megatron_rlvr.types import Batch
 
 
 def fill_targets(
-    batch: Batch, rewards: Tensor, settings: CriticConfig, seed: tuple[int, int], groups: ParallelGroups, meter: Meter
+    batch: Batch,
+    rewards: Tensor,
+    settings: CriticConfig,
+    seed: tuple[int, int],
+    groups: ParallelGroups,
+    meter: Meter,
+    kl: KlConfig | None = None,
 ) -> Tensor:
     """[S] rewards, each earned with its response's last token -> [T] advantages of GAE, not whitened.
 
-    The value of a state is the mean of its heads. Fills returns and value_weights, and meters critic/* of the values as
+    With ``kl.where: reward`` each token also loses its own KL to the reference. The value of a state is the mean of its
+    heads. Fills returns and value_weights, and meters critic/* of the values as
     they were before the update. ``seed`` is (run seed, step). Collective over the data-parallel ranks.
     """
     mask, lengths = batch.loss_mask, batch.response_lengths
     values = batch.values.mean(dim=1)
     of_tokens = torch.zeros_like(values[mask])
     of_tokens[lengths.cumsum(0)[lengths > 0] - 1] = rewards[lengths > 0]
+    if kl and kl.coefficient > 0 and kl.where == "reward":
+        of_tokens -= kl_penalty(batch, batch.known_log_probs, kl, meter)[mask]
     advantages = torch.zeros_like(values)
     advantages[mask] = gae(of_tokens, values[mask], lengths, settings.gamma, settings.lam)
     batch.returns = torch.where(mask, advantages + values, 0.0)

@@ -138,7 +138,6 @@ def test_the_critic_has_a_learning_rate_of_its_own() -> None:
     ("overrides", "message"),
     [
         (["critic.num_heads=0"], "critic.num_heads must be at least 1, not 0"),
-        (["algorithm.kl={coefficient: 0.1, where: reward}"], "algorithm.kl.where=loss"),
         (["critic.head_init=0"], "critic.head_init must be above 0"),
         (["critic.share=0"], r"critic.share must be in \(0, 1\], not 0"),
         (["critic.share=1.5"], r"critic.share must be in \(0, 1\]"),

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from megatron_rlvr.config import CriticConfig
+from megatron_rlvr.config import CriticConfig, KlConfig
 from megatron_rlvr.distributed import reduce
 from megatron_rlvr.distributed.groups import ParallelGroups
 from megatron_rlvr.metrics import Meter
@@ -92,6 +92,20 @@ def test_returns_and_metrics_by_hand():
     assert torch.allclose(whitened[batch.loss_mask], expected, atol=1e-5)
     assert not raw[~batch.loss_mask].any() and not whitened[~batch.loss_mask].any()
     assert not batch.returns[~batch.loss_mask].any() and not batch.value_weights[~batch.loss_mask].any()
+
+
+def test_a_token_pays_for_its_distance_from_the_reference():
+    """Each token's reward is less its own estimate, so an undiscounted return less those of it and the later ones."""
+    settings, kl = CriticConfig(num_heads=1), KlConfig(coefficient=0.3, estimator="k2", where="reward")
+    batch, *_ = _filled(ParallelGroups.single(), 1000, settings)
+    gap = torch.randn(batch.num_tokens, generator=torch.Generator().manual_seed(1))
+    batch.ref_log_probs = torch.where(batch.loss_mask, batch.rollout_log_probs - gap, torch.nan)
+    meter = Meter()
+    fill_targets(batch, batch.rewards, settings, (0, 5), ParallelGroups.single(), meter, kl)
+    for identity, (returns, gaps) in _by_response(batch, batch.returns, gap).items():
+        paid = [0.3 * value**2 / 2 for value in gaps]
+        assert returns == pytest.approx([_reward(identity) - sum(paid[t:]) for t in range(len(paid))], abs=1e-5)
+    assert meter.means()["policy/ref_kl"] == pytest.approx(float((gap[batch.loss_mask] ** 2 / 2).mean()), rel=1e-5)
 
 
 def _everything(ranks: int, microbatch_tokens: int, share_of: str) -> tuple[dict, dict]:

@@ -1,4 +1,7 @@
-"""PPO with four heads, both bonuses of CDE and its count-based baseline, with real Megatron and real vLLM."""
+"""PPO with four heads and much of what methods may ask for, with real Megatron and real vLLM.
+
+Both bonuses of CDE and its count-based baseline; Lp-Reg with the engine's own proxy.
+"""
 
 from __future__ import annotations
 
@@ -20,6 +23,7 @@ def test_three_steps(train, countdown: Path, tmp_path: Path) -> None:
         "critic.share=0.5",
         "reward.scale=signed",
         "exploration={cde: {critic: {}}, sim_hash: {}}",
+        "exploration.lp_reg={proxy_source: rollout, divergence: k3_sampled, rho: 0.3}",
         f"data.eval_path={held_out}",
         "trainer.eval_every=2",
         f"run.dir={folder}",
@@ -40,3 +44,4 @@ def test_three_steps(train, countdown: Path, tmp_path: Path) -> None:
     assert 0 < json.loads((folder / "summary.json").read_text())["eval/head_std"] < 1
     for row in rows[1:]:
         assert row["policy/grad_norm"] > 0
+        assert row["lp_reg/candidates"] > 0 and row["lp_reg/cut_share"] == 0  # the engine gave its whole vocabulary
