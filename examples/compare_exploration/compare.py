@@ -28,13 +28,22 @@ RESULTS, BUILD, README = HERE / "results", HERE / "build", HERE / "README.md"
 DEADLINE = 3600.0  # seconds per run; some four minutes where two run at a time on two idle cores
 SPAN = 10  # steps whose mean is one point of a curve
 CURVES = ("reward/mean", "policy/entropy", "lp_reg/share", "cde/perplexity_right", "cde/perplexity_wrong")
-CURVES += ("cde/head_std", "critic/head_std")
+CURVES += ("critic/head_std",)
 COLUMNS = {
     "eval/pass@1": "pass@1",
     "eval/pass@16": "pass@16",
     "eval/distinct": "different answers of 16",
     "eval/distinct_right": "different right answers of 16",
     "policy/entropy": "entropy, nats",
+}
+HELD_OUT = ("eval/pass@1", "eval/pass@16", "eval/distinct_right")  # one panel each
+# Curves by step, one panel each behind the held-out figures.
+PANELS = {
+    "policy/entropy": "entropy, nats",
+    "lp_reg/share": "regularised share",
+    "cde/perplexity_right": "perplexity of right answers",
+    "cde/perplexity_wrong": "perplexity of wrong answers",
+    "critic/head_std": "disagreement of the critic's heads",
 }
 # Student's t at 97.5 % for n - 1 degrees of freedom: half a 95 % interval in standard errors of a mean of n seeds.
 T_975 = {2: 12.71, 3: 4.30, 4: 3.18, 5: 2.78, 6: 2.57, 7: 2.45, 8: 2.36, 9: 2.31, 10: 2.26}
@@ -160,23 +169,25 @@ def interval(values: list[float]) -> str:
 
 
 def plot(by_method: dict[str, list[dict]]) -> None:
-    """curves.svg and curves.png: held-out figures and entropy by step, mean over seeds and their range."""
+    """curves.svg and curves.png: held-out figures and curves by step, mean over seeds and their range."""
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    figure, panels = pyplot.subplots(2, 2, figsize=(11, 8), layout="constrained")
+    figure, panels = pyplot.subplots(2, 4, figsize=(20, 8), layout="constrained")
     colours = pyplot.get_cmap("tab20").colors  # type: ignore[attr-defined]
     for place, (method, results) in enumerate(sorted(by_method.items())):
         style = {"color": colours[place % 20]}
-        for panel, name in zip(panels.flat, ("eval/pass@1", "eval/pass@16", "eval/distinct_right"), strict=False):
+        for panel, name in zip(panels.flat, HELD_OUT, strict=False):
             steps = [point["step"] for point in results[0]["held_out"]]
             draw(panel, steps, [[point[name] for point in run["held_out"]] for run in results], method, style)
-            panel.set(title=COLUMNS[name], xlabel="step")
-        curves = [run["curves"]["policy/entropy"] for run in results]
-        draw(panels[1, 1], [SPAN * (index + 1) for index in range(len(curves[0]))], curves, method, style)
-    panels[1, 1].set(title=COLUMNS["policy/entropy"], xlabel="step")
+        for panel, name in zip(panels.flat[3:], PANELS, strict=True):
+            curves = [run["curves"][name] for run in results if name in run["curves"]]
+            if curves:  # a method's own figures are there for its own runs
+                draw(panel, [SPAN * (index + 1) for index in range(len(curves[0]))], curves, method, style)
+    for panel, title in zip(panels.flat, [*(COLUMNS[name] for name in HELD_OUT), *PANELS.values()], strict=True):
+        panel.set(title=title, xlabel="step")
     figure.legend(*panels[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=6, frameon=False)
     for suffix in ("svg", "png"):
         figure.savefig(HERE / f"curves.{suffix}", dpi=110)
