@@ -216,17 +216,32 @@ def lp_reg(
     t: Tokens, losses: Tensor, kappa: float, chosen: Callable[[Tokens, list[bool]], list[int]], strength: Callable
 ) -> Tensor:
     """k3 to the old policy's proxy on the chosen of the tokens with A < 0 that it keeps; ``strength`` of |A|."""
-    p = t.old_logits.softmax(-1)
-    keep = p >= kappa * p.max(-1, keepdim=True).values
-    log_q = t.old - torch.where(keep, p, 0.0).sum(-1).log()
-    is_kept = keep.gather(1, t.target[:, None])[:, 0]
-    on = chosen(t, (is_kept & (t.advantage < 0)).tolist())
-    x = log_q - t.new
+    q, allowed = proxy(t, kappa)
+    on = chosen(t, allowed)
+    x = torch.where(torch.tensor(allowed), t.log_p(q.log()), t.new) - t.new
     divergence = x.exp() - x - 1
     pull = [strength(abs(a)) * (i in on) for i, a in enumerate(t.advantage.tolist())]
     return losses + torch.stack([d if s else d.detach() * 0 for d, s in zip(divergence, pull, strict=True)]) * (
         torch.tensor(pull, dtype=torch.float64)
     )
+
+
+def lp_reg_full(t: Tokens, losses: Tensor, kappa: float, rho: float, beta: float) -> Tensor:
+    """Eq 6: KL(q || p) over the vocabulary where A < 0, q(o) > 0 and p_old(o) is among the lowest rho of all tokens."""
+    q, allowed = proxy(t, kappa)
+    limit = sorted(t.old.tolist())[math.ceil(round(rho * t.count, 6)) - 1]
+    on = torch.tensor([allowed[i] and float(t.old[i]) <= limit for i in range(t.count)])
+    log_p = t.logits.log_softmax(-1)
+    terms = torch.where(q > 0, q * (q.clamp(min=1e-300).log() - log_p), 0.0)
+    return losses + beta * torch.where(on, terms.sum(-1), 0.0)
+
+
+def proxy(t: Tokens, kappa: float) -> tuple[Tensor, list[bool]]:
+    """q [n, V] of the old policy, and where A < 0 and q(o) > 0."""
+    p = t.old_logits.softmax(-1)
+    kept = torch.where(p >= kappa * p.max(-1, keepdim=True).values, p, 0.0)
+    is_kept = kept.gather(1, t.target[:, None])[:, 0] > 0
+    return kept / kept.sum(-1, keepdim=True), (is_kept & (t.advantage < 0)).tolist()
 
 
 def lowest(t: Tokens, allowed: list[bool], share_of_all: float) -> list[int]:

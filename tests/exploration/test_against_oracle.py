@@ -101,6 +101,12 @@ CASES = {
     "sequence_mis": correction("sequence_mis", 0.0, 1.5, renormalise=True),
     "icepop": correction("icepop", 0.5, 1.6),
     "geometric_mask": correction("geometric_mask", 0.9, 1.1, renormalise=True),
+    "lp_reg": Case(
+        "plain_clip",
+        (1.0, 9.0),
+        {"lp_reg": {"kappa": KAPPA, "rho": 0.6, "beta": 2.0}},
+        partial(oracle.lp_reg_full, kappa=KAPPA, rho=0.6, beta=2.0),
+    ),
     "lp_reg, target_share": protected(lambda a: 1.0),
     "lp_reg, beta in proportion to |A|": protected(lambda a: 3.0 * a, beta="advantage", protection=3.0),
     "composed": Case(
@@ -151,7 +157,8 @@ def package_loss(case: Case, microbatches: list[list[int]], groups: ParallelGrou
             micro.target_ids,
             group=groups.tp,
             vocab_size=logits.shape[1],
-            **vars(method.needs().statistics(1.0)),
+            old_top=(micro.old_top_ids, micro.old_top_log_probs) if micro.has("old_top_ids") else None,
+            **vars(method.needs().statistics(1.0)) | {"top": 0},
         )
         values, _ = losses.LOSSES[case.loss](current.log_prob, micro, losses.Clip(*case.clip))
         values = method.policy_loss(values, micro, current, Meter())
