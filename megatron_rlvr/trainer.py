@@ -229,7 +229,7 @@ class Trainer:
         return summarise(collected.groups) | (self.held_out_values(collected.groups) if self.critic else {})
 
     def held_out_values(self, groups: list[RolloutGroup]) -> dict[str, float]:
-        """eval/* of the critic: how far its heads disagree on responses that it does not learn from, what it explains.
+        """eval/* of the critic: how far its heads disagree on responses that it does not learn from, what they explain.
 
         Data-parallel ranks (and stages, where they interleave) get equally many: a remainder of prompts is left out.
         """
@@ -242,7 +242,8 @@ class Trainer:
         seed = (self.config.seed, EVALUATION)
         fill_targets(batch, batch.rewards, self.config.critic, seed, self.groups, meter)
         figures = reduce.reduce_meter(meter, self.groups).means()
-        return {name.replace("critic/", "eval/"): value for name, value in figures.items()}
+        names = ("head_std", "explained_variance")  # the second only where returns differ
+        return {f"eval/{name}": figures[f"critic/{name}"] for name in names if f"critic/{name}" in figures}
 
     def close(self) -> None:
         """End the verifiers and the engine; the engine's end also ends the process group."""
