@@ -67,7 +67,7 @@ class Needs:
     states: str = ""  # batch.states of the old policy, of that kind: last, second_last, mean
 
     def merge(self, other: Needs) -> Needs:
-        """Both needs at once. Raises ConfigError: two different thresholds, where one pass takes one."""
+        """Both needs at once. Raises ConfigError: two different thresholds or states, where one pass takes one."""
         if self.threshold and other.threshold and self.threshold != other.threshold:
             raise ConfigError(
                 f"exploration: two methods ask for different thresholds ({self.threshold} and {other.threshold}), but "

@@ -164,14 +164,13 @@ def leave_out_output_layer(chunk: GPTModel) -> None:
 @contextmanager
 def without_output_layer(chunk: GPTModel) -> Iterator[None]:
     """The chunk gives hidden states for as long as this is open."""
-    layer = chunk.output_layer if chunk.post_process else None
-    forward = layer.forward if layer is not None else None
+    forward = chunk.output_layer.forward if chunk.post_process else None
     leave_out_output_layer(chunk)
     try:
         yield
     finally:
-        if layer is not None:
-            layer.forward = forward
+        if chunk.post_process:
+            chunk.output_layer.forward = forward
 
 
 def output_weight(chunk: GPTModel) -> torch.Tensor:
