@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
+import re
 import subprocess
+import sys
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -11,10 +13,19 @@ from pathlib import Path
 
 import pytest
 
+from tests.integration.conftest import countdown  # noqa: F401  a fixture of these tests too
+
 ROOT = Path(__file__).parents[2]
 CLUSTER = Path(__file__).with_name("cluster.sh")
 NODES = 8  # a node daemon costs some 10 MB
 DEADLINE = 600.0  # seconds; a run of a few steps takes one to two minutes on two busy cores
+
+SITE = f"""
+export PYTHONPATH={ROOT}
+PYTHON={sys.executable}
+GPU_TYPE=cpu
+RANKS_PER_NODE=2
+"""
 
 
 @dataclass(frozen=True)
@@ -23,12 +34,20 @@ class Cluster:
 
     folder: Path
 
+    def submit(self, script: str, code: int = 0) -> str:
+        """The number of the job that ``bash slurm/SCRIPT ...`` or ``sbatch ... slurm/SCRIPT ...`` submits."""
+        output = self.shell(script, code)
+        found = re.search(r"[Ss]ubmitted (?:batch )?job (\d+)", output)
+        assert found, output
+        return found[1]
+
     def shell(self, command: str, code: int | None = 0, **environment: str) -> str:
         """The output of a bash command in the repository's root; ``code`` is the exit code it must have, if any."""
         process = subprocess.run(
             ["bash", "-c", command],
             cwd=ROOT,
-            env={**os.environ, "SLURM_CONF": str(self.folder / "slurm.conf"), **environment},
+            env={**os.environ, "SLURM_CONF": str(self.folder / "slurm.conf"), "SITE": str(self.folder / "site.sh")}
+            | environment,
             text=True,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
@@ -59,6 +78,7 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
     subprocess.run([CLUSTER, "install"], check=True, timeout=DEADLINE)
     try:
         subprocess.run([CLUSTER, "start", folder, str(NODES)], check=True, timeout=60)
+        (folder / "site.sh").write_text(SITE)
         yield Cluster(folder)
     finally:
         subprocess.run([CLUSTER, "stop", folder], check=True, timeout=60)
