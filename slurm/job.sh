@@ -2,8 +2,6 @@
 # The second door, inside the job (sourced by launch.sh): plan, check the nodes, start one srun of all ranks, and end as
 # they do. Exit codes are those of megatron_rlvr.train; a run that was asked to save goes on in the same job, requeued.
 
-SAVED=$((128 + 10)) # stopped by USR1 after a checkpoint
-
 job() {
     choose "${SLURM_ARRAY_TASK_ID:-0}"
     [ "$RANKS" = "$SLURM_NTASKS" ] ||
@@ -50,29 +48,34 @@ ranks() { # what Python gets
 }
 
 train() {
-    local code pid
+    local code pid tee_pid first
     errors=$(mktemp)
+    exec 3> >(tee "$errors" >&2)
+    tee_pid=$!
     ranks -m megatron_rlvr.train "${arguments[@]}"
-    "${srun[@]}" 2> >(tee "$errors" >&2) &
+    "${srun[@]}" 2>&3 &
     pid=$!
+    exec 3>&-
     # USR1 comes ahead of the time limit, to this shell alone: srun passes it on. TERM, at preemption or scancel, reaches
     # the ranks by itself. Either interrupts `wait`.
     trap 'kill -USR1 "$pid"' USR1
     trap : TERM
     wait "$pid" && code=0 || code=$?
     while kill -0 "$pid" 2>/dev/null; do wait "$pid" && code=0 || code=$?; done
-    case $code in
-    0 | 143) ;;                                               # done; or told to stop, and saved
-    "$SAVED") scontrol requeue "$SLURM_JOB_ID" && sleep 60 ;; # which ends this shell
-    *) first_error_on_top ;;
+    wait "$tee_pid"
+    first=$(grep -m 1 '^srun: error: .*task' "$errors")
+    case $first in
+    *"exit code 138" | *"User defined signal 1") # 128 + USR1: saved, or not even begun
+        scontrol requeue "$SLURM_JOB_ID" && sleep 60 ;; # which ends this shell
+    *"exit code 143" | '') ;; # told to stop by TERM, and saved; or no rank failed
+    *) first_error_on_top "$first" ;;
     esac
     exit "$code"
 }
 
 # srun reports the tasks in the order in which they end: the first is the cause, the others lost their peer.
 first_error_on_top() {
-    local log first rank
-    first=$(grep -m 1 '^srun: error: .*task' "$errors") || return 0
+    local first=$1 log rank
     rank=$(sed -E 's/.*tasks? ([0-9]+).*/\1/' <<<"$first")
     log=$(scontrol --oneliner show job "$SLURM_JOB_ID" | grep -o 'StdOut=[^ ]*' | cut -d= -f2)
     {

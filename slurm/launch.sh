@@ -33,7 +33,7 @@ SMOKE=(
     data.path=examples/countdown_cpu/build/train.jsonl data.eval_path= data.template=raw data.max_prompt_length=16
     parallel.tp=2 parallel.pp=1 parallel.vpp=1 parallel.dp=2
     rollout.tp=1 rollout.max_response_length=7 rollout.prompts_per_step=16 rollout.responses_per_prompt=8
-    rollout.kv_cache_mib=64 trainer.num_steps=2 trainer.microbatch_tokens=2048
+    rollout.kv_cache_mib=64 trainer.num_steps=2 trainer.microbatch_tokens=2048 critic.warmup_steps=0
 )
 
 launch() { # "$@" of the script, less what it has used up
