@@ -99,7 +99,7 @@ show_plan() { # ends the script where the plan says no
 }
 
 submit() { # the first door
-    local index each=$((${#seeds[@]} > 0 ? ${#seeds[@]} : 1)) tasks first='' array=() id=%j number
+    local index each=$((${#seeds[@]} > 0 ? ${#seeds[@]} : 1)) tasks first='' array=() id=%j
     for index in "${!configs[@]}"; do
         choose $((index * each))
         show_plan
@@ -110,19 +110,23 @@ submit() { # the first door
     tasks=$((${#configs[@]} * each))
     [ "$tasks" -eq 1 ] && [ ${#seeds[@]} -eq 0 ] || array=(--array="0-$((tasks - 1))") id=%A_%a
     shape
-    local logs=${RUN_DIR%/seed_*} command
-    command=(
-        sbatch --parsable --job-name="$NAME" --output="$logs/job_$id.log" "${shape[@]}" "${array[@]}"
-        ${ACCOUNT:+--account="$ACCOUNT"} ${PARTITION:+--partition="$PARTITION"}
-        ${QOS:+--qos="$QOS"} ${TIME_LIMIT:+--time="$TIME_LIMIT"} "${SBATCH_OPTIONS[@]}"
-        "slurm/${0##*/}" "${everything[@]}"
-    )
     echo "megatron_rlvr.train $(printf '%q ' "${arguments[@]}")"
+    PLAN=no send "${RUN_DIR%/seed_*}/job_$id.log" --job-name="$NAME" "${shape[@]}" "${array[@]}"
+}
+
+send() { # LOG OPTIONS ...: the script itself, with what the site and the command line add
+    local log=$1 number command
+    command=(
+        sbatch --parsable --output="$log" "${@:2}" ${ACCOUNT:+--account="$ACCOUNT"}
+        ${PARTITION:+--partition="$PARTITION"} ${QOS:+--qos="$QOS"} ${TIME_LIMIT:+--time="$TIME_LIMIT"}
+        "${SBATCH_OPTIONS[@]}" "slurm/${0##*/}" "${everything[@]}"
+    )
     printf '%q ' "${command[@]}" && echo
     [ "$dry_run" = no ] || return 0
-    mkdir -p "$logs"
-    number=$(PLAN=no "${command[@]}") || exit
-    echo "submitted job $number; its log is $logs/job_*.log"
+    mkdir -p "$(dirname "$log")"
+    number=$("${command[@]}") || exit
+    log=${log//%[jA]/$number}
+    echo "submitted job $number; its log is ${log//%a/*}"
 }
 
 shape() { # sets the options that say how many nodes, ranks and GPUs

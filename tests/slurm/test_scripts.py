@@ -113,6 +113,19 @@ def test_an_array_trains_three_seeds(cluster: Cluster, countdown: Path, tmp_path
     assert len({json.dumps(without_times(metrics(tmp_path / f"seed_{seed}"))) for seed in configs}) == 3
 
 
+def test_a_job_waits_for_the_one_before_it(cluster: Cluster, countdown: Path, tmp_path: Path) -> None:
+    """Train, then a report of it; and a report that waits for a run that fails is never made."""
+    train = cluster.submit(f"bash slurm/train.sh {COUNTDOWN} {QUICK} trainer.num_steps=1 run.dir={tmp_path} --no-plan")
+    report = cluster.submit(f"bash slurm/tool.sh tools/report.py {tmp_path} -- --dependency=afterok:{train}")
+    assert cluster.job(report)["JobState"] == "PENDING"
+    again = cluster.submit(f"bash slurm/train.sh {COUNTDOWN} {QUICK} run.dir={tmp_path} --no-plan")
+    never = cluster.submit(
+        f"bash slurm/tool.sh tools/report.py {tmp_path} -- --dependency=afterok:{again} --kill-on-invalid-dep=yes"
+    )
+    assert cluster.wait(train)["JobState"] == cluster.wait(report)["JobState"] == "COMPLETED", log_of(tmp_path)
+    assert (cluster.wait(again)["JobState"], cluster.wait(never)["JobState"]) == ("FAILED", "CANCELLED")
+
+
 def test_a_node_that_is_unfit_ends_the_job_by_name(cluster: Cluster, countdown: Path, tmp_path: Path) -> None:
     """The site promises GPUs, and none is there."""
     options = f"--nodes=2 --ntasks-per-node=1 --output={tmp_path}/job_%j.log --export=ALL,SITE={tmp_path}/site.sh"
