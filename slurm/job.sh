@@ -11,7 +11,7 @@ job() {
     container
     mkdir -p "$RUN_DIR/logs"
     ranks -m megatron_rlvr.launch.health "$RUN_DIR" --device "$([ "$GPU_TYPE" = cpu ] && echo cpu || echo gpu)"
-    "${srun[@]}" || fail "the nodes are not fit to train; what is wrong with which is above"
+    "${srun[@]}" || fail "not fit to train: see above; bash $0 ... -- --exclude=NODE goes without one"
     # A requeued job goes on; a new one that finds a run in its folder is a mistake, and train.py says so.
     [ "${SLURM_RESTART_COUNT:-0}" -eq 0 ] || arguments+=(run.resume=auto)
     train
