@@ -48,7 +48,7 @@ ranks() { # what Python gets
 }
 
 train() {
-    local code pid tee_pid first
+    local code pid tee_pid errors first
     errors=$(mktemp)
     exec 3> >(tee "$errors" >&2)
     tee_pid=$!
@@ -64,6 +64,7 @@ train() {
     while kill -0 "$pid" 2>/dev/null; do wait "$pid" && code=0 || code=$?; done
     wait "$tee_pid"
     first=$(grep -m 1 '^srun: error: .*task' "$errors")
+    rm "$errors"
     case $first in
     *"exit code 138" | *"User defined signal 1") # 128 + USR1: saved, or not even begun
         scontrol requeue "$SLURM_JOB_ID" && sleep 60 ;; # which ends this shell
@@ -75,7 +76,8 @@ train() {
 
 # srun reports the tasks in the order in which they end: the first is the cause, the others lost their peer.
 first_error_on_top() {
-    local first=$1 log rank
+    local first=$1 log rank whole
+    whole=$(mktemp)
     rank=$(sed -E 's/.*tasks? ([0-9]+).*/\1/' <<<"$first")
     log=$(scontrol --oneliner show job "$SLURM_JOB_ID" | grep -o 'StdOut=[^ ]*' | cut -d= -f2)
     {
@@ -83,6 +85,7 @@ first_error_on_top() {
         tail -n 25 "$RUN_DIR/logs/rank_$rank.log" 2>/dev/null | sed 's/^/    /'
         echo "What the job printed:"
         cat "$log"
-    } >"$errors.log"
-    cat "$errors.log" >"$log" # in place: Slurm goes on appending to it
+    } >"$whole"
+    cat "$whole" >"$log" # in place: Slurm goes on appending to it
+    rm "$whole"
 }

@@ -1,4 +1,4 @@
-"""What the job's own shell does when it is preempted or cancelled: real Slurm, with a clock in place of training."""
+"""What the job's own shell does when it is preempted, cancelled or broken: real Slurm, a clock in place of training."""
 
 from __future__ import annotations
 
@@ -15,13 +15,15 @@ pytestmark = pytest.mark.slurm
 
 # Stands for the ranks' Python: nodes are fit, and "training" lasts ten seconds unless it is told to stop.
 CLOCK = f"""#!{sys.executable}
-import signal, sys, time
+import os, signal, sys, time
 got = []
 for number in (signal.SIGTERM, signal.SIGUSR1):
     signal.signal(number, lambda number, frame: got.append(number))
 if "megatron_rlvr.launch.health" in sys.argv:
     sys.exit(0)
 print("begins", *sys.argv[-1:], flush=True)
+if "name=broken" in sys.argv and os.environ["RANK"] == "3":
+    os.kill(os.getpid(), signal.SIGKILL)
 for tick in range(50):
     time.sleep(0.2)
     if got:
@@ -39,9 +41,9 @@ def submit(cluster: Cluster, tmp_path: Path):
     site = (cluster.folder / "site.sh").read_text() + f"LOGIN_PYTHON=$PYTHON\nPYTHON={clock}\n"
     (tmp_path / "site.sh").write_text(site)
 
-    def start() -> tuple[str, Path]:
+    def start(name: str = "whole") -> tuple[str, Path]:
         script = "bash slurm/train.sh examples/countdown_cpu/config.yaml parallel.dp=2 --no-plan"
-        output = cluster.shell(f"{script} run.dir={tmp_path}/run", SITE=str(tmp_path / "site.sh"))
+        output = cluster.shell(f"{script} name={name} run.dir={tmp_path}/run", SITE=str(tmp_path / "site.sh"))
         number = re.findall(r"submitted job (\d+)", output)[0]
         log = tmp_path / f"run/job_{number}.log"
         deadline = time.monotonic() + 60
@@ -69,6 +71,13 @@ def test_a_signal_ahead_of_the_time_limit_requeues(cluster: Cluster, submit) -> 
     done = cluster.wait(job, deadline=120)
     assert (done["JobState"], done["Restarts"]) == ("COMPLETED", "1"), log.read_text()
     assert log.read_text().count("begins run.resume=auto") == 4
+
+
+def test_a_killed_rank_ends_the_job_and_is_named_on_top(cluster: Cluster, submit) -> None:
+    job, log = submit("broken")
+    assert cluster.wait(job, deadline=60)["JobState"] == "FAILED"
+    assert log.read_text().startswith("rank 3 ended first: n2: task 3: Killed."), log.read_text()
+    assert log.read_text().count("saved") == 3, "the others were told to stop, and did"
 
 
 def test_a_cancelled_job_stays_cancelled(cluster: Cluster, submit) -> None:
