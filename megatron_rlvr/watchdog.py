@@ -19,6 +19,7 @@ from typing import IO
 POLL = 1.0  # seconds between two looks
 GRACE = 30.0  # seconds that the other ranks have to write their stacks
 FLAG = "flag"  # who stood still first, and where
+TOLD = "told"  # raised when the terminal knows: the first rank that ends may take the others with it
 
 _watchdog: Watchdog | None = None
 
@@ -68,32 +69,34 @@ class Watchdog(threading.Thread):
             with flag.open("x") as file:
                 file.write(f"rank {self.rank}: {self.phase}\n")
         except FileExistsError:
-            self._wait_for_others(self.ranks)
+            self._wait_for([self.folder / TOLD])
         else:
-            missing = self._wait_for_others(self.ranks)
-            print(self._verdict(silent, missing), file=self.terminal, flush=True)
+            self._wait_for([self._stacks(rank) for rank in range(self.ranks)])
+            print(self._verdict(silent), file=self.terminal, flush=True)
+            (self.folder / TOLD).touch()
         os._exit(1)
+
+    def _stacks(self, rank: int) -> Path:
+        return self.folder / f"rank_{rank}.txt"
 
     def _write_stacks(self, silent: float) -> None:
         """Whole or not at all: the others wait for the file's name."""
         self.folder.mkdir(parents=True, exist_ok=True)
-        path = self.folder / f"rank_{self.rank}.txt"
+        path = self._stacks(self.rank)
         with path.with_suffix(".tmp").open("w") as file:
             file.write(f"rank {self.rank}, process {os.getpid()}: {silent:.0f} s in phase {self.phase!r}\n")
             file.flush()
             faulthandler.dump_traceback(file, all_threads=True)
         path.with_suffix(".tmp").rename(path)
 
-    def _wait_for_others(self, ranks: int) -> list[int]:
-        """Ranks that have written no stacks when the grace is over."""
+    def _wait_for(self, paths: list[Path]) -> None:
+        """Until all are there or the grace is over."""
         deadline = time.monotonic() + GRACE
-        while missing := [rank for rank in range(ranks) if not (self.folder / f"rank_{rank}.txt").exists()]:
-            if time.monotonic() > deadline:
-                break
+        while time.monotonic() < deadline and not all(path.exists() for path in paths):
             time.sleep(0.1)
-        return missing
 
-    def _verdict(self, silent: float, missing: list[int]) -> str:
+    def _verdict(self, silent: float) -> str:
+        missing = [rank for rank in range(self.ranks) if not self._stacks(rank).exists()]
         silence = f"; ranks {missing} did not even write those" if missing else ""
         return (
             f"error on rank {self.rank}: {silent:.0f} s without a sign of life in phase {self.phase!r}, "
