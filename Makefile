@@ -58,7 +58,7 @@ test-slow: $(STAMP) ## tests of minutes
 test-gpu: ## tests that need a CUDA device, in the active environment (python)
 	python -m pytest -m gpu
 
-test-slurm: $(STAMP) ## tests that submit to a Slurm controller on this machine
+test-slurm: $(STAMP) ## tests that submit to a real Slurm on this machine: Debian's, installed as root and started by them
 	$(RUN) -m pytest -m slurm
 
 test-browser: $(STAMP) ## tests that open a report in a headless browser

@@ -61,6 +61,7 @@ def _check_ranges(config: Config) -> None:
         f"rollout.temperature must be in (0, 2], not {config.rollout.temperature}: "
         f"greedy decoding has no log-probs to learn from, and the engine refuses more than 2",
     )
+    rule(config.run.hang_timeout > 0, f"run.hang_timeout must be above 0 seconds, not {config.run.hang_timeout}")
     rule(0 <= config.model.dropout < 1, f"model.dropout must be in [0, 1), not {config.model.dropout}")
     for section, settings in {"optimizer": config.optimizer, "critic.optimizer": config.critic.optimizer}.items():
         rule(settings.lr > 0, f"{section}.lr must be above 0, not {settings.lr}")

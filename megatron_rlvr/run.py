@@ -13,7 +13,7 @@ import numpy
 import torch
 from rich.console import Console
 
-from megatron_rlvr import platform
+from megatron_rlvr import platform, watchdog
 from megatron_rlvr.config import Config, batch_table, dump, to_dict
 from megatron_rlvr.distributed import groups as process_groups
 from megatron_rlvr.distributed import reduce
@@ -21,12 +21,12 @@ from megatron_rlvr.metrics import MetricsWriter, RolloutsWriter
 from megatron_rlvr.models import checkpoint
 from megatron_rlvr.progress import Progress
 from megatron_rlvr.report import build_report
-from megatron_rlvr.run_folder import checkpoints
+from megatron_rlvr.run_folder import HANG, checkpoints
 from megatron_rlvr.trainer import Trainer
 from megatron_rlvr.types import RolloutGroup
 from megatron_rlvr.weights.convert import save_hf
 
-COLLECTIVE_TIMEOUT = 1800.0  # seconds; a rank that waits longer for its peers fails instead of hanging
+COLLECTIVE_GRACE = 600.0  # seconds after run.hang_timeout at which a rank that waits for its peers fails by itself
 REPORT_EVERY = 50  # steps
 
 
@@ -36,10 +36,11 @@ class Run:
     def __init__(self, config: Config, console: Console) -> None:
         self.config, self.folder, self.console = config, config.run_dir, console
         self.stop_signal = 0
-        for number in (signal.SIGTERM, signal.SIGINT):
+        for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
             signal.signal(number, self._ask_to_stop)
         platform.start_rank()
-        process_groups.init(platform.backend(), COLLECTIVE_TIMEOUT)
+        process_groups.init(platform.backend(), config.run.hang_timeout + COLLECTIVE_GRACE)
+        watchdog.watch(self.folder / HANG, *process_groups.place(), config.run.hang_timeout, console.file)
         _seed_everything(config.seed)
         self.trainer = Trainer(config)
         self.is_writer = self.trainer.groups.rank == 0
@@ -97,6 +98,7 @@ class Run:
         return state["step"]
 
     def _save(self, step: int) -> None:
+        watchdog.beat("save")
         trainer = self.trainer
         state = {
             "step": step,
@@ -123,6 +125,7 @@ class Run:
 
     def _finish(self, final: dict[str, float]) -> None:
         """The model as a Hugging Face folder, the last figures, the report."""
+        watchdog.beat("export")
         target, weights = self.folder / "hf", self.trainer.policy.hf_weights()
         if not self.is_writer:
             for _ in weights:  # gathering is collective; the first rank writes

@@ -1,7 +1,7 @@
 """The folder of a run: what it holds, whether a run may start or go on in it.
 
-RUN/config.yaml, metrics.jsonl, rollouts.jsonl, report.html, summary.json, tensorboard/, checkpoints/step_N/,
-logs/rank_R.log, hf/.
+RUN/config.yaml, starts.jsonl, metrics.jsonl, rollouts.jsonl, report.html, summary.json, tensorboard/,
+checkpoints/step_N/, logs/rank_R.log, hf/.
 """
 
 from __future__ import annotations
@@ -9,10 +9,13 @@ from __future__ import annotations
 import shutil
 from pathlib import Path
 
+from megatron_rlvr import watchdog
 from megatron_rlvr.config import Config, ConfigError
 
+HANG = Path("logs", "hang")  # the stacks of ranks that stood still
 RECORDS = (
     "config.yaml",
+    "starts.jsonl",
     "metrics.jsonl",
     "rollouts.jsonl",
     "report.html",
@@ -40,6 +43,7 @@ def prepare_folder(config: Config) -> Path:
         for name in RECORDS:
             path = folder / name
             shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
+    watchdog.clear(folder / HANG)
     try:
         (folder / "logs").mkdir(parents=True, exist_ok=True)
     except OSError as error:

@@ -49,12 +49,14 @@ def launch(config: Config, arguments: list[str]) -> int:
 def _prepare(config: Config) -> None:
     """Whatever can be refused is refused here, in one process, before the slow imports of Megatron and vLLM."""
     from megatron_rlvr import preflight
+    from megatron_rlvr.environment import record_start
     from megatron_rlvr.run_folder import prepare_folder
     from megatron_rlvr.weights.initial import write_initial
 
     preflight.prepare(config)
     preflight.check(config)
     folder = prepare_folder(config)
+    record_start(folder)
     if config.model.random_init and not (folder / INITIAL).exists():
         write_initial(config.model.path, folder / INITIAL, config.seed)
 

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 from transformers import AutoTokenizer
 
-from megatron_rlvr import platform, verifiers
+from megatron_rlvr import platform, verifiers, watchdog
 from megatron_rlvr.architecture import Architecture
 from megatron_rlvr.config import Config
 from megatron_rlvr.distributed import reduce
@@ -254,6 +254,7 @@ class Trainer:
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:
         started = time.perf_counter()
+        watchdog.beat(name)
         yield
         self.seconds[name] = time.perf_counter() - started
 

@@ -34,6 +34,11 @@ def init(backend: str, timeout_seconds: float) -> None:
         ) from error
 
 
+def place() -> tuple[int, int]:
+    """(rank, number of ranks) in the default process group."""
+    return dist.get_rank(), dist.get_world_size()
+
+
 def destroy() -> None:
     """Leave every process group; does nothing when none was joined, so that it can end any run."""
     if dist.is_initialized():

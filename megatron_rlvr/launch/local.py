@@ -60,7 +60,10 @@ def _wait(ranks: list[subprocess.Popen], asked: list[int]) -> int:
     deadline = None
     failed = 0
     while None in (codes := [rank.poll() for rank in ranks]):
-        failed = failed or next((code for code in codes if code), 0)
+        if not failed and (first := next((rank for rank, code in enumerate(codes) if code), None)) is not None:
+            failed = codes[first] or 0
+            if failed < 0 and not asked:  # it could not say so itself, and the others only know that it is gone
+                print(f"error: rank {first} was killed by {signal.Signals(-failed).name}", file=sys.stderr, flush=True)
         if deadline is None and (failed or asked):
             deadline = time.monotonic() + (STOP_GRACE if asked else CRASH_GRACE)
         if deadline is not None and time.monotonic() > deadline:

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
-from megatron_rlvr import verifiers
+from megatron_rlvr import verifiers, watchdog
 from megatron_rlvr.config import Config
 from megatron_rlvr.distributed import reduce
 from megatron_rlvr.distributed.groups import ParallelGroups
@@ -57,10 +57,12 @@ class RolloutCollector:
         """
         top = exploration.needs().rollout_top if exploration else 0
         started = time.perf_counter()
+        watchdog.beat("generate")
         mine_of = slice(self.replica, None, self.replicas)
         share, earlier = prompts[mine_of], earlier_appearances(prompts)[mine_of]
         samples = iter(self.engine.generate(self._requests(share, earlier, responses, step, attempt, top)))
         sampled = time.perf_counter()
+        watchdog.beat("verify")
         mine = []
         if self.speaks_for_replica:
             annotate = exploration.annotate_sample if exploration and top else None
@@ -70,6 +72,7 @@ class RolloutCollector:
             assert self.pool is not None
             verifiers.score_groups(mine, self.pool)
         verified = time.perf_counter()
+        watchdog.beat("gather")
         shares = [part for part in reduce.gather_objects(mine, self.groups.world) if part]
         ordered = [shares[place % self.replicas][place // self.replicas] for place in range(len(prompts))]
         seconds = {

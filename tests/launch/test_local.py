@@ -5,6 +5,8 @@ from __future__ import annotations
 import sys
 import time
 
+import pytest
+
 from megatron_rlvr.launch.local import run_ranks
 
 
@@ -23,10 +25,11 @@ def test_every_rank_knows_its_place() -> None:
     )
 
 
-def test_a_rank_that_fails_ends_the_others() -> None:
+def test_a_rank_that_fails_ends_the_others(capsys: pytest.CaptureFixture[str]) -> None:
     """Whichever it is, and however it ends: the launcher neither waits for the rest nor hides the code."""
     for victim in (0, 1):
         started = time.monotonic()
         assert ranks(f"sys.exit(3) if rank == {victim} else time.sleep(300)") == 3
         assert ranks(f"os.kill(os.getpid(), 9) if rank == {victim} else time.sleep(300)") == -9
         assert time.monotonic() - started < 60
+        assert capsys.readouterr().err == f"error: rank {victim} was killed by SIGKILL\n"

@@ -1,0 +1,134 @@
+"""What the job scripts would submit: plain bash and PyYAML, so this needs no Slurm. tests/slurm submits for real."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+from megatron_rlvr.config import as_yaml, load_config
+
+ROOT = Path(__file__).parents[2]
+COUNTDOWN = "examples/countdown_cpu/config.yaml"
+
+# Importing anything of these fails, as on a login node that has PyYAML and nothing else.
+BLOCKED = ("torch", "numpy", "megatron", "vllm", "transformers", "rich", "psutil", "pyarrow", "safetensors")
+
+
+@pytest.fixture
+def login_node(tmp_path: Path) -> dict[str, str]:
+    """The environment of a shell on one: the site's file names MODELS and a Python without libraries."""
+    blocker = tmp_path / "blocked/sitecustomize.py"
+    blocker.parent.mkdir()
+    blocker.write_text(
+        "import sys\n"
+        "class Absent:\n"
+        "    def find_spec(self, name, path=None, target=None):\n"
+        f"        if name.partition('.')[0] in {BLOCKED}:\n"
+        "            raise ImportError(f'{name} is not on the login node')\n"
+        "sys.meta_path.insert(0, Absent())\n"
+    )
+    site = tmp_path / "site.sh"
+    site.write_text(
+        f"export PYTHONPATH={blocker.parent}:{ROOT}\nLOGIN_PYTHON={sys.executable}\nMODELS=/models DATA=/data\n"
+        "ACCOUNT=rlvr TIME_LIMIT=8:00:00 OVERRIDES=(logging.tensorboard=false)\n"
+    )
+    return {**os.environ, "SITE": str(site)}
+
+
+def dry_run(environment: dict[str, str], command: str, code: int = 0) -> str:
+    process = subprocess.run(
+        ["bash", "-c", f"bash {command}"],
+        cwd=ROOT,
+        env=environment,
+        text=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        timeout=120,
+    )
+    assert process.returncode == code, process.stdout
+    return process.stdout
+
+
+def test_the_blocked_libraries_are_blocked(login_node: dict[str, str]) -> None:
+    command = "source $SITE; $LOGIN_PYTHON -c 'import torch'"
+    process = subprocess.run(["bash", "-c", command], env=login_node, capture_output=True, text=True, timeout=60)
+    assert process.returncode == 1 and "not on the login node" in process.stderr
+
+
+@pytest.mark.parametrize("script", ["lpreg_qwen32b", "lpreg_qwen14b", "cde_qwen4b"])
+def test_an_experiment_asks_for_64_gpus_and_shows_its_config(login_node: dict[str, str], script: str) -> None:
+    output = dry_run(login_node, f"slurm/{script}.sh --dry-run --no-plan trainer.num_steps=70")
+    *config, run, command = output.splitlines()
+    assert yaml.safe_load("\n".join(config))["trainer"]["num_steps"] == 70
+    assert run.startswith("megatron_rlvr.train examples/") and "model.path=/models/Qwen" in run
+    for option in ("--nodes=8", "--ntasks-per-node=8", "--gpus-per-node=8", "--account=rlvr", "--time=8:00:00"):
+        assert f" {option} " in command
+    assert command.startswith("sbatch ") and f"slurm/{script}.sh --dry-run" in command
+
+
+def test_every_door_resolves_the_same_config(login_node: dict[str, str]) -> None:
+    """The job's config is what torchrun's rank would write for the same arguments, byte for byte."""
+    output = dry_run(login_node, f"slurm/train.sh {COUNTDOWN} parallel.dp=2 --dry-run --no-plan")
+    shown, _, rest = output.partition("megatron_rlvr.train ")
+    config, *overrides = rest.splitlines()[0].split()
+    assert overrides == ["logging.tensorboard=false", "parallel.dp=2"]
+    assert shown == as_yaml(load_config(ROOT / config, overrides))
+
+
+def test_smoke_is_the_experiments_method_on_the_tiny_model(login_node: dict[str, str]) -> None:
+    output = dry_run(login_node, "slurm/cde_qwen4b.sh --smoke --dry-run --no-plan")
+    config = yaml.safe_load(output.partition("megatron_rlvr.train ")[0])
+    assert config["model"]["path"] == "examples/countdown_cpu/build/model" and config["critic"]["num_heads"] == 16
+    assert config["run"]["dir"] == "runs/cde_ppo_both/smoke"
+    assert "--nodes=2 --ntasks-per-node=2" in output
+
+
+def test_a_sweep_is_an_array_over_methods_and_seeds(login_node: dict[str, str]) -> None:
+    output = dry_run(login_node, "slurm/baseline.sh grpo_on,gspo_off --seeds 1,2,3 --dry-run --no-plan -- --nice=10")
+    assert "--array=0-5" in output and "--nice=10" in output and "%A_%a" in output
+    assert output.count("\nseed: 1\n") == 2, "a config of each method, with its first seed"
+    single = dry_run(login_node, "slurm/baseline.sh grpo_on --dry-run --no-plan")
+    assert "--array" not in single and "%j" in single
+
+
+@pytest.mark.parametrize(
+    ("command", "message"),
+    [
+        ("slurm/train.sh --dry-run", "which config?"),
+        (f"slurm/train.sh {COUNTDOWN} --fast", "unknown option --fast"),
+        (f"slurm/train.sh {COUNTDOWN} --seeds", "--seeds needs a list"),
+        (f"slurm/train.sh {COUNTDOWN} parallel.tp=10 --dry-run --no-plan", "10 ranks do not fill nodes of 8"),
+        (f"slurm/train.sh {COUNTDOWN} parallel.td=5 --dry-run --no-plan", "did you mean parallel.'tp'?"),
+        ("slurm/baseline.sh grpo", "there are: clip_higher_off"),
+        (f"slurm/train.sh {COUNTDOWN} examples/cde/ppo.yaml --dry-run --no-plan", "as many ranks each: 2 and 8"),
+    ],
+)
+def test_a_mistake_is_one_line(login_node: dict[str, str], command: str, message: str) -> None:
+    output = dry_run(login_node, command, code=2)
+    (error,) = [line for line in output.splitlines() if line.startswith("error: ")]
+    assert message.replace("parallel.'tp'", "'parallel.tp'") in error
+
+
+def test_a_site_file_that_is_not_there(login_node: dict[str, str]) -> None:
+    output = dry_run(login_node | {"SITE": "/nowhere"}, f"slurm/train.sh {COUNTDOWN} --dry-run", code=2)
+    assert output.strip() == "error: SITE=/nowhere: there is no such file; copy slurm/site.sh.example"
+
+
+def test_the_shipped_site_file_shows_the_defaults(login_node: dict[str, str], tmp_path: Path) -> None:
+    site = tmp_path / "copy.sh"
+    shipped = (ROOT / "slurm/site.sh.example").read_text()
+    site.write_text(shipped + f"LOGIN_PYTHON={sys.executable}\nexport PYTHONPATH={ROOT}\n")
+    output = dry_run(login_node | {"SITE": str(site)}, "slurm/train.sh examples/cde/ppo.yaml --dry-run --no-plan")
+    command = output.splitlines()[-1]
+    assert "--nodes=1 --ntasks-per-node=8 --gpus-per-node=8" in command
+    assert "--account" not in command and "--partition" not in command
+
+
+@pytest.mark.parametrize("script", sorted(path.name for path in (ROOT / "slurm").glob("*.sh")))
+def test_the_scripts_are_bash(script: str) -> None:
+    subprocess.run(["bash", "-n", f"slurm/{script}"], cwd=ROOT, check=True, timeout=60)

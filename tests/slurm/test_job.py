@@ -1,0 +1,91 @@
+"""What the job's own shell does when it is preempted, cancelled or broken: real Slurm, a clock in place of training."""
+
+from __future__ import annotations
+
+import re
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from tests.slurm.conftest import Cluster
+
+pytestmark = pytest.mark.slurm
+
+# Stands for the ranks' Python: nodes are fit, and "training" lasts ten seconds unless it is told to stop.
+CLOCK = f"""#!{sys.executable}
+import os, signal, sys, time
+got = []
+for number in (signal.SIGTERM, signal.SIGUSR1):
+    signal.signal(number, lambda number, frame: got.append(number))
+if "megatron_rlvr.launch.health" in sys.argv:
+    sys.exit(0)
+print("begins", *sys.argv[-1:], flush=True)
+if "name=broken" in sys.argv and os.environ["RANK"] == "3":
+    os.kill(os.getpid(), signal.SIGKILL)
+for tick in range(50):
+    time.sleep(0.2)
+    if got:
+        print("saved", flush=True)
+        sys.exit(128 + got[0])
+"""
+
+
+@pytest.fixture
+def submit(cluster: Cluster, tmp_path: Path):
+    """submit() -> the number of a job that has begun, and the file of its log."""
+    clock = tmp_path / "python"
+    clock.write_text(CLOCK)
+    clock.chmod(0o755)
+    site = (cluster.folder / "site.sh").read_text() + f"LOGIN_PYTHON=$PYTHON\nPYTHON={clock}\n"
+    (tmp_path / "site.sh").write_text(site)
+
+    def start(name: str = "whole") -> tuple[str, Path]:
+        script = "bash slurm/train.sh examples/countdown_cpu/config.yaml parallel.dp=2 --no-plan"
+        output = cluster.shell(f"{script} name={name} run.dir={tmp_path}/run", SITE=str(tmp_path / "site.sh"))
+        number = re.findall(r"submitted job (\d+)", output)[0]
+        log = tmp_path / f"run/job_{number}.log"
+        deadline = time.monotonic() + 60
+        while not (log.exists() and log.read_text().count("begins") == 4):
+            assert time.monotonic() < deadline, log.read_text() if log.exists() else output
+            time.sleep(0.1)
+        return number, log
+
+    return start
+
+
+def test_a_preempted_job_goes_on_by_itself(cluster: Cluster, submit) -> None:
+    job, log = submit()
+    urgent = cluster.shell("sbatch --parsable -p urgent -N 8 --exclusive -o /dev/null --wrap true").strip()
+    assert cluster.wait(urgent, deadline=60)["JobState"] == "COMPLETED"
+    done = cluster.wait(job, deadline=120)
+    assert (done["JobState"], done["Restarts"]) == ("COMPLETED", "1"), log.read_text()
+    assert log.read_text().count("begins run.resume=auto") == 4
+
+
+def test_a_signal_ahead_of_the_time_limit_requeues(cluster: Cluster, submit) -> None:
+    """As --signal=B:USR1@N sends it: to the job's shell alone."""
+    job, log = submit()
+    cluster.shell(f"scancel --batch --signal=USR1 {job}")
+    done = cluster.wait(job, deadline=120)
+    assert (done["JobState"], done["Restarts"]) == ("COMPLETED", "1"), log.read_text()
+    assert log.read_text().count("begins run.resume=auto") == 4
+
+
+def test_a_killed_rank_ends_the_job_and_is_named_on_top(cluster: Cluster, submit) -> None:
+    job, log = submit("broken")
+    assert cluster.wait(job, deadline=60)["JobState"] == "FAILED"
+    assert log.read_text().startswith("rank 3 ended first: n2: task 3: Killed."), log.read_text()
+    assert log.read_text().count("saved") == 3, "the others were told to stop, and did"
+
+
+def test_a_cancelled_job_stays_cancelled(cluster: Cluster, submit) -> None:
+    job, log = submit()
+    cluster.shell(f"scancel {job}")
+    assert cluster.wait(job, deadline=60)["Restarts"] == "0"
+    deadline = time.monotonic() + 30
+    while log.read_text().count("saved") < 4:
+        assert time.monotonic() < deadline, log.read_text()
+        time.sleep(0.1)
+    assert "ended first" not in log.read_text()

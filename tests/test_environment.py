@@ -1,0 +1,33 @@
+"""What a run was made with: one line a start, with the versions that are installed."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+from pathlib import Path
+
+import pytest
+import torch
+
+from megatron_rlvr import environment
+
+
+def test_each_start_is_a_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SLURM_JOB_ID", "17")
+    environment.record_start(tmp_path)
+    monkeypatch.delenv("SLURM_JOB_ID")
+    environment.record_start(tmp_path)
+    first, second = (json.loads(line) for line in (tmp_path / "starts.jsonl").read_text().splitlines())
+    assert first["slurm"] == {"SLURM_JOB_ID": "17"} and second["slurm"] == {}
+    assert first["versions"]["torch"] == torch.__version__ and "megatron_rlvr" in first["versions"]
+    assert first["command"][0].endswith(("python", "python3", "python3.11")) and any(
+        "pytest" in w for w in first["command"]
+    )
+
+
+def test_the_commit_is_gits_own_and_empty_without_git(monkeypatch: pytest.MonkeyPatch) -> None:
+    head = subprocess.run(["git", "rev-parse", "HEAD"], cwd=Path(__file__).parent, capture_output=True, text=True)
+    if head.returncode == 0:
+        assert head.stdout.startswith(environment.commit().removesuffix("+"))
+    monkeypatch.setenv("PATH", "")
+    assert environment.commit() == ""
