@@ -17,7 +17,18 @@ import yaml
 from megatron_rlvr.config_reading import ConfigError, apply_override, from_dict, read_tree, rule
 from megatron_rlvr.config_rules import batch_table, check
 
-__all__ = ["Config", "ConfigError", "batch_table", "check", "dump", "from_dict", "load_config", "rule", "to_dict"]
+__all__ = [
+    "Config",
+    "ConfigError",
+    "as_yaml",
+    "batch_table",
+    "check",
+    "dump",
+    "from_dict",
+    "load_config",
+    "rule",
+    "to_dict",
+]
 
 
 @dataclass
@@ -219,6 +230,11 @@ def to_dict(config: Any) -> dict:
     return dataclasses.asdict(config)
 
 
+def as_yaml(config: Config) -> str:
+    """The resolved config, byte for byte the same for the same values, whoever asks."""
+    return yaml.safe_dump(to_dict(config), sort_keys=False, allow_unicode=True)
+
+
 def dump(config: Config, path: Path) -> None:
-    """Write the resolved config, byte for byte the same for the same values."""
-    path.write_text(yaml.safe_dump(to_dict(config), sort_keys=False, allow_unicode=True))
+    """Write the resolved config."""
+    path.write_text(as_yaml(config))

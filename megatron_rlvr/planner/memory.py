@@ -123,9 +123,10 @@ def training_items(config: Config, workload: Workload, device: Device, stage: in
     moments = [_backward(config, workload.policy, device, stage, heads=0)]
     if workload.critic:
         moments.append(_backward(config, workload.critic, device, stage, config.critic.num_heads))
-    if device.is_cpu and config.parallel.dp > 1 and config.optimizer.distributed:
+    if device.is_cpu and config.optimizer.distributed:
         total = stage_parameters(workload.policy, config.parallel.tp, config.parallel.pp, stage).total
-        moments.append((Item("gradient reduction", 4 * total, "gloo reduces a copy of the gradient buffer"),))
+        why = f"4 B x {total:,}: gloo reduces a copy of the buffer, when the activations are gone"
+        moments.append((Item("gradient reduction", 4 * total, why),))
     return (batch, *max(moments, key=_sum))
 
 
