@@ -114,8 +114,9 @@ def _batch(config: Config, workload: Workload, machine: Machine) -> Iterator[Cha
         {"trainer.updates_per_rollout": count}
         for count in _near(_divisors(rollout.prompts_per_step), config.trainer.updates_per_rollout)
     )
-    for multiple in sorted({config.parallel.dp, config.trainer.updates_per_rollout}):
-        yield {"rollout.prompts_per_step": -(-rollout.prompts_per_step // multiple) * multiple}
+    more = {-(-rollout.prompts_per_step // count) * count for count in _divisors(machine.gpus)}
+    more.add(-(-rollout.prompts_per_step // config.trainer.updates_per_rollout) * config.trainer.updates_per_rollout)
+    yield from ({"rollout.prompts_per_step": prompts} for prompts in _near(list(more), rollout.prompts_per_step))
     room = workload.policy.max_positions - config.data.max_prompt_length
     if 0 < room < rollout.max_response_length:
         yield {"rollout.max_response_length": room}

@@ -14,8 +14,8 @@ from megatron_rlvr.planner.devices import Device
 from megatron_rlvr.planner.memory import engine_weights, kv_bytes_per_token, kv_cache, microbatches
 from megatron_rlvr.planner.workload import Workload, forward_flops, whole_parameters
 
-# Shares of the peak that are expected. With the communication below, which does not overlap, training comes to an MFU
-# of about 0.35: published are 0.40 to 0.31 on 8 to 32 GPUs (verl, docs/perf/dpsk.md) and 0.36 (prime-rl, benchmarks/).
+# Shares of the peak that are expected. With the communication below, which does not overlap, training on H100 comes to
+# an MFU of 0.35 at tp 2 and 0.27 at tp 8: published are 0.40 to 0.31 (verl, docs/perf/dpsk.md), 0.36 (prime-rl).
 COMPUTE_SHARE, BANDWIDTH_SHARE = 0.4, 0.5
 DECODE_LATENCY = 15e-6  # seconds of one small all-reduce within a node; a judgement
 
