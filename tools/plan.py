@@ -2,7 +2,7 @@
 
     python tools/plan.py CONFIG [key=value ...] --gpus N [--gpu h100] [--json]
 
-Exit code 0: it fits; 2: it does not, and the fix is named. Needs neither torch nor a GPU.
+Exit code 0: it fits, or the run has yet to make its model; 2: it does not fit, and the fix is named. Needs neither torch nor a GPU.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import sys
 from megatron_rlvr.config import ConfigError
 from megatron_rlvr.planner.devices import DEVICES
 from megatron_rlvr.planner.plan import make_plan
+from megatron_rlvr.planner.shapes import NotMadeYet
 from megatron_rlvr.planner.text import as_text
 
 
@@ -36,6 +37,9 @@ def main() -> int:
             options.prompt_tokens,
             options.response_tokens,
         )
+    except NotMadeYet as error:
+        print(json.dumps({"fits": None, "problems": [str(error)]}) if options.json else f"nothing to plan: {error}")
+        return 0
     except ConfigError as error:
         print(json.dumps({"fits": False, "problems": [str(error)]}) if options.json else f"error: {error}")
         return 2

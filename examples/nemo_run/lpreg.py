@@ -10,6 +10,7 @@ import nemo_run as run
 
 from megatron_rlvr.launch.nemo_run import EnvironmentPlugin, Job, PreemptionPlugin, add_tasks, describe
 from megatron_rlvr.planner.plan import make_plan
+from megatron_rlvr.planner.shapes import NotMadeYet
 from megatron_rlvr.planner.text import as_text
 
 
@@ -72,16 +73,25 @@ def lpreg(
     """
     job = Job(config, overrides, python, workdir, convert, benchmarks, benchmark_data)
     if gpu and isinstance(ctx.executor, run.SlurmExecutor):
-        plan = make_plan(config, overrides, job.resolved().world_size, gpu)
-        print(as_text(plan))
-        if not plan.fits:
-            sys.exit(2)
+        show_plan(job, gpu)
     if ctx.dryrun:
         print(describe(job))
     plugins = [EnvironmentPlugin(), PreemptionPlugin(seconds_before=seconds_before, requeues=requeues), *ctx.plugins]
     with run.Experiment(job.resolved().name) as experiment:
         add_tasks(experiment, job, ctx.executor, plugins)
         ctx.launch(experiment)
+
+
+def show_plan(job: Job, gpu: str) -> None:
+    """Print the plan; exit where it says no."""
+    try:
+        plan = make_plan(job.config, job.overrides, job.resolved().world_size, gpu)
+    except NotMadeYet as reason:
+        print(f"nothing to plan: {reason}")
+        return
+    print(as_text(plan))
+    if not plan.fits:
+        sys.exit(2)
 
 
 if __name__ == "__main__":

@@ -12,6 +12,10 @@ from megatron_rlvr.architecture import Architecture, Family
 from megatron_rlvr.config import Config, ConfigError
 
 
+class NotMadeYet(ConfigError):
+    """A model that the config's ``prepare`` script still has to make: there is nothing to plan, and nothing wrong."""
+
+
 def _qwen(
     family: Family,
     layers: int,
@@ -62,12 +66,14 @@ def find_architecture(config: Config, path: str, key: str) -> tuple[Architecture
     """(shape, where it comes from) of the model at ``path``, which the config calls ``key``. Raises ConfigError.
 
     A folder's own config.json comes first; where there is no such folder its last name decides, as in
-    models/Qwen2.5-32B.
+    models/Qwen2.5-32B. Raises NotMadeYet where that is what keeps it from planning.
     """
     name = Path(path).name
     if Path(path).is_dir() or name not in SHAPES:
         if config.prepare and not Path(path).exists():
-            raise ConfigError(f"{key}={path} is not there yet: make it with python {config.prepare}, then plan again")
+            raise NotMadeYet(
+                f"{key}={path} is not there yet: the run makes it with {config.prepare} first, and checks it then"
+            )
         if not Path(path).is_dir():
             raise ConfigError(
                 f"{key}={path!r} is neither a folder with a config.json nor ends in a name whose public shape is known "

@@ -127,5 +127,6 @@ def test_the_door() -> None:
     assert found["gpu_hours"]["expected"] == pytest.approx(10 * 64 * found["step_seconds"]["expected"] / 3600)
     refused = run("--gpus", "63")
     assert refused.returncode == 2 and "REFUSED" in refused.stdout and "fix:" not in refused.stderr
+    assert run("--gpus", "64", "prepare=make.py", "model.path=not/there").returncode == 0  # the run makes it first
     mistaken = run("--gpus", "64", "paralel.tp=2")
     assert mistaken.returncode == 2 and "did you mean" in mistaken.stdout

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from megatron_rlvr.config import Config, ConfigError, ModelConfig
-from megatron_rlvr.planner.shapes import SHAPES, find_architecture
+from megatron_rlvr.planner.shapes import SHAPES, NotMadeYet, find_architecture
 from megatron_rlvr.planner.workload import whole_parameters
 
 PUBLISHED = {
@@ -49,5 +49,5 @@ def test_what_is_unknown_is_refused_with_the_way_out() -> None:
     with pytest.raises(ConfigError, match="critic.path='models/mine' is neither a folder"):
         find_architecture(Config(), "models/mine", "critic.path")
     config = Config(prepare="make.py", model=ModelConfig(path="not/there"))
-    with pytest.raises(ConfigError, match=r"make it with python make\.py"):
+    with pytest.raises(NotMadeYet, match=r"the run makes it with make\.py first"):
         find_architecture(config, config.model.path, "model.path")
