@@ -2,7 +2,8 @@
 
     python tools/plan.py CONFIG [key=value ...] --gpus N [--gpu h100] [--json]
 
-Exit code 0: it fits, or the run has yet to make its model; 2: it does not fit, and the fix is named. Needs neither torch nor a GPU.
+Exit code 0: it fits, or the run has yet to make its model; 2: it does not fit, and the
+fix is named. Needs neither torch nor a GPU.
 """
 
 from __future__ import annotations
