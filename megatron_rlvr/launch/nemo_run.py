@@ -30,7 +30,7 @@ class Job:
     workdir: str = ""  # the repository on the machine that trains; empty: this folder
     convert: bool = False  # first make a Megatron folder of model.path, and train from that
     benchmarks: str = ""  # names for tools/evaluate.py, with commas; empty: no evaluation
-    benchmark_data: str = ""  # the folder that holds them
+    benchmark_data: str = ""  # the folder that holds them; empty: from the hub
 
     def __post_init__(self) -> None:
         self.workdir = self.workdir or str(Path.cwd())
@@ -57,13 +57,14 @@ def tasks(job: Job) -> list[Task]:
     commands: list[tuple[str, list[str], int]] = []
     if job.convert:
         megatron = f"{folder}/initial_megatron"
-        commands.append(("convert", ["tools/convert_hf.py", "import", config.model.path, megatron], 1))
+        layout = ["--tp", str(config.parallel.tp), "--pp", str(config.parallel.pp)]
+        source = ["--hf", config.model.path, "--megatron", megatron]
+        commands.append(("convert", ["tools/convert_hf.py", "import", *source, *layout], 1))
         overrides.append(f"model.path={megatron}")
     commands.append(("train", ["-m", "megatron_rlvr.train", job.config, *overrides], config.world_size))
     if job.benchmarks:
-        if not job.benchmark_data:
-            raise ConfigError("benchmarks need benchmark_data: the folder that holds their questions")
-        wanted = ["--data", job.benchmark_data, "--benchmarks", job.benchmarks, "--output", f"{folder}/evaluation"]
+        wanted = ["--benchmarks", job.benchmarks, "--output", f"{folder}/evaluation"]
+        wanted += ["--data", job.benchmark_data] if job.benchmark_data else []
         commands.append(("evaluate", ["tools/evaluate.py", folder, *wanted], 1))
     commands.append(("report", ["tools/report.py", folder], 1))
     found: list[Task] = []

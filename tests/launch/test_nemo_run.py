@@ -1,0 +1,79 @@
+"""NeMo-Run, in the launcher's environment: what a dry run shows, and an experiment on this machine."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from megatron_rlvr.config import as_yaml, load_config
+
+ROOT = Path(__file__).parents[2]
+LAUNCHER = Path(os.environ.get("MEGATRON_RLVR_LAUNCHER", ROOT / ".venv-launcher"))
+GOLDEN = Path(__file__).with_name("nemo_run_slurm.golden")
+DEADLINE = 600.0  # seconds, on a machine with other work
+
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(not (LAUNCHER / "bin/python").exists(), reason="make launcher has not been run"),
+]
+
+
+def launch(home: Path, *arguments: str) -> str:
+    """What the example prints, in one column as wide as its longest line."""
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "NEMORUN_HOME": str(home), "COLUMNS": "500"}
+    environment["PATH"] = f"{LAUNCHER / 'bin'}:{os.environ['PATH']}"
+    done = subprocess.run(
+        [LAUNCHER / "bin/python", "examples/nemo_run/lpreg.py", "--yes", *arguments],
+        cwd=ROOT,
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        timeout=DEADLINE,
+    )
+    assert done.returncode == 0, done.stdout[-3000:]
+    return done.stdout
+
+
+def without_noise(text: str, home: Path) -> str:
+    """Paths and ids of this run, and the margins of NeMo-Run's log, taken out."""
+    text = text.replace(str(home), "NEMORUN_HOME").replace(str(ROOT), "ROOT")
+    text = re.sub("─+", "─", re.sub(r"_\d{19}", "_ID", text))
+    lines = [re.sub(r" +(launcher|experiment)\.py:\d+$", "", line.rstrip()) for line in text.splitlines()]
+    return "\n".join(re.sub(r"^(\[[\d:]+\]| {10}) ", "", line).rstrip() for line in lines)
+
+
+def test_a_dry_run_shows_everything_that_would_run(tmp_path: Path) -> None:
+    shown = launch(
+        tmp_path,
+        *("--executor", "slurm", "--dryrun", "run.executor.account=me", "workdir=/shared/megatron_rlvr"),
+        *("convert=true", "benchmarks=aime24", 'overrides=["trainer.num_steps=2"]'),
+    )
+    assert "predicted memory of the fullest rank" in shown
+    config = load_config(ROOT / "examples/lp_reg/qwen2.5_32b/lp_reg_on.yaml", ["trainer.num_steps=2"])
+    assert f"# resolved config\n{as_yaml(config)}" in shown
+    scripts = without_noise(shown[shown.index("# task convert") :], tmp_path)
+    if "MEGATRON_RLVR_WRITE_GOLDEN" in os.environ:
+        GOLDEN.write_text(scripts + "\n")
+    assert scripts + "\n" == GOLDEN.read_text()
+
+
+def test_what_the_planner_refuses_is_not_submitted(tmp_path: Path) -> None:
+    with pytest.raises(AssertionError, match="fix: parallel"):
+        launch(tmp_path, "--executor", "slurm", 'overrides=["parallel.tp=16","parallel.dp=4"]')
+
+
+def test_an_experiment_on_this_machine(tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    overrides = ["trainer.num_steps=2", "data.eval_path=", f"run.dir={folder}"]
+    quoted = ",".join(f'"{override}"' for override in overrides)
+    config = "examples/countdown_cpu/config.yaml"
+    launch(tmp_path, "--executor", "local", f"config={config}", f"python={sys.executable}", f"overrides=[{quoted}]")
+    assert (folder / "config.yaml").read_text() == as_yaml(load_config(ROOT / config, overrides))
+    assert len((folder / "metrics.jsonl").read_text().splitlines()) == 2
+    assert (folder / "report.html").exists() and (folder / "hf" / "model.safetensors").exists()
