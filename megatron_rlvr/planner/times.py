@@ -34,7 +34,7 @@ class Lengths:
 
 @dataclass(frozen=True)
 class PhaseTime:
-    """Phase("train", flops=1e18, floor=12.0, expected=34.0, why="..."): FLOPs of all ranks, seconds of the step."""
+    """PhaseTime("update", flops=1e18, floor=12.0, expected=34.0, why="..."): FLOPs of all ranks, seconds of a step."""
 
     name: str
     flops: float
@@ -88,16 +88,18 @@ def phases(config: Config, workload: Workload, device: Device, lengths: Lengths)
 def _moved(config: Config, model: Architecture, device: Device, tokens: float, forwards: int) -> float:
     """Seconds in which a rank moves bytes: activations between tensor-parallel ranks, gradients between replicas.
 
-    Two all-reduces a layer in a forward and two in a backward (arXiv 1909.08053 Sec 3), which sequence parallelism
-    splits into gathers and scatters of the same volume; a ring moves 2 (n - 1) / n of the buffer (arXiv 2205.05198).
-    An update reduces fp32 gradients once and gathers weights once. Stages send so little that it is left out.
+    Two all-reduces a layer in a forward and two in a backward (arXiv 1909.08053 Sec 3); sequence parallelism splits
+    them into gathers and scatters of the same volume, and gathers two inputs again in the backward (arXiv 2205.05198
+    Sec 4.2). A ring moves 2 (n - 1) / n of the buffer. An update reduces fp32 gradients once and gathers weights once.
+    Stages send so little that it is left out.
     """
+    reduces = 2 if forwards == 1 else 2 * (forwards - 2) + (3 if config.parallel.sequence_parallel else 2)
     tp, pp, dp, size = config.parallel.tp, config.parallel.pp, config.parallel.dp, itemsize(config)
-    reduced = 2 * forwards * 2 * (tp - 1) / tp * model.num_layers / pp * tokens / dp * model.hidden_size * size
+    reduced = reduces * 2 * (tp - 1) / tp * model.num_layers / pp * tokens / dp * model.hidden_size * size
     seconds = reduced / (device.link if tp <= device.per_node else device.network)
     if forwards > 1:
         held = whole_parameters(model) / (tp * pp)
-        near = device.link if config.world_size <= device.per_node else device.network
+        near = device.link if tp * dp <= device.per_node else device.network
         seconds += config.trainer.updates_per_rollout * (4 + size) * held * (dp - 1) / dp / near
     return seconds
 
@@ -105,8 +107,7 @@ def _moved(config: Config, model: Architecture, device: Device, tokens: float, f
 def generation(config: Config, workload: Workload, device: Device, lengths: Lengths) -> PhaseTime:
     """Decoding reads the weights once per step of all running sequences, and each sequence's keys and values.
 
-    ``running`` sequences at a time finish all of a replica's in ``rounds`` rounds of the mean length; none takes less
-    than what its own bytes and FLOPs take.
+    With the sequences that run together always as many, a replica makes responses / running x mean length such steps.
     """
     tp = config.rollout_tp
     replicas = config.world_size // tp
@@ -145,13 +146,13 @@ def sync_bytes(config: Config, workload: Workload) -> int:
 def weight_sync(config: Config, workload: Workload, device: Device) -> PhaseTime:
     """A rank receives what it does not hold: from tensor-parallel neighbours, then from the other stages.
 
-    Neighbours of a tensor-parallel group share a node where tp fits one; stages do where tp * pp does. Each byte is
-    then written once by the gather, and read and written by the engine.
+    Ranks are numbered tensor-parallel first, then replicas, then stages: stages share a node only where all ranks do.
+    Each byte is then written once by the gather, and read and written by the engine.
     """
     size, tp, pp = sync_bytes(config, workload), config.parallel.tp, config.parallel.pp
     from_neighbours = size / pp * (tp - 1) / tp
     from_stages = size * (pp - 1) / pp
-    near = device.link if tp * pp <= device.per_node else device.network
+    near = device.link if config.world_size <= device.per_node else device.network
     moved = from_neighbours / (device.link if tp <= device.per_node else device.network) + from_stages / near
     copied = (size + 2 * size / config.rollout_tp) / device.memory_bandwidth
     return PhaseTime(
