@@ -24,10 +24,9 @@ def local() -> run.LocalExecutor:
 @run.cli.factory
 @run.autoconvert
 def slurm() -> run.SlurmExecutor:
-    """8 nodes of 8 GPUs through the Slurm of this machine; executor.KEY=VALUE changes what your cluster wants."""
+    """8 nodes of 8 GPUs through the Slurm of this machine; run.executor.KEY=VALUE changes what your cluster wants."""
     return run.SlurmExecutor(
         account="",
-        partition=None,
         nodes=8,
         gpus_per_node=8,
         exclusive=True,
@@ -40,8 +39,8 @@ def slurm() -> run.SlurmExecutor:
 
 @run.cli.factory
 @run.autoconvert
-def slurm_ssh(host: str = "login.cluster", user: str = "me", job_dir: str = "/shared/nemo_run") -> run.SlurmExecutor:
-    """The same from outside the cluster: through SSH to its login node."""
+def slurm_ssh() -> run.SlurmExecutor:
+    """The same from outside the cluster, through SSH to its login node: run.executor.tunnel.host, .user, .job_dir."""
     return run.SlurmExecutor(
         account="",
         nodes=8,
@@ -49,7 +48,7 @@ def slurm_ssh(host: str = "login.cluster", user: str = "me", job_dir: str = "/sh
         exclusive=True,
         mem="0",
         time="1-00:00:00",
-        tunnel=run.SSHTunnel(host=host, user=user, job_dir=job_dir),
+        tunnel=run.SSHTunnel(host="login", user="me", job_dir="/shared/nemo_run"),
         packager=run.Packager(),
     )
 
