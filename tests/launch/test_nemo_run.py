@@ -4,40 +4,17 @@ from __future__ import annotations
 
 import os
 import re
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
 from megatron_rlvr.config import as_yaml, load_config
+from tests.launch.launcher import ROOT, launch, needs_launcher
 
-ROOT = Path(__file__).parents[2]
-LAUNCHER = Path(os.environ.get("MEGATRON_RLVR_LAUNCHER", ROOT / ".venv-launcher"))
 GOLDEN = Path(__file__).with_name("nemo_run_slurm.golden")
-DEADLINE = 600.0  # seconds, on a machine with other work
 
-pytestmark = [
-    pytest.mark.slow,
-    pytest.mark.skipif(not (LAUNCHER / "bin/python").exists(), reason="make launcher has not been run"),
-]
-
-
-def launch(home: Path, *arguments: str) -> str:
-    """What the example prints, in one column as wide as its longest line."""
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "NEMORUN_HOME": str(home), "COLUMNS": "500"}
-    environment["PATH"] = f"{LAUNCHER / 'bin'}:{os.environ['PATH']}"
-    done = subprocess.run(
-        [LAUNCHER / "bin/python", "examples/nemo_run/lpreg.py", "--yes", *arguments],
-        cwd=ROOT,
-        env=environment,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        timeout=DEADLINE,
-    )
-    assert done.returncode == 0, done.stdout[-3000:]
-    return done.stdout
+pytestmark = [pytest.mark.slow, needs_launcher]
 
 
 def without_noise(text: str, home: Path) -> str:
