@@ -64,14 +64,15 @@ def lpreg(
     benchmark_data: str = "",
     requeues: int = 10,
     seconds_before: int = 600,
+    plan: bool = True,
     gpu: str = "h100",
 ):
     """Convert, train, evaluate and report, one after the other; launch/nemo_run.py says what each argument is.
 
-    On Slurm nothing is submitted that the planner refuses for this ``gpu``; an empty name leaves the planner out.
+    On Slurm nothing is submitted that the planner refuses for this ``gpu``, unless ``plan`` is false.
     """
     job = Job(config, overrides, python, workdir, convert, benchmarks, benchmark_data)
-    if gpu and isinstance(ctx.executor, run.SlurmExecutor):
+    if plan and isinstance(ctx.executor, run.SlurmExecutor):
         show_plan(job, gpu)
     if ctx.dryrun:
         print(describe(job))
