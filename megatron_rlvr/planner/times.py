@@ -74,6 +74,8 @@ def phases(config: Config, workload: Workload, device: Device, lengths: Lengths)
     found = [generation(config, workload, device, lengths)]
     if workload.reference:
         found.append(one_pass("reference", workload.policy, 1, "one forward"))
+    if workload.states_pass:
+        found.append(one_pass("states", workload.policy, 1, "one forward without logits", output=False))
     if workload.old_policy_pass:
         found.append(one_pass("log_probs", workload.policy, 1, "one forward of the old policy"))
     times = 4 if config.model.recompute == "full" else 3

@@ -80,6 +80,7 @@ class Workload:
     critic: Architecture | None = None  # untied: its output layer is its heads
     reference: bool = False
     old_policy_pass: bool = False
+    states_pass: bool = False  # hidden states of the old policy, without logits
     old_top: int = 0
 
     @staticmethod
@@ -99,6 +100,7 @@ class Workload:
             critic,
             reference=config.algorithm.kl.coefficient > 0 or bool(lp_reg and lp_reg.get("proxy_source") == "reference"),
             old_policy_pass=_has_old_policy_pass(config, lp_reg),
+            states_pass="sim_hash" in config.exploration,
             old_top=_old_top(config, lp_reg),
         )
 
@@ -108,7 +110,8 @@ def _has_old_policy_pass(config: Config, lp_reg: dict | None) -> bool:
         options = config.exploration.get(name)
         if options is not None and (not option or options.get(option, value) == value):
             return True
-    if lp_reg and (lp_reg.get("target_share", 0) > 0 or lp_reg.get("proxy_source") == "reference"):
+    source = lp_reg.get("proxy_source", "old") if lp_reg else ""
+    if lp_reg and (source == "reference" or (lp_reg.get("target_share", 0) > 0 and source != "rollout")):
         return True
     if config.exploration.get("rollout_correction", {}).get("renormalise"):
         return True

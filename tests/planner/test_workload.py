@@ -70,6 +70,8 @@ def test_passes_are_those_of_the_trainer(path: Path) -> None:
         {"lp_reg": {"target_share": 0.002}},
         {"lp_reg": {"proxy_source": "reference", "divergence": "k3_sampled"}},
         {"lp_reg": {"proxy_source": "current"}},
+        {"lp_reg": {"proxy_source": "rollout", "divergence": "k3_sampled", "target_share": 0.002}},
+        {"sim_hash": {}},
         {"rollout_correction": {"form": "mis", "renormalise": True}},
         {"lp_reg": {}, "cde": {}, "clip_cov": {}},
     ],
@@ -87,7 +89,7 @@ def _same_passes(config: Config) -> None:
     several = config.trainer.updates_per_rollout > 1 or config.model.dropout > 0
     assert workload.old_policy_pass == (needs.old_statistics or several)
     assert workload.reference == (needs.reference or config.algorithm.kl.coefficient > 0)
-    assert workload.old_top == needs.old_top
+    assert workload.states_pass == bool(needs.states) and workload.old_top == needs.old_top
     assert (workload.critic is not None) == config.has_critic
 
 
