@@ -12,7 +12,7 @@ from itertools import combinations
 from typing import Any
 
 from megatron_rlvr.config import Config
-from megatron_rlvr.planner.memory import longest, predict
+from megatron_rlvr.planner.memory import fullest, longest, predict
 from megatron_rlvr.planner.problems import Machine, problems
 from megatron_rlvr.planner.times import Lengths, phases
 from megatron_rlvr.planner.workload import Workload
@@ -151,7 +151,7 @@ def _best(config: Config, workload: Workload, machine: Machine, lengths: Lengths
             changed = apply(config, change)
             if not problems(changed, workload, machine):
                 seconds = sum(phase.expected for phase in phases(changed, workload, machine.device, lengths))
-                memory = predict(changed, workload, machine.device)
+                memory = fullest(predict(changed, workload, machine.device))
                 peak = max(memory.training_peak, memory.generation_peak)
                 found.append(Suggestion(change, seconds, peak))
     return min(found, key=lambda item: (item.step_seconds, item.peak), default=None)

@@ -58,9 +58,9 @@ def _sum(*groups: tuple[Item, ...]) -> int:
     return sum(item.bytes for group in groups for item in group)
 
 
-def predict(config: Config, workload: Workload, device: Device) -> Memory:
-    """The rank of the pipeline stage whose training peak is highest."""
-    stages = [
+def predict(config: Config, workload: Workload, device: Device) -> list[Memory]:
+    """A rank of each pipeline stage: the first has the most activations in flight, the last may have the most state."""
+    return [
         Memory(
             stage,
             process_items(config, device),
@@ -71,7 +71,10 @@ def predict(config: Config, workload: Workload, device: Device) -> Memory:
         )
         for stage in range(config.parallel.pp)
     ]
-    return max(stages, key=lambda memory: memory.training_peak)
+
+
+def fullest(stages: list[Memory]) -> Memory:
+    return max(stages, key=lambda memory: max(memory.training_peak, memory.generation_peak))
 
 
 def process_items(config: Config, device: Device) -> tuple[Item, ...]:

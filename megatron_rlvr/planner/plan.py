@@ -119,6 +119,6 @@ def make_plan(
         [],
         None,
         suggestions(config, workload, machine, lengths, SUGGESTIONS),
-        memory.predict(config, workload, machine.device),
+        memory.fullest(memory.predict(config, workload, machine.device)),
         tuple(times.phases(config, workload, machine.device, lengths)),
     )

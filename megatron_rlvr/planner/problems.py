@@ -56,17 +56,19 @@ def _layout(config: Config, workload: Workload, machine: Machine) -> list[str]:
 
 def _memory(config: Config, workload: Workload, machine: Machine) -> list[str]:
     found, device = [], machine.device
-    predicted = memory.predict(config, workload, device)
+    stages = memory.predict(config, workload, device)
+    training = max(stages, key=lambda stage: stage.training_peak)
+    generation_peak = max(stage.generation_peak for stage in stages)
     total = machine.memory / GIB
     usable = machine.memory * (1 - memory.FRAGMENTATION)
-    if predicted.training_peak > usable:
+    if training.training_peak > usable:
         found.append(
-            f"training is predicted to take {predicted.training_peak / GIB:.1f} GiB on a rank of pipeline stage "
-            f"{predicted.stage}, of {total:.1f} GiB less {memory.FRAGMENTATION:.0%} for the allocator"
+            f"training is predicted to take {training.training_peak / GIB:.1f} GiB on a rank of pipeline stage "
+            f"{training.stage}, of {total:.1f} GiB less {memory.FRAGMENTATION:.0%} for the allocator"
         )
-    if predicted.generation_peak > machine.memory:
+    if generation_peak > machine.memory:
         found.append(
-            f"generation is predicted to take {predicted.generation_peak / GIB:.1f} GiB of {total:.1f}: the engine's "
+            f"generation is predicted to take {generation_peak / GIB:.1f} GiB of {total:.1f}: the engine's "
             f"share and what training keeps on the device (weights, gradients, optimizer) must fit together"
         )
     kv, needed = memory.kv_cache(config, workload, device), memory.longest(config)

@@ -9,10 +9,13 @@ from pathlib import Path
 
 import pytest
 
+from megatron_rlvr.planner.devices import DEVICES
 from megatron_rlvr.planner.fixes import apply
+from megatron_rlvr.planner.memory import predict
 from megatron_rlvr.planner.plan import Plan, make_plan
 from megatron_rlvr.planner.problems import problems
 from megatron_rlvr.planner.text import as_overrides, as_text
+from megatron_rlvr.planner.workload import Workload
 from tests.test_examples import CONFIGS
 
 ROOT = Path(__file__).parents[2]
@@ -130,3 +133,11 @@ def test_the_door() -> None:
     assert run("--gpus", "64", "prepare=make.py", "model.path=not/there").returncode == 0  # the run makes it first
     mistaken = run("--gpus", "64", "paralel.tp=2")
     assert mistaken.returncode == 2 and "did you mean" in mistaken.stdout
+
+
+def test_the_stage_that_decides_is_looked_at() -> None:
+    """An untied model's last stage has the output layer and the final norm, its first the most activations."""
+    config = plan(QWEN32, "parallel.tp=8 parallel.pp=4 parallel.dp=2 model.recompute=none").config
+    found = predict(config, Workload.of(config), DEVICES["h100"])
+    assert found[0].training_peak > found[1].training_peak > found[2].training_peak
+    assert max(found, key=lambda stage: stage.generation_peak).stage == 3
