@@ -65,6 +65,12 @@ def logits_block_elements() -> int:
     return 1 << 25 if has_gpu() else 1 << 24
 
 
+def give_back_cached_memory() -> None:
+    """Return to the GPU what torch's allocator keeps of freed tensors; the engine's memory is not that allocator's."""
+    if has_gpu():
+        torch.cuda.empty_cache()
+
+
 def start_rank() -> None:
     """Settings of a rank's process, before any tensor is made."""
     if has_gpu():

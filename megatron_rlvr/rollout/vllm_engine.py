@@ -135,6 +135,7 @@ class VllmEngine:
 
     def _wake(self) -> None:
         if self._asleep:
+            platform.give_back_cached_memory()  # of the training phases
             self._llm.wake_up()
             self._asleep = False
 

@@ -16,7 +16,9 @@ DEADLINE = 300.0  # seconds, on a machine with other work; 20 on an idle one
 
 def run(tool: str, **options: object) -> list[dict]:
     """The JSON lines of a bench."""
-    arguments = [text for name, value in options.items() for text in (f"--{name}", str(value))]
+    arguments: list[str] = []
+    for name, value in options.items():
+        arguments += [f"--{name}", *map(str, value if isinstance(value, list) else [value])]
     command = [sys.executable, str(ROOT / "tools" / f"{tool}.py"), *arguments]
     environment = os.environ | {"PYTHONPATH": str(ROOT)}  # a script's own folder comes first, not the package's
     done = subprocess.run(command, capture_output=True, text=True, timeout=DEADLINE, cwd=ROOT, env=environment)
@@ -58,3 +60,14 @@ def test_exploration() -> None:
     assert {row["policy_forwards"] for row in rows} == {8}
     assert all(row["seconds"] > 0 and row["cpu_seconds"] > 0 for row in rows)
     assert {"lp_reg / grpo", "lp_reg_released_code / grpo", "ppo_16_heads / ppo_1_head"} <= set(ratios)
+
+
+@pytest.mark.slow
+def test_plan() -> None:
+    """A third of the bench's size, where what every process takes besides weighs most."""
+    layouts = ["one rank", "bf16", "tp 2, sequence parallel"]
+    *rows, worst = run("bench_plan", layers=3, vocab=4096, layouts=layouts)
+    assert [row["layout"] for row in rows] == layouts and [row["ranks"] for row in rows] == [1, 1, 2]
+    for row in rows:
+        assert row["predicted / measured"] == pytest.approx(1, abs=0.1) and row["state_share"] >= 0.5, row
+    assert worst["worst"] in [row["predicted / measured"] for row in rows]

@@ -1,0 +1,261 @@
+"""Memory of the fullest rank, item by item, each with the formula it comes from; everything here is predicted."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from megatron_rlvr.architecture import Architecture
+from megatron_rlvr.config import Config, OptimizerConfig
+from megatron_rlvr.planner.activations import (
+    in_flight,
+    itemsize,
+    layer_bytes,
+    norm_bytes,
+    recomputed_bytes,
+    sequence_cut,
+)
+from megatron_rlvr.planner.devices import GIB, Device
+from megatron_rlvr.planner.workload import Parameters, Workload, stage_parameters, whole_parameters
+
+MIB = 2**20
+MATERIALISED_LIMIT = 2**30  # models/build.py: above it model.logits=auto fuses
+LOGITS_BLOCK = {True: 1 << 24, False: 1 << 25}  # platform.logits_block_elements, on a CPU and on a GPU
+LEAST_ROWS, WEIGHT_ROWS = 64, 2048  # distributed/vocab_linear.py
+FRAGMENTATION = 0.03  # of the device, which the caching allocator's rounding may cost a training pass; a judgement
+
+
+@dataclass(frozen=True)
+class Item:
+    """One line of the table. Item("gradients", 4000, "4 B x 1,000 parameters, fp32 buffer")."""
+
+    name: str
+    bytes: int
+    why: str
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Of one rank: what it always holds, and what training and generation add to that."""
+
+    stage: int
+    process: tuple[Item, ...]  # imports, device context, communicators
+    state: tuple[Item, ...]
+    training: tuple[Item, ...]
+    generation: tuple[Item, ...]
+    engine_stays: bool  # a CPU's engine does not give its memory back while the policy trains
+
+    @property
+    def training_peak(self) -> int:
+        held = self.generation if self.engine_stays else ()
+        return _sum(self.process, self.state, self.training, held)
+
+    @property
+    def generation_peak(self) -> int:
+        return _sum(self.process, self.state, self.generation)
+
+
+def _sum(*groups: tuple[Item, ...]) -> int:
+    return sum(item.bytes for group in groups for item in group)
+
+
+def predict(config: Config, workload: Workload, device: Device) -> list[Memory]:
+    """A rank of each pipeline stage: the first has the most activations in flight, the last may have the most state."""
+    return [
+        Memory(
+            stage,
+            process_items(config, device),
+            state_items(config, workload, stage),
+            training_items(config, workload, device, stage),
+            engine_items(config, workload, device),
+            device.is_cpu,
+        )
+        for stage in range(config.parallel.pp)
+    ]
+
+
+def fullest(stages: list[Memory]) -> Memory:
+    return max(stages, key=lambda memory: max(memory.training_peak, memory.generation_peak))
+
+
+def process_items(config: Config, device: Device) -> tuple[Item, ...]:
+    parallel = config.parallel
+    if device.is_cpu:
+        return (Item("imports", 860 * MIB, "measured: torch, Megatron and vLLM resident in a rank before it builds"),)
+    communicators = 3 + 2 * (parallel.tp > 1) + (parallel.dp > 1) + 3 * (parallel.pp > 1)
+    return (
+        Item("CUDA context", GIB // 2, "estimate: context, kernels and library workspaces"),
+        Item(
+            "NCCL",
+            communicators * 128 * MIB,
+            f"estimate: {communicators} communicators x 16 channels x 2 buffers of NCCL_BUFFSIZE = 4 MiB",
+        ),
+    )
+
+
+def state_items(config: Config, workload: Workload, stage: int) -> tuple[Item, ...]:
+    """Weights, gradients and optimizer of policy and critic, and the frozen reference's weights."""
+    parallel, size = config.parallel, itemsize(config)
+    policy = stage_parameters(workload.policy, parallel.tp, parallel.pp, stage)
+    items = _trained("policy", policy, size, config.optimizer, parallel.dp)
+    if workload.critic:
+        critic = stage_parameters(workload.critic, parallel.tp, parallel.pp, stage, config.critic.num_heads)
+        items += _trained("critic", critic, size, config.critic.optimizer, parallel.dp)
+    if workload.reference:
+        items.append(Item("reference weights", size * policy.total, f"{size} B x {policy.total:,}"))
+    return tuple(items)
+
+
+def _trained(name: str, parameters: Parameters, size: int, optimizer: OptimizerConfig, dp: int) -> list[Item]:
+    """Megatron-core's distributed optimizer guide: 6 + 12/d bytes a parameter in bf16, 8 + 8/d in fp32, for d ranks."""
+    total, shards = parameters.total, dp if optimizer.distributed else 1
+    per_parameter = 8 + (4 if size == 2 else 0)  # AdamW's two moments, and fp32 weights beside bf16 ones
+    return [
+        Item(f"{name} weights", size * total, f"{size} B x {total:,} parameters of this rank"),
+        Item(f"{name} gradients", 4 * total, f"4 B x {total:,}, summed in fp32"),
+        Item(
+            f"{name} optimizer",
+            per_parameter * -(-total // shards),
+            f"{per_parameter} B x {total:,}" + (f" / dp {shards}" if shards > 1 else ""),
+        ),
+    ]
+
+
+def training_items(config: Config, workload: Workload, device: Device, stage: int) -> tuple[Item, ...]:
+    """What the heaviest moment of an update adds: the first backward, or on gloo the sum of gradients over replicas."""
+    batch = _batch_item(config, workload)
+    moments = [_backward(config, workload.policy, device, stage, heads=0)]
+    if workload.critic:
+        moments.append(_backward(config, workload.critic, device, stage, config.critic.num_heads))
+    if device.is_cpu and config.optimizer.distributed:
+        total = stage_parameters(workload.policy, config.parallel.tp, config.parallel.pp, stage).total
+        why = f"4 B x {total:,}: gloo reduces a copy of the buffer, when the activations are gone"
+        moments.append((Item("gradient reduction", 4 * total, why),))
+    return (batch, *max(moments, key=_sum))
+
+
+def _batch_item(config: Config, workload: Workload) -> Item:
+    """The step's tokens of this data-parallel rank: 13 columns of ids, masks, log-probs and advantages."""
+    responses = config.rollout.prompts_per_step * config.rollout.responses_per_prompt
+    tokens = responses * longest(config) // config.parallel.dp
+    width = 76 + 12 * workload.old_top
+    why = f"<= {tokens:,} tokens x {width} B" + (f", {workload.old_top} of the proxy's each" * bool(workload.old_top))
+    return Item("batch", tokens * width, why)
+
+
+def _backward(config: Config, architecture: Architecture, device: Device, stage: int, heads: int) -> tuple[Item, ...]:
+    """Activations of what is in flight, and the larger of what the head's and a layer's backward add."""
+    tokens, local = microbatch(config), device.is_cpu
+    held, cut = in_flight(config, microbatches(config), stage)
+    layers = held * architecture.num_layers // cut
+    full = layer_bytes(config, architecture, tokens, local)
+    if config.model.recompute == "full":
+        kept = layers * recomputed_bytes(config, architecture, tokens) + full
+        why = f"{layers} layer inputs and one whole layer"
+    else:
+        each = layer_bytes(config, architecture, tokens, local, config.model.recompute == "selective")
+        kept, why = layers * each + (full - each), f"{layers} layers x {each / MIB:.0f} MiB"
+    is_last = stage == config.parallel.pp - 1
+    if is_last:
+        kept += tokens * norm_bytes(config, architecture, local)
+    gradients = max(
+        _layer_gradients(config, architecture, tokens, local),
+        head_bytes(config, architecture, device) if is_last and not heads else 0,
+    )
+    name = "activations" if not heads else "critic activations"
+    what = f"{'logits ' + logits_form(config, architecture) if is_last and not heads else 'gradients of a layer'}"
+    return (
+        Item(name, kept, f"{why}, {held} in flight x {tokens:,} tokens, recompute {config.model.recompute}"),
+        Item("statistics and gradients in passing", gradients, f"{what}; the larger of head and layer"),
+    )
+
+
+def _layer_gradients(config: Config, architecture: Architecture, tokens: int, local: bool) -> int:
+    """Gradients alive at once in the gated MLP's backward, and where no kernel adds into the buffer its weight's."""
+    tp, size = config.parallel.tp, itemsize(config)
+    columns = architecture.ffn_size // tp
+    passing = tokens * (2 * columns + 2 * architecture.hidden_size) * size
+    return passing + (2 * columns * architecture.hidden_size * size if local else 0)
+
+
+def head_bytes(config: Config, architecture: Architecture, device: Device) -> int:
+    """The statistics' buffers: all logits of a microbatch, whose gradient takes their place, or a block of them."""
+    tp, size, tokens, h = config.parallel.tp, itemsize(config), microbatch(config), architecture.hidden_size
+    columns = architecture.padded_vocab(tp) // tp
+    hidden_gradient = tokens * h * size * (2 if sequence_cut(config) > 1 else 1)  # and the gathered hidden states
+    if logits_form(config, architecture) == "fused":
+        rows = min(tokens, max(LEAST_ROWS, LOGITS_BLOCK[device.is_cpu] // columns))
+        return rows * columns * size + hidden_gradient + (2 * WEIGHT_ROWS * h * size if size == 2 else 0)
+    weight_gradient = columns * h * size if device.is_cpu else 0
+    return tokens * columns * size + hidden_gradient + weight_gradient
+
+
+def logits_form(config: Config, architecture: Architecture) -> str:
+    """materialised or fused, as models/build.py chooses."""
+    if config.model.logits != "auto":
+        return config.model.logits
+    columns = architecture.padded_vocab(config.parallel.tp) // config.parallel.tp
+    return (
+        "fused"
+        if config.trainer.microbatch_tokens * columns * itemsize(config) > MATERIALISED_LIMIT
+        else "materialised"
+    )
+
+
+def engine_items(config: Config, workload: Workload, device: Device) -> tuple[Item, ...]:
+    """vLLM's part: on a GPU the share of the device that it is given, on a CPU its weights and its cache."""
+    weights = engine_weights(config, workload)
+    if device.is_cpu:
+        return (
+            Item("engine weights", weights, f"{itemsize(config)} B x parameters / rollout.tp {config.rollout_tp}"),
+            Item("engine KV cache", config.rollout.kv_cache_mib * MIB, "rollout.kv_cache_mib"),
+        )
+    share = config.rollout.gpu_memory_utilization
+    return (
+        Item("engine", int(share * device.memory), f"rollout.gpu_memory_utilization {share} x {device.name}"),
+        Item("CUDA graphs", GIB // 2, "estimate: captured outside the engine's share"),
+    )
+
+
+def engine_weights(config: Config, workload: Workload) -> int:
+    return whole_parameters(workload.policy) * itemsize(config) // config.rollout_tp
+
+
+def kv_cache(config: Config, workload: Workload, device: Device) -> int:
+    """Bytes left for keys and values: the engine's share without weights and the buffers of its profiling run.
+
+    Those are, for 8,192 tokens at a time (vLLM's default), hidden states and the MLP, and fp32 logits of the running
+    sequences with their sorted copy.
+    """
+    if device.is_cpu:
+        return config.rollout.kv_cache_mib * MIB
+    model, tp = workload.policy, config.rollout_tp
+    passing = 8192 * (2 * model.ffn_size // tp + 4 * model.hidden_size) * itemsize(config)
+    passing += config.rollout.max_running * model.vocab_size * 8
+    share = int(config.rollout.gpu_memory_utilization * device.memory)
+    return share - engine_weights(config, workload) - passing
+
+
+def kv_bytes_per_token(config: Config, workload: Workload) -> int:
+    """Keys and values of every layer on one engine rank, which holds at least one key-value head."""
+    model = workload.policy
+    heads = max(1, model.num_kv_heads // config.rollout_tp)
+    return 2 * model.num_layers * heads * model.head_dim * itemsize(config)
+
+
+def longest(config: Config) -> int:
+    """Tokens of the longest response with its prompt."""
+    return config.data.max_prompt_length + config.rollout.max_response_length
+
+
+def microbatches(config: Config) -> int:
+    """Of an update on one data-parallel rank, at most: as many as its responses of full length fill."""
+    responses = config.rollout.prompts_per_step * config.rollout.responses_per_prompt
+    share = -(-responses // config.trainer.updates_per_rollout // config.parallel.dp)
+    return max(1, -(-share // max(1, config.trainer.microbatch_tokens // longest(config))))
+
+
+def microbatch(config: Config) -> int:
+    """Tokens of the fullest microbatch."""
+    responses = config.rollout.prompts_per_step * config.rollout.responses_per_prompt
+    share = -(-responses // config.trainer.updates_per_rollout // config.parallel.dp)
+    return min(config.trainer.microbatch_tokens, share * longest(config))

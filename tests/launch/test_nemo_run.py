@@ -1,0 +1,56 @@
+"""NeMo-Run, in the launcher's environment: what a dry run shows, and an experiment on this machine."""
+
+from __future__ import annotations
+
+import os
+import re
+import sys
+from pathlib import Path
+
+import pytest
+
+from megatron_rlvr.config import as_yaml, load_config
+from tests.launch.launcher import ROOT, launch, needs_launcher
+
+GOLDEN = Path(__file__).with_name("nemo_run_slurm.golden")
+
+pytestmark = [pytest.mark.slow, needs_launcher]
+
+
+def without_noise(text: str, home: Path) -> str:
+    """Paths and ids of this run, and the margins of NeMo-Run's log, taken out."""
+    text = text.replace(str(home), "NEMORUN_HOME").replace(str(ROOT), "ROOT")
+    text = re.sub("─+", "─", re.sub(r"_\d{19}", "_ID", text))
+    lines = [re.sub(r" +(launcher|experiment)\.py:\d+$", "", line.rstrip()) for line in text.splitlines()]
+    return "\n".join(re.sub(r"^(\[[\d:]+\]| {10}) ", "", line).rstrip() for line in lines)
+
+
+def test_a_dry_run_shows_everything_that_would_run(tmp_path: Path) -> None:
+    shown = launch(
+        tmp_path,
+        *("--executor", "slurm", "--dryrun", "run.executor.account=me", "workdir=/shared/megatron_rlvr"),
+        *("convert=true", "benchmarks=aime24", 'overrides=["trainer.num_steps=2"]'),
+    )
+    assert "predicted memory of the fullest rank" in shown
+    config = load_config(ROOT / "examples/lp_reg/qwen2.5_32b/lp_reg_on.yaml", ["trainer.num_steps=2"])
+    assert f"# resolved config\n{as_yaml(config)}" in shown
+    scripts = without_noise(shown[shown.index("# task convert") :], tmp_path)
+    if "MEGATRON_RLVR_WRITE_GOLDEN" in os.environ:
+        GOLDEN.write_text(scripts + "\n")
+    assert scripts + "\n" == GOLDEN.read_text()
+
+
+def test_what_the_planner_refuses_is_not_submitted(tmp_path: Path) -> None:
+    with pytest.raises(AssertionError, match="fix: parallel"):
+        launch(tmp_path, "--executor", "slurm", 'overrides=["parallel.tp=16","parallel.dp=4"]')
+
+
+def test_an_experiment_on_this_machine(tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    overrides = ["trainer.num_steps=2", "data.eval_path=", f"run.dir={folder}"]
+    quoted = ",".join(f'"{override}"' for override in overrides)
+    config = "examples/countdown_cpu/config.yaml"
+    launch(tmp_path, "--executor", "local", f"config={config}", f"python={sys.executable}", f"overrides=[{quoted}]")
+    assert (folder / "config.yaml").read_text() == as_yaml(load_config(ROOT / config, overrides))
+    assert len((folder / "metrics.jsonl").read_text().splitlines()) == 2
+    assert (folder / "report.html").exists() and (folder / "hf" / "model.safetensors").exists()
