@@ -1,4 +1,4 @@
-"""Kill a run at random moments and resume it each time: python tools/chaos.py [--kills 30 --steps 30 --seed 0 ...]
+"""Kill a run at random moments and resume it each time: python tools/chaos.py [--kills 30 --steps 12 --seed 0]
 
 The countdown demo on two ranks, shortened, with a checkpoint after every step. Both ranks get SIGKILL at a random point
 of generation, verification, update, weight sync or save, in turn. Then the run is resumed. In the end
@@ -41,29 +41,34 @@ _context = multiprocessing.get_context("fork")
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    for name, value in {"kills": 30, "steps": 30, "seed": 0}.items():
+    for name, value in {"kills": 30, "steps": 12, "seed": 0}.items():
         parser.add_argument(f"--{name}", type=int, default=value, help="default: %(default)s")
     options = parser.parse_args()
     import_everything()
-    with tempfile.TemporaryDirectory(prefix="chaos-") as folder:
-        whole = Path(folder) / "whole"
+    folder = Path(tempfile.mkdtemp(prefix="chaos-"))  # whose context manager would delete it when a forked rank ends
+    try:
+        whole = folder / "whole"
         assert Attempt(whole, options.steps).finish() == 0, f"the undisturbed run failed: {last_words(whole)}"
-        return 0 if disturb(Path(folder), whole, options) else 1
+        return 0 if disturb(folder, whole, options) else 1
+    finally:
+        shutil.rmtree(folder)
 
 
 def disturb(folder: Path, whole: Path, options: argparse.Namespace) -> bool:
     """Kill until ``options.kills`` are done, over as many runs as that takes; whether each equals ``whole``."""
     draw, done, differences, began = random.Random(options.seed), 0, [], time.perf_counter()
-    runs = 0
+    runs, moments = 0, []
     while done < options.kills:
         runs += 1
         run = folder / f"run_{runs}"
-        while (attempt := Attempt(run, options.steps)) and done < options.kills:
-            moment = MOMENTS[done % len(MOMENTS)]
-            if not attempt.kill_in(moment, draw):
+        attempt = Attempt(run, options.steps)
+        while done < options.kills:
+            moments = moments or draw.sample(MOMENTS, len(MOMENTS))
+            if not attempt.kill_in(moments[-1], draw):
                 break  # the run ended first
-            done += 1
+            done, moment = done + 1, moments.pop()
             print(json.dumps({"kill": done, "run": runs, "moment": moment, "steps": steps_done(run)}), flush=True)
+            attempt = Attempt(run, options.steps)
         code = attempt.finish()
         differences += [f"run {runs} ended with {code}: {last_words(run)}"] if code else difference(run, whole)
         shutil.rmtree(run)
@@ -85,19 +90,19 @@ class Attempt:
         arguments = [CONFIG, *SHORT, f"trainer.num_steps={steps}", f"run.dir={folder}"]
         port = free_port()
         prepare(arguments)
-        self.ranks = [
-            _context.Process(target=be_rank, args=(rank, port, arguments, self._now, self._saving)) for rank in (0, 1)
-        ]
+        output = folder.with_suffix(".log")
+        cells = (output, self._now, self._saving)
+        self.ranks = [_context.Process(target=be_rank, args=(rank, port, arguments, *cells)) for rank in (0, 1)]
         for rank in self.ranks:
             rank.start()
 
     def kill_in(self, moment: str, draw: random.Random) -> bool:
-        """Kill both ranks in the first or second ``moment`` of the first one; False if the run ended before."""
-        wanted = [self._is_in(moment)]
-        for _ in range(draw.choice([0, 0, 1])):  # let this many go by
-            if not (self._until(wanted[0], True) and self._until(wanted[0], False)):
+        """Kill both ranks in one of the first's next four times of ``moment``; False if the run ended before."""
+        comes = self._is_in(moment)
+        for _ in range(draw.randrange(4)):  # let this many go by
+            if not (self._until(comes, True) and self._until(comes, False)):
                 return False
-        if not self._until(wanted[0], True):
+        if not self._until(comes, True):
             return False
         time.sleep(draw.random() * {"save": 0.2, "verification": 0.02}.get(moment, 0.1))
         for rank in draw.sample(self.ranks, 2):
@@ -152,10 +157,13 @@ def prepare(arguments: list[str]) -> None:
     _prepare(load_config(arguments[0], arguments[1:]))
 
 
-def be_rank(rank: int, port: int, arguments: list[str], now: Any, saving: Any) -> None:
+def be_rank(rank: int, port: int, arguments: list[str], output: Path, now: Any, saving: Any) -> None:
+    """A rank's life in a forked process; what a terminal would show of it goes to ``output``."""
     from megatron_rlvr import train
 
     die_with_parent()
+    with open(output, "a") as log:
+        os.dup2(log.fileno(), 1), os.dup2(log.fileno(), 2)
     place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": 2, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
     os.environ.update({name: str(value) for name, value in place.items()})
     os.environ[train.LAUNCHED] = "1"

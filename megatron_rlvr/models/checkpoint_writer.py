@@ -60,6 +60,10 @@ class CheckpointWriter:
         self._thread = threading.Thread(target=self._write, args=arguments, daemon=True)
         self._thread.start()
 
+    @property
+    def busy(self) -> bool:
+        return self._thread is not None and self._thread.is_alive()
+
     def wait(self) -> str:
         """Until nothing is being written; what was wrong with the last one, "" where it is there."""
         if self._thread is not None:

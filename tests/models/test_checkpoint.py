@@ -176,7 +176,7 @@ def _assert_equal(folder: Path, other: Path) -> None:
     """The same tensors, of which those over the vocabulary may be padded differently."""
     with MegatronFolder(folder) as one, MegatronFolder(other) as two:
         assert one.tensors.keys() == two.tensors.keys()
-        assert sum(name.startswith("optimizer.state.exp_avg_sq.") for name in one.tensors) > 10
+        assert sum(name.startswith("optimizer.state.exp_avg_sq.") for name in one.tensors) >= 10
         for name in one.tensors:
             a, b = one.tensor(name), two.tensor(name)
             assert a.shape == b.shape or "embedding" in name, name

@@ -47,3 +47,12 @@ def test_weight_sync() -> None:
     # embedding and output layer, attention of one head with its query and key norms, gated MLP, three norms
     assert medians["parameters"] == 2 * 256 * 128 + 4 * 128 * 128 + 2 * 128 + 3 * 128 * 64 + 3 * 128
     assert medians["sync_seconds"] > 0 and medians["gib"] == round(4 * medians["parameters"] / 2**30, 3)
+
+
+@pytest.mark.slow
+def test_checkpoint() -> None:
+    *saves, medians = run("bench_checkpoint", layers=1, hidden=128, ffn=64, vocab=256, tokens=256, saves=1)
+    (row,) = saves
+    assert row["mib"] > 1 and row["stall_seconds"] > 0 and row["update_seconds"] > 0
+    assert all(row[name] > 0 for name in row if name.endswith("mib_per_second"))
+    assert medians == {"tp": 1} | row
