@@ -12,7 +12,7 @@ from megatron_rlvr.types import Prompt
 
 # Keys, or sections of them, that never reach a weight. The longest name that fits a key counts.
 FREE = [
-    *("name", "prepare", "run", "logging", "data.path", "data.eval_path", "data.strict"),
+    *("name", "prepare", "logging", "data.path", "data.eval_path", "data.strict"),
     *("reward.workers", "reward.deadline", "rollout.kv_cache_mib", "rollout.gpu_memory_utilization"),
     *("trainer.num_steps", "trainer.eval_every", "trainer.eval_responses", "trainer.log_rollouts"),
     *("trainer.save_every", "trainer.keep_last", "trainer.keep_best"),
@@ -67,7 +67,7 @@ def describe(saved: Mapping[str, Any], now: Mapping[str, Any]) -> tuple[list[str
     decays = any(after.get(f"{section}.schedule") != "constant" for section in ("optimizer", "critic.optimizer"))
     for key in sorted(before.keys() | after.keys()):
         old, new = before.get(key, "(absent)"), after.get(key, "(absent)")
-        if old == new:
+        if old == new or key.startswith("run."):  # how it is started, not what it is
             continue
         change = f"{key}: {_short(old)} -> {_short(new)}"
         name = _section(key, [*FREE, *ROUNDING, *MEANING])
