@@ -50,8 +50,8 @@ class CheckpointWriter:
 
     def save(self, state: dict[str, Any]) -> None:
         """Begin RUN/checkpoints/step_N, N = state["step"]; ``state`` is plain values, the same on every rank."""
-        self.wait()
         started = time.perf_counter()
+        self.wait()
         tensors = {name: _copies(model) for name, model in self.models.items()}
         progress = {name: _progress(model) for name, model in self.models.items()}
         state = state | {"models": progress, "shapes": shapes_of(self.models), "layout": layout_of(self.groups)}
@@ -82,7 +82,8 @@ class CheckpointWriter:
             entries = self._together(bind(self._end, folder, streams))
             self._together(bind(self._publish, folder, {key: item for part in entries for key, item in part.items()}))
             self._problem = ""
-            log.info("checkpoint after step %d: written in %.1f s", step, time.perf_counter() - started)
+            seconds = time.perf_counter() - started
+            log.info("step_%d: the run stood still for %.2f s, written in %.1f s", step, self.stalled, seconds)
         except Exception as error:  # whatever it is, the step goes on: the checkpoints before are untouched
             self._problem = f"{error}; {shutil.disk_usage(self.run).free >> 20} MiB are free"
             if self.groups.rank == 0:

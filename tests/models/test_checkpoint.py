@@ -279,8 +279,12 @@ def _room(case: Case, run: Path) -> list[Any]:
     """Saves with and without room on the disk: a limit on the size of files fails where a full disk would."""
     with megatron(Layout()) as ranks:
         models = {"policy": make_policy(case.folder, Layout(), ranks)}
-        writer = _writer(run, models, ranks, keep_last=2)
-        for step in (9, 10, 11):
+        writer = _writer(run, models, ranks, keep_last=2, keep_best=1)
+        run.mkdir()
+        scores = {9: 0.5, 10: 0.9, 11: 0.7}  # by row: row 10 is of the policy after step 9
+        lines = [json.dumps({"step": step, "eval/pass@1": score}) for step, score in scores.items()]
+        (run / "metrics.jsonl").write_text("\n".join([*lines, json.dumps({"step": 12}), ""]))
+        for step in (8, 9, 10, 11):
             writer.save({"step": step})
         writer.wait()
         soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
@@ -298,9 +302,9 @@ def test_no_checkpoint_goes_before_the_next_is_there(cases: dict[str, Case], tmp
     run = tmp_path / "run"
     ((problem, without_room, again, found),) = run_ranks(1, _room, cases["qwen3-tied"], run, timeout=60)
     assert "rank 0" in problem and "MiB are free" in problem
-    assert without_room == ["step_10", "step_11"]
-    assert again == "" and found == ["step_11", "step_12"]
-    assert sorted(path.name for path in (run / "checkpoints").iterdir()) == found  # nothing half written is left
+    assert without_room == ["step_10", "step_11", "step_9"]  # the newest two, and the best
+    assert again == "" and found == ["step_9", "step_11", "step_12"]
+    assert {path.name for path in (run / "checkpoints").iterdir()} == set(found)  # nothing half written is left
 
 
 def test_a_flat_range_is_cut_into_boxes() -> None:
