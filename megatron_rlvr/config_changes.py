@@ -5,9 +5,12 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
+from megatron_rlvr.checkpoint_folder import checkpoints
 from megatron_rlvr.config import Config, ConfigError, to_dict
+from megatron_rlvr.run_folder import INITIAL
 from megatron_rlvr.types import Prompt
 
 # Keys, or sections of them, that never reach a weight. The longest name that fits a key counts.
@@ -48,6 +51,8 @@ def settings_of(config: Config, prompts: Sequence[Prompt]) -> dict[str, Any]:
     """The config as plain values, with what its prompts are, and where the run's own folder lies left out."""
     settings = json.loads(json.dumps(to_dict(config)))
     own = str(config.run_dir)
+    if settings["model"].pop("random_init"):  # the ranks are given the folder that the weights were drawn into
+        settings["model"]["path"] = f"{own}/{INITIAL}"
     for section in ("model", "critic"):
         settings[section]["path"] = settings[section]["path"].replace(own, "RUN", 1)
     digest = hashlib.blake2b(digest_size=16)
@@ -55,6 +60,18 @@ def settings_of(config: Config, prompts: Sequence[Prompt]) -> dict[str, Any]:
         digest.update(json.dumps([prompt.id, prompt.token_ids, prompt.answer], default=str).encode())
     settings["data"]["contents"] = f"{len(prompts)} prompts, {digest.hexdigest()}"
     return settings
+
+
+def check_newest(config: Config, folder: Path) -> None:
+    """``check_resume`` as far as it goes without the prompts: before a rank starts. Raises ConfigError."""
+    for path in checkpoints(folder)[-1:]:
+        try:
+            saved = json.loads((path / "run.json").read_text())["config"]
+        except (OSError, ValueError, KeyError):
+            return  # the ranks will say what is wrong with it, and use the one before
+        now = settings_of(config, [])
+        now["data"]["contents"] = saved["data"]["contents"]
+        check_resume(saved, now, config.run.accept_changes)
 
 
 def describe(saved: Mapping[str, Any], now: Mapping[str, Any]) -> tuple[list[str], list[str], list[str]]:

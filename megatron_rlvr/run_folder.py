@@ -12,6 +12,7 @@ from pathlib import Path
 from megatron_rlvr.checkpoint_folder import checkpoints
 from megatron_rlvr.config import Config, ConfigError
 
+INITIAL = "initial_hf"  # a run's own folder of random weights
 RECORDS = (
     "config.yaml",
     "metrics.jsonl",
@@ -21,7 +22,7 @@ RECORDS = (
     "tensorboard",
     "checkpoints",
     "hf",
-    "initial_hf",
+    INITIAL,
     "logs",
 )
 

@@ -15,9 +15,9 @@ from typing import IO
 
 from megatron_rlvr.config import Config, ConfigError, load_config
 from megatron_rlvr.processes import StopRequest, die_with_parent, everything_made_here_stays, leave
+from megatron_rlvr.run_folder import INITIAL, prepare_folder
 
 LAUNCHED = "MEGATRON_RLVR_LAUNCHED"  # set for ranks whose launcher has already prepared model and folder
-INITIAL = "initial_hf"  # the run's own folder of random weights
 USER_ERROR, FAILURE = 2, 1
 
 
@@ -49,12 +49,14 @@ def launch(config: Config, arguments: list[str]) -> int:
 def _prepare(config: Config) -> None:
     """Whatever can be refused is refused here, in one process, before the slow imports of Megatron and vLLM."""
     from megatron_rlvr import preflight
-    from megatron_rlvr.run_folder import prepare_folder
+    from megatron_rlvr.config_changes import check_newest
     from megatron_rlvr.weights.initial import write_initial
 
     preflight.prepare(config)
     preflight.check(config)
     folder = prepare_folder(config)
+    if config.run.resume != "never":
+        check_newest(config, folder)
     if config.model.random_init and not (folder / INITIAL).exists():
         write_initial(config.model.path, folder / INITIAL, config.seed)
 

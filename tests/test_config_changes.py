@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from megatron_rlvr.config import Config, ConfigError, from_dict, to_dict
-from megatron_rlvr.config_changes import FREE, MEANING, ROUNDING, check_resume, describe, settings_of
+from megatron_rlvr.config_changes import FREE, MEANING, ROUNDING, check_newest, check_resume, describe, settings_of
 from megatron_rlvr.types import Prompt
 
 PROMPTS = [Prompt("train/1", "1+1=", (1, 2), "math", "2"), Prompt("train/2", "2+2=", (2, 2), "math", "4")]
@@ -74,6 +75,25 @@ def test_a_run_folder_may_move() -> None:
         return settings({"run": {"dir": folder}, "model": {"path": str(Path(folder) / "initial_hf")}})
 
     assert check_resume(moved("runs/a"), moved("elsewhere/b"), accepted=False) == []
+
+
+def test_random_weights_are_the_folder_that_they_were_drawn_into() -> None:
+    drawn = settings({"model": {"path": "shapes/small", "random_init": True}})
+    assert check_resume(settings({"model": {"path": "runs/a/initial_hf"}}), drawn, accepted=False) == []
+
+
+def test_the_launcher_refuses_by_the_newest_checkpoint(tmp_path: Path) -> None:
+    config = from_dict(Config, BASE)
+    check_newest(config, tmp_path)  # nothing to go on from
+    for step, saved in ((9, settings({"seed": 5})), (10, settings())):
+        (tmp_path / f"checkpoints/step_{step}").mkdir(parents=True)
+        (tmp_path / f"checkpoints/step_{step}/run.json").write_text(json.dumps({"config": saved}))
+    check_newest(config, tmp_path)
+    config.seed = 1
+    with pytest.raises(ConfigError, match="seed: 0 -> 1"):
+        check_newest(config, tmp_path)
+    (tmp_path / "checkpoints/step_10/run.json").write_text("{")
+    check_newest(config, tmp_path)  # damaged: for the ranks to find
 
 
 def test_a_key_younger_than_the_checkpoint_had_its_default() -> None:

@@ -70,6 +70,8 @@ def test_a_signal_stops_with_a_checkpoint_and_a_damaged_one_gives_way_to_the_one
     assert [row["step"] for row in rows] == list(range(1, done + 2))
     assert without_times(rows[:done]) == without_times(before)  # step `done` was taken again, to the last bit
     assert [step_of(path) for path in checkpoints(folder)] == [done, done + 1]
+    output = train("seed=1", "trainer.num_steps=99", f"run.dir={folder}", "run.resume=auto", code=2)
+    assert "seed: 0 -> 1 (prompts come in another order" in output and "run.accept_changes=true" in output
     assert processes_of(tmp_path) == []
 
 
