@@ -39,7 +39,11 @@ def step_of(path: Path) -> int:
 
 def inventory(folder: Path, files: Iterable[Path]) -> dict[str, Entry]:
     """Path within ``folder`` -> size and checksum of what is on the disk, after it is made to be there."""
-    return {file.relative_to(folder).as_posix(): _entry(file, sync=True) for file in sorted(files)}
+    entries = {}
+    for file in sorted(files):
+        sync(file)
+        entries[file.relative_to(folder).as_posix()] = _entry(file)
+    return entries
 
 
 def seal(partial: Path, entries: Mapping[str, Entry]) -> Path:
@@ -49,12 +53,20 @@ def seal(partial: Path, entries: Mapping[str, Entry]) -> Path:
         json.dump(entries, file, indent=1, sort_keys=True)
         file.flush()
         os.fsync(file.fileno())
-    _sync_folders(partial)
+    for path in [partial, *(item for item in partial.rglob("*") if item.is_dir())]:
+        sync(path)  # names are on the disk, not only files
     if target.exists():
         remove(target)
     partial.rename(target)
-    _sync_folders(target.parent)
+    sync(target.parent)
     return target
+
+
+def sync(path: Path) -> None:
+    """Wait until a file, or the names in a folder, are on the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    os.fsync(descriptor)
+    os.close(descriptor)
 
 
 def remove(path: Path) -> None:
@@ -110,17 +122,7 @@ def superfluous(steps: list[int], scores: Mapping[int, float], keep_last: int, k
     return [step for step in sorted(steps) if step not in kept]
 
 
-def _entry(path: Path, sync: bool = False) -> Entry:
+def _entry(path: Path) -> Entry:
     with open(path, "rb") as file:
-        if sync:
-            os.fsync(file.fileno())
         digest = hashlib.file_digest(file, lambda: hashlib.blake2b(digest_size=16))
     return {"bytes": path.stat().st_size, "blake2b": digest.hexdigest()}
-
-
-def _sync_folders(folder: Path) -> None:
-    """Names are on the disk, not only files."""
-    for path in [folder, *(item for item in folder.rglob("*") if item.is_dir())]:
-        descriptor = os.open(path, os.O_RDONLY)
-        os.fsync(descriptor)
-        os.close(descriptor)

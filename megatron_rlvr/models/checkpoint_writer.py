@@ -28,6 +28,7 @@ from megatron_rlvr.records import read_rows
 log = logging.getLogger(__name__)
 
 TIMEOUT = 3600.0  # seconds that the writers wait for one another
+RECORDS = ("metrics.jsonl", "rollouts.jsonl")
 SCORE = "eval/pass@1"  # of the policy that a checkpoint holds: the row of the step after it has it
 
 
@@ -127,6 +128,10 @@ class CheckpointWriter:
         """Only when the new one is there do older ones go."""
         if self.groups.rank:
             return
+        # The record of the steps is on the disk before a run can go on behind them.
+        for name in RECORDS:
+            if (self.run / name).exists():
+                checkpoint_folder.sync(self.run / name)
         checkpoint_folder.seal(folder, entries)
         keep, there = self.config.trainer, checkpoint_folder.checkpoints(self.run)
         steps = [checkpoint_folder.step_of(path) for path in there]
