@@ -16,7 +16,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet --no-com
 STAMP := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-slow test-gpu test-slurm test-browser test-real-data lint bench launcher clean
+.PHONY: help install demo test test-slow test-gpu test-slurm test-browser test-real-data chaos lint bench launcher clean
 
 help:
 	@sed -n 's/^\([a-z-]*\):.*## /  make \1: /p' Makefile
@@ -54,6 +54,9 @@ test: $(STAMP) ## everything but the marked tests below (pyproject.toml leaves t
 
 test-slow: $(STAMP) ## tests of minutes
 	$(RUN) -m pytest -m "slow and not gpu and not slurm and not browser"
+
+chaos: $(STAMP) ## a run that is killed at 30 random moments and resumed, against one that is not: ten minutes
+	$(RUN) -W ignore tools/chaos.py
 
 test-gpu: ## tests that need a CUDA device, in the active environment (python)
 	python -m pytest -m gpu

@@ -151,6 +151,8 @@ class TrainerConfig:
     eval_every: int = 0  # steps; 0: never
     eval_responses: int = 16  # per held-out prompt
     save_every: int = 0  # steps; 0: only at the end
+    keep_last: int = 2  # newest checkpoints that stay: one, and the one before in case the disk damages it
+    keep_best: int = 0  # checkpoints with the best eval/pass@1 that stay besides
     log_rollouts: int = 8  # responses written to rollouts.jsonl per step
 
 
@@ -158,6 +160,7 @@ class TrainerConfig:
 class RunConfig:
     dir: str = ""  # empty: runs/NAME
     resume: Literal["never", "auto", "must"] = "never"
+    accept_changes: bool = False  # resume although the config has changed in a way that makes it another run
     overwrite: bool = False  # replace an earlier run in the same folder
     port: int = 0  # where the ranks of one machine meet; 0: a free one
     # seconds that one phase of a step may take; then every rank writes its stacks to RUN/logs/hang and the run ends

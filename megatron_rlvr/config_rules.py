@@ -38,6 +38,13 @@ def check(config: Config) -> None:
         "model.path is not set: give a Hugging Face folder (config.json, tokenizer, safetensors)",
     )
     rule(bool(config.data.path), "data.path is not set: give the file that holds the prompts")
+    trainer = config.trainer
+    rule(
+        trainer.keep_best == 0
+        or (bool(config.data.eval_path) and trainer.eval_every > 0 and trainer.save_every % trainer.eval_every == 0),
+        f"trainer.keep_best={trainer.keep_best} needs held-out figures of every checkpoint: set data.eval_path, and "
+        f"trainer.eval_every (now {trainer.eval_every}) so that it divides trainer.save_every ({trainer.save_every})",
+    )
 
 
 def _check_ranges(config: Config) -> None:
@@ -51,6 +58,7 @@ def _check_ranges(config: Config) -> None:
         "rollout.max_response_length": config.rollout.max_response_length,
         "trainer.updates_per_rollout": config.trainer.updates_per_rollout,
         "trainer.num_steps": config.trainer.num_steps,
+        "trainer.keep_last": config.trainer.keep_last,
         "reward.workers": config.reward.workers,
         "data.max_prompt_length": config.data.max_prompt_length,
     }

@@ -11,6 +11,7 @@ import socket
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from types import FrameType
 from typing import NoReturn
 
 _PR_SET_PDEATHSIG = 1
@@ -40,6 +41,23 @@ def port_in_use(port: int) -> bool:
         except OSError:
             return True
     return False
+
+
+class StopRequest:
+    """Notes the signals that ask a run to save and end; ``number`` is the last one, 0 while nobody has asked.
+
+    Slurm sends USR1 ahead of a time limit and TERM at preemption; INT is Ctrl-C.
+    """
+
+    SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
+
+    def __init__(self) -> None:
+        self.number = 0
+        for number in self.SIGNALS:
+            signal.signal(number, self._note)
+
+    def _note(self, number: int, frame: FrameType | None) -> None:
+        self.number = number
 
 
 @contextmanager

@@ -6,7 +6,6 @@ import json
 import random
 import signal
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 import numpy
@@ -14,14 +13,17 @@ import torch
 from rich.console import Console
 
 from megatron_rlvr import platform, watchdog
-from megatron_rlvr.config import Config, batch_table, dump, to_dict
+from megatron_rlvr.config import Config, batch_table, dump, rule, to_dict
+from megatron_rlvr.config_changes import check_resume, settings_of
 from megatron_rlvr.distributed import groups as process_groups
 from megatron_rlvr.distributed import reduce
 from megatron_rlvr.metrics import MetricsWriter, RolloutsWriter
-from megatron_rlvr.models import checkpoint
+from megatron_rlvr.models.checkpoint import load, newest_usable
+from megatron_rlvr.models.checkpoint_writer import CheckpointWriter
+from megatron_rlvr.processes import StopRequest
 from megatron_rlvr.progress import Progress
 from megatron_rlvr.report import build_report
-from megatron_rlvr.run_folder import HANG, checkpoints
+from megatron_rlvr.run_folder import HANG
 from megatron_rlvr.trainer import Trainer
 from megatron_rlvr.types import RolloutGroup
 from megatron_rlvr.weights.convert import save_hf
@@ -33,20 +35,17 @@ REPORT_EVERY = 50  # steps
 class Run:
     """One rank's view of a run; rank 0 writes what the folder keeps."""
 
-    def __init__(self, config: Config, console: Console) -> None:
-        self.config, self.folder, self.console = config, config.run_dir, console
-        self.stop_signal = 0
-        for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
-            signal.signal(number, self._ask_to_stop)
+    def __init__(self, config: Config, console: Console, stop: StopRequest) -> None:
+        self.config, self.folder, self.console, self.stop = config, config.run_dir, console, stop
         platform.start_rank()
         process_groups.init(platform.backend(), config.run.hang_timeout + COLLECTIVE_GRACE)
         watchdog.watch(self.folder / HANG, *process_groups.place(), config.run.hang_timeout, console.file)
         _seed_everything(config.seed)
         self.trainer = Trainer(config)
         self.is_writer = self.trainer.groups.rank == 0
-
-    def _ask_to_stop(self, number: int, frame: FrameType | None) -> None:
-        self.stop_signal = number
+        self.checkpoints = CheckpointWriter(self.folder, config, self.trainer.models, self.trainer.groups)
+        # What a resumed run is held to: its config, and the prompts whatever their file is called.
+        self.settings = settings_of(config, self.trainer.prompts.prompts)
 
     def __call__(self) -> int:
         """Every step that is left. Returns the signal that ended the run early, or 0."""
@@ -65,6 +64,7 @@ class Run:
                     self._save(step)
                 if stopped:
                     return self._stop_early(step, stopped)
+            self.checkpoints.wait()
             final = trainer.evaluate() if trainer.eval_prompts is not None else {}
         self._finish(final)
         return 0
@@ -80,22 +80,33 @@ class Run:
 
     def _agreed_stop(self) -> int:
         """The signal that any rank received: all of them stop at the same step."""
-        flag = torch.tensor(float(self.stop_signal), device=platform.device())
+        flag = torch.tensor(float(self.stop.number), device=platform.device())
         return int(reduce.all_max(flag, self.trainer.groups.world))
 
     def _resume(self) -> int:
         """Steps already done. Restores everything that the next one depends on."""
-        saved = checkpoints(self.folder) if self.config.run.resume != "never" else []
-        if not saved:
+        if self.config.run.resume == "never":
             return 0
-        path, trainer = saved[-1], self.trainer
-        state = checkpoint.load(path, self.config, trainer.models, trainer.groups)
+        trainer = self.trainer
+        path, problems = newest_usable(self.folder, trainer.models, trainer.groups)
+        for problem in problems:
+            self._say(problem)
+        if path is None:
+            rule(not problems, f"no checkpoint in {self.folder} can be used: " + "; ".join(problems))
+            return 0
+        saved = json.loads((path / "run.json").read_text())["config"]
+        for line in check_resume(saved, self.settings, self.config.run.accept_changes):
+            self._say(line)
+        state = load(path, trainer.models, trainer.groups)
         trainer.prompt_position = state["prompt_position"]
         trainer.policy_version = state["policy_version"]
         trainer.exploration.load_state_dict(state["exploration"])
-        if self.is_writer:
-            self.console.print(f"resuming {path} after step {state['step']}", highlight=False)
+        self._say(f"resuming {path} after step {state['step']}")
         return state["step"]
+
+    def _say(self, line: str) -> None:
+        if self.is_writer:
+            self.console.print(line, highlight=False, soft_wrap=True)
 
     def _save(self, step: int) -> None:
         watchdog.beat("save")
@@ -105,8 +116,9 @@ class Run:
             "prompt_position": trainer.prompt_position,
             "policy_version": trainer.policy_version,
             "exploration": trainer.exploration.state_dict(),
+            "config": self.settings,
         }
-        checkpoint.save(self.folder, self.config, trainer.models, trainer.groups, state)
+        self.checkpoints.save(state)
 
     def _records(self, done: int) -> Records:
         return Records(self.config, self.folder, done) if self.is_writer else NoRecords()
@@ -118,9 +130,9 @@ class Run:
         return Progress(self.config.trainer.num_steps, mode, done, self.console)
 
     def _stop_early(self, step: int, number: int) -> int:
-        if self.is_writer:
-            name = signal.Signals(number).name
-            self.console.print(f"{name}: stopped after step {step}; go on with run.resume=must", highlight=False)
+        if problem := self.checkpoints.wait():
+            self._say(f"the checkpoint after step {step} could not be written: {problem}")
+        self._say(f"{signal.Signals(number).name}: stopped after step {step}; go on with run.resume=must")
         return number
 
     def _finish(self, final: dict[str, float]) -> None:

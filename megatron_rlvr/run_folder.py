@@ -10,9 +10,11 @@ import shutil
 from pathlib import Path
 
 from megatron_rlvr import watchdog
+from megatron_rlvr.checkpoint_folder import checkpoints
 from megatron_rlvr.config import Config, ConfigError
 
 HANG = Path("logs", "hang")  # the stacks of ranks that stood still
+INITIAL = "initial_hf"  # a run's own folder of random weights
 RECORDS = (
     "config.yaml",
     "starts.jsonl",
@@ -23,7 +25,7 @@ RECORDS = (
     "tensorboard",
     "checkpoints",
     "hf",
-    "initial_hf",
+    INITIAL,
     "logs",
 )
 
@@ -49,9 +51,3 @@ def prepare_folder(config: Config) -> Path:
     except OSError as error:
         raise ConfigError(f"cannot make the run's folder {folder}: {error.strerror}; set run.dir") from error
     return folder
-
-
-def checkpoints(folder: Path) -> list[Path]:
-    """The run's whole checkpoints, oldest first: run.json is written last, so a torn one has none."""
-    found = (folder / "checkpoints").glob("step_*/run.json")
-    return sorted((path.parent for path in found), key=lambda path: int(path.name.removeprefix("step_")))

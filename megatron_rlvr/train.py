@@ -14,10 +14,10 @@ from pathlib import Path
 from typing import IO
 
 from megatron_rlvr.config import Config, ConfigError, load_config
-from megatron_rlvr.processes import die_with_parent, everything_made_here_stays, leave
+from megatron_rlvr.processes import StopRequest, die_with_parent, everything_made_here_stays, leave
+from megatron_rlvr.run_folder import INITIAL, prepare_folder
 
 LAUNCHED = "MEGATRON_RLVR_LAUNCHED"  # set for ranks whose launcher has already prepared model and folder
-INITIAL = "initial_hf"  # the run's own folder of random weights
 USER_ERROR, FAILURE = 2, 1
 
 
@@ -49,13 +49,15 @@ def launch(config: Config, arguments: list[str]) -> int:
 def _prepare(config: Config) -> None:
     """Whatever can be refused is refused here, in one process, before the slow imports of Megatron and vLLM."""
     from megatron_rlvr import preflight
+    from megatron_rlvr.config_changes import check_newest
     from megatron_rlvr.environment import record_start
-    from megatron_rlvr.run_folder import prepare_folder
     from megatron_rlvr.weights.initial import write_initial
 
     preflight.prepare(config)
     preflight.check(config)
     folder = prepare_folder(config)
+    if config.run.resume != "never":
+        check_newest(config, folder)
     record_start(folder)
     if config.model.random_init and not (folder / INITIAL).exists():
         write_initial(config.model.path, folder / INITIAL, config.seed)
@@ -75,8 +77,9 @@ def be_rank(config: Config) -> int:
     if config.model.random_init:
         config.model.path, config.model.random_init = str(config.run_dir / INITIAL), False
     terminal = _redirect_output(config.run_dir / "logs" / f"rank_{rank}.log")
+    stop = StopRequest()  # before the slow imports: a signal during them is kept for the first step's end
     try:
-        return _run(config, terminal)
+        return _run(config, terminal, stop)
     except ConfigError as error:
         traceback.print_exc()
         if rank == 0:
@@ -105,7 +108,7 @@ def _redirect_output(path: Path) -> IO[str]:
     return terminal
 
 
-def _run(config: Config, terminal: IO[str]) -> int:
+def _run(config: Config, terminal: IO[str], stop: StopRequest) -> int:
     from rich.console import Console
 
     console = Console(file=terminal)
@@ -113,7 +116,7 @@ def _run(config: Config, terminal: IO[str]) -> int:
     with everything_made_here_stays():
         from megatron_rlvr.run import Run
 
-        run = Run(config, console)
+        run = Run(config, console, stop)
     stopped = run()
     run.trainer.close()
     return 128 + stopped if stopped else 0

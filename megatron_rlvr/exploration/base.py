@@ -276,8 +276,10 @@ class Composite(Exploration):
         return {method.name: method.state_dict() for method in self.methods}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
+        """A method that the state does not know is new in a run whose config was changed on purpose."""
         for method in self.methods:
-            method.load_state_dict(state[method.name])
+            if method.name in state:
+                method.load_state_dict(state[method.name])
 
 
 def method_names() -> list[str]:

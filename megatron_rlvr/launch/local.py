@@ -9,7 +9,7 @@ import sys
 import time
 from types import FrameType
 
-from megatron_rlvr.processes import free_port
+from megatron_rlvr.processes import StopRequest, free_port
 
 STOP_GRACE = 120.0  # seconds that asked ranks have to finish their step and save
 CRASH_GRACE = 5.0  # seconds that the other ranks have once one has failed
@@ -19,8 +19,9 @@ POLL = 0.1
 def run_ranks(command: list[str], count: int, port: int, extra: dict[str, str]) -> int:
     """Run ``command`` as ranks 0 .. count-1 and wait. Returns the first failing rank's exit code, or 0.
 
-    Each rank has a session of its own, so Ctrl-C reaches the launcher alone, which passes it on as one SIGTERM each; a
-    second one kills. A rank dies with the launcher whatever ends that (processes.die_with_parent).
+    Each rank has a session of its own, so Ctrl-C reaches the launcher alone, which passes it on as one SIGTERM each, as
+    it does TERM and USR1; a second one kills. A rank dies with the launcher, whatever ends that
+    (processes.die_with_parent).
     """
     port = port or free_port()
     ranks = [_start(command, rank, count, port, extra) for rank in range(count)]
@@ -32,7 +33,7 @@ def run_ranks(command: list[str], count: int, port: int, extra: dict[str, str]) 
         if len(asked) == 1:
             print("stopping after this step; once more to stop at once", file=sys.stderr, flush=True)
 
-    before = {number: signal.signal(number, pass_on) for number in (signal.SIGINT, signal.SIGTERM)}
+    before = {number: signal.signal(number, pass_on) for number in StopRequest.SIGNALS}
     try:
         code = _wait(ranks, asked)
     finally:

@@ -1,108 +1,140 @@
-"""Training checkpoints: what a run needs to go on exactly where it stopped, in the same layout.
+"""Training checkpoints read back: the newest usable one, in any layout, and in its own one bit for bit.
 
-RUN/checkpoints/step_40/ holds one file per rank and ``run.json``, which is written last: a folder without it is torn
-and is never resumed from. The optimizer is stored as torch's own state per rank, whose load keeps one step counter per
-parameter; megatron-core's distributed load shares a single one (optimizer/distrib_optimizer.py:821) and so counts it
-once per parameter.
+checkpoint_folder.py describes the folder. Parameters and optimizer lie in it in Megatron's distributed format
+(torch_dist); what is not a tensor is JSON; nothing that is read back is a pickle that could run code.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import json
-import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
+from megatron.core.dist_checkpointing.core import CheckpointingConfig, save_config
+from megatron.core.dist_checkpointing.mapping import ShardedTensor
+from megatron.core.dist_checkpointing.strategies.torch import (
+    MCoreLoadPlanner,
+    MCoreSavePlanner,
+    mcore_to_pyt_state_dict,
+)
+from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
 
-from megatron_rlvr.config import Config, ConfigError
-from megatron_rlvr.distributed import collect
-from megatron_rlvr.distributed.groups import ParallelGroups
+from megatron_rlvr import checkpoint_folder
+from megatron_rlvr.config import ConfigError
+from megatron_rlvr.distributed import reduce, sharded_files
+from megatron_rlvr.distributed.groups import ParallelGroups, group_rank
+from megatron_rlvr.models import random_streams, sharded_state
 from megatron_rlvr.models.trainable import Trainable
-from megatron_rlvr.run_folder import checkpoints
+from megatron_rlvr.weights.megatron_folder import read_metadata
 
 Models = Mapping[str, Trainable]  # {"policy": ..., "critic": ...}
 
-KEEP = 2  # the newest, and the one before in case the newest turns out to be damaged
+
+def newest_usable(run: Path, models: Models, groups: ParallelGroups) -> tuple[Path | None, list[str]]:
+    """The newest checkpoint that is whole and of these models, and what is wrong with each newer one. Collective."""
+    problems: list[str] = []
+    for path in reversed(checkpoint_folder.checkpoints(run)):
+        found = checkpoint_folder.damage(path, groups.rank, groups.world_size)
+        found = next(filter(None, reduce.gather_objects(found, groups.world)), "")
+        if not found:
+            found = next(filter(None, reduce.gather_objects(_misfit(path, models), groups.world)), "")
+        if not found:
+            return path, problems
+        problems.append(f"{path} cannot be used: {found}")
+    return None, problems
 
 
-def layout(config: Config) -> dict[str, Any]:
-    """What must be equal for rank files to fit."""
-    parallel = config.parallel
-    return {
-        "tp": parallel.tp,
-        "pp": parallel.pp,
-        "vpp": parallel.vpp,
-        "dp": parallel.dp,
-        "distributed_optimizer": config.optimizer.distributed,
-        "dtype": config.model.dtype,
-        "critic_heads": config.critic.num_heads if config.has_critic else 0,
-        "critic_distributed_optimizer": config.has_critic and config.critic.optimizer.distributed,
-    }
+def load(path: Path, models: Models, groups: ParallelGroups) -> dict[str, Any]:
+    """Bring the models back as they were, in whatever layout; returns what ``save`` was given. Collective.
 
-
-def save(run: Path, config: Config, models: Models, groups: ParallelGroups, state: dict[str, Any]) -> Path:
-    """Write RUN/checkpoints/step_N, N = state["step"]; ``state`` is the trainer's, equal on every rank. Collective."""
-    target = run / "checkpoints" / f"step_{state['step']}"
-    if groups.rank == 0:
-        shutil.rmtree(target, ignore_errors=True)  # a torn one of an earlier attempt
-        target.mkdir(parents=True)
-    collect.barrier(groups.world)
-    torch.save({name: _rank_state(model) for name, model in models.items()}, target / f"rank_{groups.rank}.pt")
-    collect.barrier(groups.world)
-    if groups.rank == 0:
-        (target / "run.tmp").write_text(json.dumps({"layout": layout(config), **state}))
-        (target / "run.tmp").rename(target / "run.json")
-        for old in checkpoints(run)[:-KEEP]:
-            shutil.rmtree(old)
-    collect.barrier(groups.world)
-    return target
-
-
-def load(path: Path, config: Config, models: Models, groups: ParallelGroups) -> dict[str, Any]:
-    """Bring the models back as they were; returns the trainer's state. Raises ConfigError when the layout differs."""
+    Random streams come back where the ranks are laid out as they were; they are only drawn from by dropout.
+    """
     state = json.loads((path / "run.json").read_text())
-    saved, wanted = state.pop("layout"), layout(config)
-    if saved != wanted:
-        differing = [key for key in wanted if saved.get(key) != wanted[key]]
-        changed = ", ".join(f"{key} {saved.get(key)} -> {wanted[key]}" for key in differing)
-        raise ConfigError(
-            f"{path} was saved in another layout ({changed}): resume with the same one, or start a new run"
-        )
-    saved_models = torch.load(path / f"rank_{groups.rank}.pt", weights_only=True)
     for name, model in models.items():
-        _restore(model, saved_models[name])
+        read_tensors(tensors_of(model), path / name)
+        progress = state["models"][name]
+        sharded_state.set_updates(model, progress["updates"])
+        model.scheduler.num_steps = 0
+        model.scheduler.step(progress["scheduled"])
+    if state["layout"] == layout_of(groups):
+        random_streams.restore(torch.load(path / "rng" / f"rank_{groups.rank}.pt", weights_only=True))
     return state
 
 
-def _rank_state(model: Trainable) -> dict[str, Any]:
+def write_tensors(tensors: list[ShardedTensor], folder: Path, group: Any) -> None:
+    """A folder in Megatron's distributed format from every rank's parts, each element once. Collective."""
+    planner = MCoreSavePlanner(flatten_state_dict=False)
+    sharded_files.write(mcore_to_pyt_state_dict(_by_key(tensors)), planner, folder, group)
+    if group_rank(group) == 0:
+        torch.save({}, folder / "common.pt")  # Megatron asks for it, and for metadata.json
+        save_config(CheckpointingConfig("torch_dist", 1), str(folder))
+
+
+def read_tensors(tensors: list[ShardedTensor], folder: Path) -> None:
+    """Fill this rank's parts, in place, from whatever parts the folder was written in. Collective."""
+    padded = {item.key: item for item in tensors if item.allow_shape_mismatch}
+    planner = MCoreLoadPlanner(allow_shape_mismatch_sharded_tensors=padded)
+    wanted = mcore_to_pyt_state_dict(_by_key(tensors), is_loading=True)
+    sharded_files.read(wanted, planner, folder, read_metadata(folder))
+
+
+def shapes_of(models: Models) -> dict[str, Any]:
+    """What must be equal for a checkpoint's tensors to be these models'."""
     return {
-        "model": [[parameter.detach() for parameter in chunk.parameters()] for chunk in model.chunks],
-        "optimizers": [
-            {
-                "state": inner.state_dict(),
-                # In bf16 these are the fp32 masters; in fp32 they are views of the model's own parameters.
-                "parameters": [[parameter.detach() for parameter in group["params"]] for group in inner.param_groups],
-            }
-            for inner in _torch_optimizers(model)
-        ],
-        "scheduler": model.scheduler.state_dict(),
+        name: {
+            **dataclasses.asdict(model.architecture),
+            "dtype": str(next(model.chunks[0].parameters()).dtype).removeprefix("torch."),
+            "heads": getattr(model, "num_heads", 0),
+        }
+        for name, model in models.items()
     }
 
 
-def _restore(model: Trainable, saved: dict[str, Any]) -> None:
-    with torch.no_grad():
-        for chunk, tensors in zip(model.chunks, saved["model"], strict=True):
-            for parameter, tensor in zip(chunk.parameters(), tensors, strict=True):
-                parameter.copy_(tensor)
-        for inner, stored in zip(_torch_optimizers(model), saved["optimizers"], strict=True):
-            inner.load_state_dict(stored["state"])
-            for group, tensors in zip(inner.param_groups, stored["parameters"], strict=True):
-                for parameter, tensor in zip(group["params"], tensors, strict=True):
-                    parameter.copy_(tensor)
-    model.scheduler.load_state_dict(saved["scheduler"])
+def _misfit(path: Path, models: Models) -> str:
+    """How the checkpoint's tensors differ from what these models hold; "" if they do not."""
+    saved, wanted = json.loads((path / "run.json").read_text())["shapes"], json.loads(json.dumps(shapes_of(models)))
+    for name, model in models.items():
+        if name not in saved:
+            return f"it holds no {name}"
+        for key, value in wanted[name].items():
+            if saved[name].get(key) != value:
+                return f"its {name} has {key} {saved[name].get(key)}, this run's has {value}"
+        try:
+            metadata = read_metadata(path / name)
+        except ConfigError as error:
+            return str(error)
+        for tensor in tensors_of(model):
+            if difference := _difference(tensor, metadata, model.architecture.vocab_size):
+                return f"{name}/{tensor.key} {difference}"
+    return ""
 
 
-def _torch_optimizers(model: Trainable) -> list[torch.optim.Optimizer]:
-    return [wrapped.optimizer for wrapped in model.optimizer.chained_optimizers]
+def _difference(tensor: ShardedTensor, metadata: Metadata, vocab_size: int) -> str:
+    held = metadata.state_dict_metadata.get(tensor.key)
+    if not isinstance(held, TensorStorageMetadata):
+        return "is missing"
+    found, wanted = tuple(held.size), tuple(tensor.global_shape)
+    if found == wanted:
+        return ""
+    # How far the vocabulary is padded depends on tp: the rows beyond it are nobody's.
+    if tensor.allow_shape_mismatch and found[1:] == wanted[1:] and min(found[0], wanted[0]) >= vocab_size:
+        return ""
+    return f"has shape {list(found)}, this run's has {list(wanted)}"
+
+
+def tensors_of(model: Trainable) -> list[ShardedTensor]:
+    return sharded_state.model_tensors(model) + sharded_state.optimizer_tensors(model)
+
+
+def _by_key(tensors: list[ShardedTensor]) -> dict[str, list[ShardedTensor]]:
+    grouped: dict[str, list[ShardedTensor]] = {}
+    for tensor in tensors:
+        grouped.setdefault(tensor.key, []).append(tensor)
+    return grouped
+
+
+def layout_of(groups: ParallelGroups) -> list[int]:
+    return [groups.tp_size, groups.pp_size, groups.dp_size]

@@ -65,7 +65,7 @@ class Critic(Trainable):
 
     def __init__(self, config: Config, groups: ParallelGroups) -> None:
         self.groups, self.num_heads = groups, config.critic.num_heads
-        path = config.critic.path or config.model.path
+        self.path = path = config.critic.path or config.model.path
         self.architecture = Architecture.from_folder(path)
         # Untied, so that the embedding is nobody's output layer.
         chunks = build_chunks(config, replace(self.architecture, tied=False), groups)

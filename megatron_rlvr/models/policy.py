@@ -44,6 +44,7 @@ class LanguageModel(ABC):
 
     architecture: Architecture
     groups: ParallelGroups
+    path: str  # the Hugging Face folder
     chunks: list[GPTModel]
 
     @abstractmethod
@@ -52,7 +53,7 @@ class LanguageModel(ABC):
 
     def build(self, config: Config, architecture: Architecture, groups: ParallelGroups) -> list[GPTModel]:
         """This rank's chunks with the weights of ``config.model.path``; fused ones end in hidden states."""
-        self.architecture, self.groups = architecture, groups
+        self.architecture, self.groups, self.path = architecture, groups, config.model.path
         self.fused, self.sequence_parallel = fuses_logits(config, architecture), config.parallel.sequence_parallel
         chunks = build_chunks(config, architecture, groups)
         load_hf(chunks, architecture, groups, config.model.path)

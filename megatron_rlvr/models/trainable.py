@@ -13,6 +13,7 @@ from megatron.core.optimizer import get_megatron_optimizer, get_standard_config_
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 
 from megatron_rlvr import platform
+from megatron_rlvr.architecture import Architecture
 from megatron_rlvr.config import Config, OptimizerConfig
 from megatron_rlvr.models import schedule
 from megatron_rlvr.models.build import DTYPES
@@ -39,6 +40,8 @@ class Trainable:
     """
 
     section = "optimizer"
+    architecture: Architecture
+    path: str  # the Hugging Face folder that it started from
 
     def __init__(self, config: Config, settings: OptimizerConfig, chunks: list[GPTModel], steps: int) -> None:
         self.chunks = chunks

@@ -23,10 +23,12 @@ def write_initial(source: str | Path, target: str | Path, seed: int) -> None:
     """
     source, target = Path(source), Path(target)
     architecture = Architecture.from_folder(source)
-    target.mkdir(parents=True, exist_ok=True)
+    partial = target.with_name(target.name + ".partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
     for file in source.iterdir():
         if file.suffix in {".json", ".txt", ".jinja", ".model"} and not file.name.endswith(".index.json"):
-            shutil.copyfile(file, target / file.name)
+            shutil.copyfile(file, partial / file.name)
     std = json.loads((source / "config.json").read_text()).get("initializer_range", STD)
     generator = torch.Generator().manual_seed(seed)
     weights = {}
@@ -35,4 +37,5 @@ def write_initial(source: str | Path, target: str | Path, seed: int) -> None:
             weights[name] = torch.ones(shape) if name.endswith("norm.weight") else torch.zeros(shape)
         else:
             weights[name] = std * torch.randn(shape, generator=generator)
-    save_file(weights, target / "model.safetensors", metadata={"format": "pt"})
+    save_file(weights, partial / "model.safetensors", metadata={"format": "pt"})
+    partial.rename(target)  # a run that is killed here starts it anew instead of taking half of it

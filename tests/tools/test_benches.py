@@ -71,3 +71,12 @@ def test_plan() -> None:
     for row in rows:
         assert row["predicted / measured"] == pytest.approx(1, abs=0.1) and row["state_share"] >= 0.5, row
     assert worst["worst"] in [row["predicted / measured"] for row in rows]
+
+
+@pytest.mark.slow
+def test_checkpoint() -> None:
+    *saves, medians = run("bench_checkpoint", layers=1, hidden=128, ffn=64, vocab=256, tokens=256, saves=1)
+    (row,) = saves
+    assert row["mib"] > 1 and row["stall_seconds"] > 0 and row["update_seconds"] > 0
+    assert all(row[name] > 0 for name in row if name.endswith("mib_per_second"))
+    assert medians == {"tp": 1} | row
