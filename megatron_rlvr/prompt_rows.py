@@ -15,7 +15,7 @@ from megatron_rlvr.config import DataConfig, SourceConfig, rule
 from megatron_rlvr.seeds import stable_seed
 from megatron_rlvr.templates import INSIDE_CHAT, R1_ZERO, turn_mark, unwrap, wrap
 
-_PROMPT_FIELDS = ("prompt", "problem", "question")
+_PROMPT_FIELDS = ("prompt", "problem", "question", "Question")
 # The first is how verl's files hold it; a solution comes last, for rows that have both hold the answer apart.
 _ANSWER_FIELDS = ("reward_model.ground_truth", "answer", "expected_answer", "final_answer", "label", "solution")
 _GPQA = ("Question", "Correct Answer", "Incorrect Answer 1", "Incorrect Answer 2", "Incorrect Answer 3")
@@ -52,27 +52,16 @@ class RowReader:
         if all(isinstance(row.get(field), str) for field in _GPQA):
             row = _multiple_choice(row)
         self.fields = self.fields or (
-            self._find("prompt_field", _PROMPT_FIELDS, row),
-            self._find("answer_field", _ANSWER_FIELDS, row),
+            find_field(row, self.source, "prompt_field", self.data.prompt_field),
+            find_field(row, self.source, "answer_field", self.data.answer_field),
         )
         prompt_field, answer_field = self.fields
         messages = _messages(row, prompt_field)
-        asked = next(item["content"] for item in reversed(messages) if item["role"] == "user")
+        asked = _asked(messages)
         answer, mark = _answer(row, answer_field, self.read_answer), turn_mark(asked)
         text = asked if mark else self._render(messages, asked)
         said = [item["content"].strip() for item in messages if item["content"] is not asked]
         return Row(prompt_field, "\n".join([*said, unwrap(asked.strip()).strip()]), text, answer, mark)
-
-    def _find(self, key: str, known: tuple[str, ...], row: dict[str, Any]) -> str:
-        """The field as configured, or as the first row shows it."""
-        named = getattr(self.source, key) or getattr(self.data, key)
-        field = named or next((name for name in known if _get(row, name) is not _MISSING), "")
-        rule(
-            bool(field) and _get(row, field) is not _MISSING,
-            f"the first row of {self.source.path} has no field {field or ' or '.join(known)}, but {', '.join(row)}: "
-            f"set data.{key}",
-        )
-        return field
 
     def _render(self, messages: list[dict[str, str]], asked: str) -> str:
         """Template applied. Of a list of messages only chat takes all, the others the last user's."""
@@ -86,6 +75,31 @@ class RowReader:
         elif asked.startswith(R1_ZERO.partition("{prompt}")[0]):  # a whole prompt, which chat must not wrap again
             messages = [{"role": "user", "content": unwrap(asked)}]
         return self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+
+
+def find_field(row: dict[str, Any], source: SourceConfig, key: str, default: str = "") -> str:
+    """The field named by ``key`` of the source, else ``default``, else the one that this row shows.
+
+    Raises ConfigError where the row has none. ``key`` is prompt_field or answer_field.
+    """
+    known = _PROMPT_FIELDS if key == "prompt_field" else _ANSWER_FIELDS
+    named = getattr(source, key) or default
+    field = named or next((name for name in known if _get(row, name) is not _MISSING), "")
+    rule(
+        bool(field) and _get(row, field) is not _MISSING,
+        f"the first row of {source.path} has no field {field or ' or '.join(known)}, but {', '.join(row)}: "
+        f"set data.{key}",
+    )
+    return field
+
+
+def read_question(row: dict[str, Any], field: str) -> str:
+    """What the row asks, without any template. Raises RowError."""
+    return unwrap(_asked(_messages(row, field)).strip()).strip()
+
+
+def _asked(messages: list[dict[str, str]]) -> str:
+    return next(item["content"] for item in reversed(messages) if item["role"] == "user")
 
 
 def _get(row: Any, field: str) -> Any:

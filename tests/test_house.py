@@ -18,13 +18,13 @@ PACKAGE = "megatron_rlvr"
 # Module or folder -> floor; a module's own line wins over its folder's.
 FLOORS = {
     0: "config config_reading config_rules platform processes seeds types verdict",
-    1: "advantages architecture charts evaluation losses metrics packing progress prompt_files prompt_order "
-    "prompt_report prompt_rows prompts records report report_style run_folder templates trackers verifiers "
-    "weights.initial weights.mapping",
+    1: "advantages architecture benchmarks charts decontamination evaluation evaluation_settings losses metrics "
+    "packing progress prompt_files prompt_order prompt_report prompt_rows prompts records report report_style "
+    "run_folder sample_store templates trackers verifiers weights.initial weights.mapping",
     2: "distributed group_advantages value_targets",
     3: "exploration",
     4: "models rollout weights",
-    5: "launch preflight run train trainer",
+    5: "evaluate launch preflight run train trainer",
 }
 FLOOR_OF = {PACKAGE: 0} | {f"{PACKAGE}.{name}": floor for floor, names in FLOORS.items() for name in names.split()}
 

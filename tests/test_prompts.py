@@ -224,7 +224,7 @@ def test_files_that_cannot_be_used_say_why(tmp_path, tokenizer):
         "a.json": "must hold one JSON list",
         "b.json": "not valid JSON",
         "folder": "arrow files",
-        "fields.jsonl": "no field prompt or problem or question, but task, answer: set data.prompt_field",
+        "fields.jsonl": "no field prompt or problem or question or Question, but task, answer: set data.prompt_field",
         "gold.jsonl": "but problem, result: set data.answer_field",
         "none.jsonl": "no usable row.*row 1, answer: no answer",
         "empty.jsonl": "no usable row",
