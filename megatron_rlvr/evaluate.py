@@ -42,8 +42,11 @@ def evaluate(settings: Settings, console: Console) -> dict[str, Any]:
     Raises ConfigError: settings, a model, a benchmark or an output folder that cannot be used.
     """
     settings.check()
-    model = model_folder(settings.model)
-    problems = _problems(settings, model, console)
+    model, benchmarks = model_folder(settings.model), [find(name) for name in settings.benchmarks]
+    from transformers import AutoTokenizer  # an import of seconds, which no mistake above waits for
+
+    tokenizer = AutoTokenizer.from_pretrained(model)
+    problems = [(item, _problems(item, settings, tokenizer, console)) for item in benchmarks]
     store = SampleStore(Path(settings.output), settings.identity(model))
     jobs = [
         Job(benchmark, prompt, sample)
@@ -54,7 +57,7 @@ def evaluate(settings: Settings, console: Console) -> dict[str, Any]:
         if (prompt.id, sample) not in there
     ]
     if jobs:
-        _sample(jobs, settings, model, store, console)
+        _sample(jobs, settings, model, tokenizer, store, console)
     results = {item.name: _results(item, prompts, settings.samples, store) for item, prompts in problems}
     written = {"settings": settings.identity(model) | {"samples": settings.samples}, "benchmarks": results}
     (Path(settings.output) / "results.json").write_text(json.dumps(written, indent=1) + "\n")
@@ -76,25 +79,17 @@ def model_folder(name: str) -> Path:
     return folder
 
 
-def _problems(settings: Settings, model: Path, console: Console) -> list[tuple[Benchmark, list[Prompt]]]:
-    benchmarks, data = [find(name) for name in settings.benchmarks], settings.data_config()
-    from transformers import AutoTokenizer  # an import of seconds, which no mistake above waits for
-
-    tokenizer = AutoTokenizer.from_pretrained(model)
-    found = []
-    for benchmark in benchmarks:
-        prompts = read(benchmark, settings.data, data, tokenizer)
-        for line in prompts.report:
-            console.print(line, highlight=False, soft_wrap=True)
-        found.append((benchmark, prompts.prompts))
-    return found
+def _problems(benchmark: Benchmark, settings: Settings, tokenizer: Any, console: Console) -> list[Prompt]:
+    prompts = read(benchmark, settings.data, settings.data_config(), tokenizer)
+    for line in prompts.report:
+        console.print(line, highlight=False, soft_wrap=True)
+    return prompts.prompts
 
 
-def _sample(jobs: list[Job], settings: Settings, model: Path, store: SampleStore, console: Console) -> None:
+def _sample(
+    jobs: list[Job], settings: Settings, model: Path, tokenizer: Any, store: SampleStore, console: Console
+) -> None:
     """Batch by batch: sampled, judged, written."""
-    from transformers import AutoTokenizer
-
-    tokenizer = AutoTokenizer.from_pretrained(model)
     longest = max(len(job.prompt.token_ids) for job in jobs)
     with ExitStack() as stack:
         names = sorted({job.prompt.verifier for job in jobs})
