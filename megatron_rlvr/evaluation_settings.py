@@ -27,7 +27,7 @@ class Settings:
     max_tokens: int = option(4096, "of a response; longer ones are cut off")
     template: str = option("chat", "prompt template: chat, boxed, dapo, r1_zero or raw")
     seed: int = option(0, "another seed draws other samples")
-    dtype: str = option("auto", "auto (as the model was saved), float32 or bfloat16")
+    dtype: str = option("auto", "float32, bfloat16, or auto: as the model was saved, but no wider than 16 bits")
     batch: int = option(2048, "responses that are sampled, judged and written together")
     max_running: int = option(256, "responses that are decoded together")
     tp: int = option(1, "GPUs that the model is spread over")
