@@ -10,6 +10,7 @@ from setuptools import find_packages, setup
 MEGATRON = "megatron-core==0.16.1"
 # What the package itself imports, on every machine that trains.
 RUN = [
+    "datasets",
     "math-verify",
     "matplotlib",
     "numpy",

@@ -52,17 +52,39 @@ class ParallelConfig:
 
 
 @dataclass
+class SourceConfig:
+    """One part of a mixture: `sources: [{path: a.parquet}, {path: b.jsonl, weight: 0.5}]`."""
+
+    path: str = ""
+    weight: float = 1.0  # how often each of its prompts comes per epoch; 0.5: every second epoch
+    prompt_field: str = ""  # empty: that of the section, else detected
+    answer_field: str = ""
+
+
+@dataclass
 class DataConfig:
-    path: str = ""  # .jsonl, .parquet or a folder of arrow files
+    # .jsonl, .jsonl.gz, .json, .parquet, a folder that datasets wrote, or hub:OWNER/NAME[/SUBSET][@SPLIT]
+    path: str = ""
+    sources: list[SourceConfig] = field(default_factory=list)  # instead of `path`: several
     eval_path: str = ""  # held-out prompts; empty: no evaluation
     prompt_field: str = ""  # empty: detected from the first row
     answer_field: str = ""
-    # chat: the tokenizer's own; dapo: DAPO's wrapper inside that; r1_zero: DeepSeek-R1-Zero's for base models; raw: the
-    # prompt's text as it is
-    template: Literal["chat", "dapo", "r1_zero", "raw"] = "chat"
+    # chat: the tokenizer's own; boxed, dapo: Qwen's and DAPO's request for an answer inside that; r1_zero:
+    # DeepSeek-R1-Zero's for base models; raw: the prompt's text as it is
+    template: Literal["chat", "boxed", "dapo", "r1_zero", "raw"] = "chat"
+    # drop: each prompt once, and none whose rows contradict each other; keep: every row, contradictions too
+    repeats: Literal["drop", "keep"] = "drop"
     max_prompt_length: int = 1024  # tokens
     strict: bool = False  # stop at the first row that cannot be used, instead of counting and dropping it
     shuffle: bool = True
+
+    @property
+    def train_sources(self) -> list[SourceConfig]:
+        return self.sources or [SourceConfig(self.path)]
+
+    @property
+    def eval_sources(self) -> list[SourceConfig]:
+        return [SourceConfig(self.eval_path)] if self.eval_path else []
 
 
 @dataclass

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 from megatron_rlvr.config_reading import rule
 
 if TYPE_CHECKING:  # config.py imports this file
-    from megatron_rlvr.config import Config
+    from megatron_rlvr.config import Config, DataConfig
 
 
 def check(config: Config) -> None:
@@ -37,7 +37,7 @@ def check(config: Config) -> None:
         bool(config.model.path),
         "model.path is not set: give a Hugging Face folder (config.json, tokenizer, safetensors)",
     )
-    rule(bool(config.data.path), "data.path is not set: give the file that holds the prompts")
+    _check_data(config.data)
     trainer = config.trainer
     rule(
         trainer.keep_best == 0
@@ -45,6 +45,20 @@ def check(config: Config) -> None:
         f"trainer.keep_best={trainer.keep_best} needs held-out figures of every checkpoint: set data.eval_path, and "
         f"trainer.eval_every (now {trainer.eval_every}) so that it divides trainer.save_every ({trainer.save_every})",
     )
+
+
+def _check_data(data: DataConfig) -> None:
+    rule(bool(data.path or data.sources), "data.path is not set: give the file that holds the prompts")
+    rule(
+        not (data.path and data.sources),
+        f"data.path={data.path} and data.sources are both set: list the file in data.sources, or drop them",
+    )
+    for index, source in enumerate(data.sources):
+        rule(bool(source.path), f"data.sources[{index}] has no path: give the file that holds its prompts")
+        rule(
+            source.weight > 0,
+            f"data.sources[{index}].weight must be above 0, not {source.weight}: drop the source to leave it out",
+        )
 
 
 def _check_ranges(config: Config) -> None:

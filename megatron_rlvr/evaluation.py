@@ -1,11 +1,75 @@
-"""Figures of merit over verified rollout groups: pass@1, unbiased pass@k, distinct right answers."""
+"""Figures of merit over verified responses: avg@n, unbiased pass@k and maj@n with intervals over problems, calibration.
+
+figures([[Outcome(right=True, answer="42", text="...", tokens=812, truncated=False, log_prob=-310.2), ...], ...])
+-> {"avg@32": Estimate(0.41, 0.25, 0.59), "pass@2": ..., "pass@32": ..., "maj@32": ..., "length": 903.5, ...}
+"""
 
 from __future__ import annotations
 
-from math import comb
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from math import comb, exp, isnan, nan, sqrt
+from typing import NamedTuple
 
-from megatron_rlvr.types import RolloutGroup
+from megatron_rlvr.types import Rollout, RolloutGroup
 from megatron_rlvr.verifiers import is_scored
+
+_Z = 1.959963984540054  # the normal distribution holds 95 % within so many standard deviations
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """One response, as the figures see it."""
+
+    right: bool | None  # None where no verifier could judge it: it is left out, not counted as wrong
+    answer: str | None  # what the verifier took for the answer; None casts no vote
+    text: str
+    tokens: int  # at least 1
+    truncated: bool  # ended by the length limit
+    log_prob: float  # nats, summed over its tokens
+
+
+class Estimate(NamedTuple):
+    """A mean over problems with its 95 % interval, were the problems drawn anew."""
+
+    value: float
+    low: float
+    high: float
+
+
+def figures(problems: Sequence[Sequence[Outcome]]) -> dict[str, Estimate | float]:
+    """Every figure of a benchmark: the outcomes of each problem's n samples.
+
+    avg@n, pass@k for k = 2, 4, ... and n, maj@n: Estimates. length: mean tokens; truncated, unjudged: shares of the
+    responses; ppl_right, ppl_wrong: mean perplexity exp(-log_prob / tokens) of right and wrong responses, whose gap is
+    CDE's calibration (arXiv 2509.09675, Fig. 9); distinct, distinct_right: different (right) responses per problem. A
+    problem with fewer than k judged responses counts for smaller k alone.
+    """
+    samples = max(map(len, problems))
+    judged = [[item for item in outcomes if item.right is not None] for outcomes in problems]
+    right = [sum(item.right is True for item in outcomes) for outcomes in judged]
+    pairs = list(zip(judged, right, strict=True))
+    found: dict[str, Estimate | float] = {f"avg@{samples}": estimate([r / len(of) for of, r in pairs if of])}
+    for k in _powers(samples):
+        found[f"pass@{k}"] = estimate([pass_at_k(len(of), r, k) for of, r in pairs if len(of) >= k])
+    if samples > 1:
+        found[f"maj@{samples}"] = estimate([majority(of) for of in judged if of])
+    everything = [item for outcomes in problems for item in outcomes]
+    found["length"] = mean([item.tokens for item in everything])
+    found["truncated"] = mean([item.truncated for item in everything])
+    found["unjudged"] = mean([item.right is None for item in everything])
+    for name, kind in (("right", True), ("wrong", False)):
+        found[f"ppl_{name}"] = mean([exp(-item.log_prob / item.tokens) for item in everything if item.right is kind])
+    found["distinct"] = mean([len({item.text for item in of}) for of in problems])
+    found["distinct_right"] = mean([len({item.text for item in of if item.right}) for of in judged])
+    return found
+
+
+def _powers(samples: int) -> list[int]:
+    """2, 4, 8, ... below ``samples``, and ``samples`` where it is above 1."""
+    below = [2**power for power in range(1, samples.bit_length()) if 2**power < samples]
+    return [*below, samples] if samples > 1 else []
 
 
 def pass_at_k(samples: int, right: int, k: int) -> float:
@@ -15,36 +79,70 @@ def pass_at_k(samples: int, right: int, k: int) -> float:
     return 1.0 - comb(samples - right, k) / comb(samples, k)
 
 
-def summarise(groups: list[RolloutGroup]) -> dict[str, float]:
-    """eval/pass@1, eval/pass@K for K samples a prompt, eval/length, eval/distinct: different responses per prompt.
+def majority(outcomes: Sequence[Outcome]) -> float:
+    """Chance that the most frequent answer is right, a tie broken by lot.
 
-    eval/distinct_right counts the right ones of them, where a problem has more than one solution. A response counts as
-    right when its reward is above one half. Responses that no verifier could judge are left out; a prompt with fewer
-    than K judged responses counts for pass@1 alone.
+    All right answers are one answer, however they are written; wrong ones differ where their text does. Responses
+    without an answer do not vote; where none votes the problem counts as wrong.
     """
+    votes = Counter("" if item.right else f"={item.answer}" for item in outcomes if item.right or item.answer)
+    if not votes:
+        return 0.0
+    most = max(votes.values())
+    first = [answer for answer, count in votes.items() if count == most]
+    return ("" in first) / len(first)
+
+
+def estimate(values: Sequence[float]) -> Estimate:
+    """The mean of values in [0, 1], one per problem, with a score interval that stays in [0, 1].
+
+    Wilson's interval (1927) for as many right-or-wrong problems as would make the mean as uncertain as it is: n times
+    mean (1 - mean) over the variance of the values (effective sample size, Korn and Graubard 1998), at least n. With
+    one sample a problem that is Wilson's own. Values that do not differ say nothing of the variance: n again.
+    """
+    if not values:
+        return Estimate(nan, nan, nan)
+    average = mean(values)
+    widest = average * (1 - average)
+    variance = sum((value - average) ** 2 for value in values) / max(1, len(values) - 1)
+    size = len(values) * (max(1.0, widest / variance) if variance > 1e-12 else 1.0)
+    centre = (average + _Z**2 / (2 * size)) / (1 + _Z**2 / size)
+    half = _Z * sqrt(widest / size + _Z**2 / (4 * size**2)) / (1 + _Z**2 / size)
+    return Estimate(average, max(0.0, centre - half), min(1.0, centre + half))
+
+
+def mean(values: Sequence[float]) -> float:
+    return sum(values) / len(values) if values else nan
+
+
+def summarise(groups: list[RolloutGroup]) -> dict[str, float]:
+    """The figures of held-out prompts as metrics: eval/NAME, with pass@1 for avg@n, and pass@k for k = n alone.
+
+    The interval of eval/pass@k is eval/pass_low@k .. eval/pass_high@k. What there is nothing of (ppl_right where no
+    response is right) is left out.
+    """
+    found = figures([[outcome(rollout) for rollout in group.rollouts] for group in groups])
     most = max(len(group.rollouts) for group in groups)
-    first, best, distinct_right = [], [], []
-    for group in groups:
-        judged = [item for item in group.rollouts if item.verdict is not None and is_scored(item.verdict)]
-        answers = [item.text for item in judged if item.verdict.reward > 0.5]
-        right = len(answers)
-        distinct_right.append(len(set(answers)))
-        if judged:
-            first.append(right / len(judged))
-        if len(judged) == most:
-            best.append(pass_at_k(most, right, most))
-    distinct = [len({item.text for item in group.rollouts}) for group in groups]
-    lengths = [len(item.response_ids) for group in groups for item in group.rollouts]
-    figures = {
-        "eval/pass@1": _mean(first),
-        "eval/distinct": _mean(distinct),
-        "eval/distinct_right": _mean(distinct_right),
-        "eval/length": _mean(lengths),
-    }
-    if most > 1:
-        figures[f"eval/pass@{most}"] = _mean(best)
-    return figures
+    passes = {"pass@1": found.pop(f"avg@{most}")} | {name: found[name] for name in (f"pass@{most}",) if name in found}
+    metrics: dict[str, float] = {}
+    for name, figure in (passes | {name: found[name] for name in found if not name.startswith("pass@")}).items():
+        if isinstance(figure, Estimate):
+            kind, _, k = name.partition("@")
+            metrics |= {f"eval/{kind}_low@{k}": figure.low, f"eval/{kind}_high@{k}": figure.high}
+            figure = figure.value
+        metrics[f"eval/{name}"] = figure
+    return {name: value for name, value in metrics.items() if not isnan(value)}
 
 
-def _mean(values: list) -> float:
-    return sum(values) / len(values) if values else float("nan")
+def outcome(rollout: Rollout) -> Outcome:
+    """A response counts as right when its reward is above one half."""
+    verdict = rollout.verdict
+    scored = verdict is not None and is_scored(verdict)
+    return Outcome(
+        right=verdict.reward > 0.5 if scored else None,
+        answer=verdict.extracted if scored else None,
+        text=rollout.text,
+        tokens=len(rollout.response_ids),
+        truncated=rollout.finish_reason == "length",
+        log_prob=sum(rollout.rollout_log_probs),
+    )

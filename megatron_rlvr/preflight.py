@@ -8,9 +8,10 @@ from pathlib import Path
 
 from megatron_rlvr import verifiers
 from megatron_rlvr.architecture import Architecture
-from megatron_rlvr.config import Config, rule
+from megatron_rlvr.config import Config, SourceConfig, rule
 from megatron_rlvr.exploration.base import build as build_exploration
 from megatron_rlvr.processes import port_in_use
+from megatron_rlvr.prompt_files import is_hub
 
 
 def prepare(config: Config) -> None:
@@ -32,23 +33,26 @@ def check(config: Config) -> None:
     verifiers.load(config.verifier)
     exploration = build_exploration(config.exploration, config)
     _check_critic(config, architecture, exploration.needs().value_heads)
-    for name, path in (("data.path", config.data.path), ("data.eval_path", config.data.eval_path)):
-        rule(not path or Path(path).exists(), f"{name}={path}: there is no such file or folder")
-        if path and config.data.strict:
-            _check_rows(config, path)
+    key = "data.sources" if config.data.sources else "data.path"
+    for name, sources in ((key, config.data.train_sources), ("data.eval_path", config.data.eval_sources)):
+        for source in sources:
+            exists = is_hub(source.path) or Path(source.path).exists()
+            rule(exists, f"{name}={source.path}: there is no such file or folder")
+        if sources and config.data.strict:
+            _check_rows(config, sources)
     rule(
         not (config.run.port and port_in_use(config.run.port)),
         f"run.port={config.run.port} is in use: leave it 0 for a free one",
     )
 
 
-def _check_rows(config: Config, path: str) -> None:
+def _check_rows(config: Config, sources: list[SourceConfig]) -> None:
     """Read the data set once more than needed, for an error in seconds instead of one from every rank."""
     from transformers import AutoTokenizer  # an import of seconds, which no other check waits for
 
     from megatron_rlvr.prompts import load_prompts
 
-    load_prompts(path, config.data, AutoTokenizer.from_pretrained(config.model.path), config.verifier)
+    load_prompts(sources, config.data, AutoTokenizer.from_pretrained(config.model.path), config.verifier)
 
 
 def _check_critic(config: Config, policy: Architecture, wanted: int) -> None:

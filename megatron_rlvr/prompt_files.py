@@ -1,9 +1,8 @@
-"""Rows of a data file, whatever its format."""
+"""Rows of a data set, whatever its format: a file, a folder that ``datasets`` wrote, or a data set of the hub."""
 
 from __future__ import annotations
 
 import gzip
-import importlib.util
 import json
 import zlib
 from collections.abc import Iterator
@@ -12,13 +11,19 @@ from typing import Any
 
 from megatron_rlvr.config import ConfigError, rule
 
+HUB = "hub:"  # hub:openai/gsm8k/main@test is the split test of the subset main of openai/gsm8k
 
-def read_rows(path: Path) -> Iterator[tuple[int, Any]]:
-    """(row number from 1, row) of .jsonl, .jsonl.gz, .json, .parquet or a folder that ``datasets`` wrote.
 
-    An exception stands for a row that cannot be read. Raises ConfigError for a file that cannot be.
+def read_rows(source: str | Path) -> Iterator[tuple[int, Any]]:
+    """(row number from 1, row) of .jsonl, .jsonl.gz, .json, .parquet, a folder that ``datasets`` wrote, or a hub name.
+
+    An exception stands for a row that cannot be read. Raises ConfigError for a source that cannot be.
     """
-    rule(path.exists(), f"data.path={str(path)!r}: there is no such file")
+    if is_hub(source):
+        yield from enumerate(_hub(str(source)), 1)
+        return
+    path = Path(source)
+    rule(path.exists(), f"{path}: there is no such file or folder; a data set of the hub is named {HUB}OWNER/NAME")
     if path.is_dir():
         yield from enumerate(_arrow(path), 1)
     elif path.name.endswith((".jsonl", ".jsonl.gz")):
@@ -33,9 +38,16 @@ def read_rows(path: Path) -> Iterator[tuple[int, Any]]:
     elif path.suffix == ".parquet":
         yield from enumerate(_parquet(path), 1)
     else:
-        raise ConfigError(
-            f"data.path={str(path)!r} is none of .jsonl, .jsonl.gz, .json, .parquet, a folder of arrow files"
-        )
+        raise ConfigError(f"{path} is none of .jsonl, .jsonl.gz, .json, .parquet, a folder of arrow files")
+
+
+def is_hub(source: str | Path) -> bool:
+    return str(source).startswith(HUB)
+
+
+def source_name(source: str | Path) -> str:
+    """What reports call a source: the file's name, or the hub name as it is."""
+    return str(source) if is_hub(source) else Path(source).name
 
 
 def _jsonl(path: Path) -> Iterator[tuple[int, Any]]:
@@ -64,13 +76,31 @@ def _parquet(path: Path) -> Iterator[dict[str, Any]]:
 
 
 def _arrow(path: Path) -> Iterator[dict[str, Any]]:
-    rule(
-        importlib.util.find_spec("datasets") is not None,
-        f"reading {path}, a folder of arrow files, needs the package datasets: install it, or give a .parquet file",
-    )
-    from datasets import load_from_disk
+    from datasets import load_from_disk  # a second of imports that the other formats do not need
 
     try:
-        yield from load_from_disk(str(path))
+        rows = load_from_disk(str(path))
     except (FileNotFoundError, ValueError) as error:
-        raise ConfigError(f"{path} is not a folder that datasets.save_to_disk wrote: {error}") from error
+        raise ConfigError(f"{path} is not a folder of arrow files that datasets.save_to_disk wrote: {error}") from error
+    if isinstance(rows, dict):
+        raise ConfigError(f"{path} holds the splits {', '.join(rows)}: name one, as {path}/{next(iter(rows))}")
+    yield from rows
+
+
+def _hub(source: str) -> Iterator[dict[str, Any]]:
+    from datasets import load_dataset
+
+    repository, _, split = source.removeprefix(HUB).partition("@")
+    owner, _, rest = repository.partition("/")
+    name, _, subset = rest.partition("/")
+    rule(
+        bool(owner and name),
+        f"{source} must look like {HUB}OWNER/NAME, {HUB}OWNER/NAME/SUBSET or {HUB}OWNER/NAME@SPLIT",
+    )
+    try:
+        rows = load_dataset(f"{owner}/{name}", subset or None, split=split or "train")
+    except (OSError, ValueError) as error:  # no network, no such data set, subset or split, no permission
+        raise ConfigError(
+            f"{source} cannot be loaded from the hub: {error}; without a network give the path of a local copy"
+        ) from error
+    yield from rows

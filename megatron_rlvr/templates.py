@@ -5,6 +5,8 @@ wrap("r1_zero", "What is 1+1?") -> "A conversation between User and Assistant. .
 
 from __future__ import annotations
 
+import re
+
 # DeepSeek-R1 (arXiv 2501.12948) Table 1, as the Lp-Reg recipes close it (github.com/CarlanLark/Lp-Reg-dev,
 # verl/utils/dataset/rl_dataset.py:79): the model goes on behind <think>.
 R1_ZERO = (
@@ -22,7 +24,18 @@ DAPO = (
     'Remember to put your answer on its own line after "Answer:".'
 )
 
-TEMPLATES = {"r1_zero": R1_ZERO, "dapo": DAPO}
+# Qwen's own request for a boxed answer (github.com/QwenLM/Qwen2.5-Math, README), at the end of the user message.
+BOXED = "{prompt}\nPlease reason step by step, and put your final answer within \\boxed{}."
+
+TEMPLATES = {"r1_zero": R1_ZERO, "dapo": DAPO, "boxed": BOXED}
+INSIDE_CHAT = ("dapo", "boxed")  # user messages; r1_zero is a whole prompt
+
+# Marks of a turn in the chat templates of Qwen, DeepSeek, Llama 3, Llama 2 and Gemma, loosely: data sets misspell them.
+_TURN = re.compile(
+    r"<[|｜]\s*(?:im_start|im_end|start_header_id|end_header_id|eot_id|user|assistant|system)\s*[|｜]>"
+    r"|\[/?INST\]|<(?:start|end)_of_turn>",
+    re.IGNORECASE,
+)
 
 
 def wrap(name: str, text: str) -> str:
@@ -37,3 +50,9 @@ def unwrap(text: str) -> str:
         if text.startswith(before) and text.endswith(after):
             return text[len(before) : len(text) - len(after)]
     return text
+
+
+def turn_mark(text: str) -> str:
+    """The first mark of a chat template's turn in the text: it has been rendered already. "" where there is none."""
+    found = _TURN.search(text)
+    return found.group() if found else ""

@@ -21,7 +21,7 @@ from transformers import AutoTokenizer
 
 from megatron_rlvr import platform, verifiers, watchdog
 from megatron_rlvr.architecture import Architecture
-from megatron_rlvr.config import Config
+from megatron_rlvr.config import Config, SourceConfig
 from megatron_rlvr.distributed import reduce
 from megatron_rlvr.distributed.vocab import TokenStatistics
 from megatron_rlvr.evaluation import summarise
@@ -61,8 +61,8 @@ class Trainer:
         # With one update per rollout, and no dropout, the training forward is the old policy's too.
         self.old_policy_pass = needs.old_statistics or trainer.updates_per_rollout > 1 or config.model.dropout > 0
         self.tokenizer = AutoTokenizer.from_pretrained(config.model.path)
-        self.prompts = self._load_prompts(config.data.path)
-        self.eval_prompts = self._load_prompts(config.data.eval_path) if config.data.eval_path else None
+        self.prompts = self._load_prompts(config.data.train_sources)
+        self.eval_prompts = self._load_prompts(config.data.eval_sources) if config.data.eval_path else None
         self.policy = Policy(config, self.architecture, self.groups)
         self.critic = Critic(config, self.groups) if config.has_critic else None
         self.models = {"policy": self.policy} | ({"critic": self.critic} if self.critic else {})
@@ -75,8 +75,8 @@ class Trainer:
         self.policy_version = 0  # optimizer updates that the engine's weights have seen
         self.seconds: dict[str, float] = {}
 
-    def _load_prompts(self, path: str) -> PromptSet:
-        prompts = load_prompts(path, self.config.data, self.tokenizer, self.config.verifier)
+    def _load_prompts(self, sources: list[SourceConfig]) -> PromptSet:
+        prompts = load_prompts(sources, self.config.data, self.tokenizer, self.config.verifier)
         for line in prompts.report:
             log.info("%s", line)
         return prompts

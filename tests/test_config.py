@@ -96,6 +96,10 @@ def test_bases_that_cannot_be_read(tmp_path):
         ("verifier=", "verifier is not set"),
         ("model.path=", "model.path is not set"),
         ("data.path=", "data.path is not set"),
+        ("data.sources=[{path: a}]", "are both set: list the file in data.sources"),
+        ("data={sources: [{weight: 2}]}", "data.sources[0] has no path"),
+        ("data={sources: [{path: a}, {path: b, weight: 0}]}", "data.sources[1].weight must be above 0, not 0"),
+        ("data={sources: [{file: a}]}", "unknown key 'data.sources[0].file'"),
     ],
 )
 def test_each_mistake_has_its_sentence(tmp_path, override, message):

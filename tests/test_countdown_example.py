@@ -12,7 +12,7 @@ from types import ModuleType
 import pytest
 
 from megatron_rlvr.architecture import Architecture
-from megatron_rlvr.config import load_config
+from megatron_rlvr.config import SourceConfig, load_config
 from megatron_rlvr.exploration.base import build
 from megatron_rlvr.prompts import load_prompts
 from megatron_rlvr.rollout.engine import stop_token_ids
@@ -130,5 +130,5 @@ def test_config_fits_the_model_and_the_puzzles(
     data = tmp_path / "data.jsonl"
     data.write_text("".join(json.dumps(puzzle.row()) + "\n" for puzzle in everything))
     config.data.strict = True
-    prompts = load_prompts(data, config.data, tiny_model.tokenizer(), config.verifier)
+    prompts = load_prompts([SourceConfig(str(data))], config.data, tiny_model.tokenizer(), config.verifier)
     assert len(prompts) == len(everything)

@@ -18,13 +18,14 @@ PACKAGE = "megatron_rlvr"
 # Module or folder -> floor; a module's own line wins over its folder's.
 FLOORS = {
     0: "config config_reading config_rules platform processes seeds types verdict watchdog",
-    1: "advantages architecture charts checkpoint_folder config_changes environment evaluation losses metrics "
-    "packing planner progress prompt_files prompts records report report_style run_folder templates trackers "
+    1: "advantages architecture benchmarks charts checkpoint_folder config_changes decontamination environment "
+    "evaluation evaluation_settings losses metrics packing planner progress prompt_files prompt_order "
+    "prompt_report prompt_rows prompts records report report_style run_folder sample_store templates trackers "
     "verifiers weights.initial weights.mapping",
     2: "distributed group_advantages value_targets",
     3: "exploration",
     4: "models rollout weights",
-    5: "launch preflight run train trainer",
+    5: "evaluate launch preflight run train trainer",
 }
 FLOOR_OF = {PACKAGE: 0} | {f"{PACKAGE}.{name}": floor for floor, names in FLOORS.items() for name in names.split()}
 

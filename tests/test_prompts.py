@@ -5,8 +5,9 @@ from __future__ import annotations
 import gzip
 import json
 import os
-import time
-from collections import Counter
+import re
+from collections import Counter, defaultdict
+from dataclasses import replace
 from pathlib import Path
 
 import pyarrow as pa
@@ -15,9 +16,11 @@ import pytest
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from megatron_rlvr.config import ConfigError, DataConfig
-from megatron_rlvr.prompts import Drop, load_prompts
-from megatron_rlvr.templates import DAPO, R1_ZERO
+from megatron_rlvr.config import ConfigError, DataConfig, SourceConfig, from_dict
+from megatron_rlvr.prompt_report import Drop
+from megatron_rlvr.prompt_rows import plain
+from megatron_rlvr.prompts import PromptSet, load_prompts
+from megatron_rlvr.templates import BOXED, DAPO, R1_ZERO
 
 TEMPLATE = (
     "{% for m in messages %}<{{ m.role }}>{{ m.content }}\n{% endfor %}{% if add_generation_prompt %}<bot>{% endif %}"
@@ -40,8 +43,19 @@ def chat_tokenizer(tokenizer, monkeypatch) -> PreTrainedTokenizerFast:
     return tokenizer
 
 
+class Characters:
+    """A tokenizer of one token per character: cheap where a test reads whole files."""
+
+    def __call__(self, texts: list[str], **_: bool) -> dict[str, list[list[int]]]:
+        return {"input_ids": [[ord(letter) for letter in text] for text in texts]}
+
+
 RAW = DataConfig(template="raw", max_prompt_length=100)
 ROWS = [{"problem": "1+1=?", "answer": "2"}, {"problem": "三角形?", "answer": 3.0}, {"problem": "pi", "answer": r"\pi"}]
+
+
+def load(path: Path, data: DataConfig, tokenizer, verifier: str) -> PromptSet:
+    return load_prompts([SourceConfig(str(path))], data, tokenizer, verifier)
 
 
 def write(path: Path, rows: list) -> Path:
@@ -58,10 +72,10 @@ def write(path: Path, rows: list) -> Path:
 @pytest.mark.parametrize("name", ["train.jsonl", "train.jsonl.gz", "train.json", "train.parquet"])
 def test_every_format_gives_the_same_prompts(tmp_path, tokenizer, name):
     rows = [row | {"answer": str(row["answer"])} for row in ROWS]  # parquet columns have one type
-    loaded = load_prompts(write(tmp_path / name, rows), RAW, tokenizer, "math")
+    loaded = load(write(tmp_path / name, rows), RAW, tokenizer, "math")
     assert [prompt.id for prompt in loaded.prompts] == ["train/1", "train/2", "train/3"]
     assert [prompt.text for prompt in loaded.prompts] == ["1+1=?", "三角形?", "pi"]
-    assert [prompt.answer for prompt in loaded.prompts] == ["2", "3.0", r"\pi"]
+    assert [prompt.answer for prompt in loaded.prompts] == ["2", "3", r"\pi"]
     assert {prompt.verifier for prompt in loaded.prompts} == {"math"}
     assert [len(prompt.token_ids) for prompt in loaded.prompts] == [5, 10, 2]  # bytes
     assert tokenizer.decode(loaded.prompts[1].token_ids) == "三角形?"
@@ -75,6 +89,9 @@ def test_every_format_gives_the_same_prompts(tmp_path, tokenizer, name):
         ({"question": "q", "answer": "7"}, {}),
         ({"prompt": "q", "label": 7}, {}),
         ({"prompt": "q", "answer": "#### 7"}, {}),
+        ({"problem": "q", "expected_answer": "007"}, {}),
+        ({"question": "q", "final_answer": ["$7$"], "solution": [r"so \boxed{8}"]}, {}),
+        ({"problem": "q", "solution": r"so \boxed{3}, then \boxed{7}"}, {}),
         ({"prompt": [{"role": "user", "content": "q"}], "reward_model": {"ground_truth": "7"}, "answer": "no"}, {}),
         (
             {"prompt": "no", "body": {"text": "q"}, "answer": "no", "gold": "7"},
@@ -84,7 +101,7 @@ def test_every_format_gives_the_same_prompts(tmp_path, tokenizer, name):
 )
 def test_fields_are_detected_and_explicit_ones_win(tmp_path, tokenizer, row, data):
     config = DataConfig(template="raw", **data)
-    (prompt,) = load_prompts(write(tmp_path / "a.jsonl", [row]), config, tokenizer, "math").prompts
+    (prompt,) = load(write(tmp_path / "a.jsonl", [row]), config, tokenizer, "math").prompts
     assert (prompt.text, prompt.answer) == ("q", "7")
 
 
@@ -92,7 +109,7 @@ def test_countdown_rows(tmp_path, tokenizer):
     row = {"prompt": "3,5,7=38>", "answer": {"numbers": [3, 5, 7], "target": 38}}
     bad = row | {"answer": {"numbers": [3, 5, 7]}}
     for name in ("train.jsonl", "train.parquet"):
-        loaded = load_prompts(write(tmp_path / name, [row, bad]), RAW, tokenizer, "countdown")
+        loaded = load(write(tmp_path / name, [row, bad]), RAW, tokenizer, "countdown")
         assert [(prompt.text, prompt.answer) for prompt in loaded.prompts] == [(row["prompt"], row["answer"])]
         assert loaded.drops[0].reason == "not an answer for this verifier" and loaded.drops[0].row == 2
 
@@ -100,10 +117,10 @@ def test_countdown_rows(tmp_path, tokenizer):
 def test_templates(tmp_path, chat_tokenizer):
     messages = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "q"}]
     path = write(tmp_path / "a.jsonl", [{"prompt": messages, "answer": "7"}, {"prompt": "plain", "answer": "7"}])
-    chat = load_prompts(path, DataConfig(), chat_tokenizer, "math").prompts
+    chat = load(path, DataConfig(), chat_tokenizer, "math").prompts
     assert [prompt.text for prompt in chat] == ["<system>Be brief.\n<user>q\n<bot>", "<user>plain\n<bot>"]
     assert chat_tokenizer.decode(chat[0].token_ids) == chat[0].text
-    raw = load_prompts(path, RAW, chat_tokenizer, "math").prompts
+    raw = load(path, RAW, chat_tokenizer, "math").prompts
     assert [prompt.text for prompt in raw] == ["q", "plain"]
 
 
@@ -112,11 +129,12 @@ def test_the_papers_templates_wrap_a_question_once(tmp_path, chat_tokenizer):
     path = write(tmp_path / "a.jsonl", [{"prompt": text, "answer": "7"} for text in ("1+{x}=?", wrapped)])
     for name, expected in (
         ("dapo", f"<user>{wrapped}\n<bot>"),
+        ("boxed", "<user>" + BOXED.replace("{prompt}", "1+{x}=?") + "\n<bot>"),
         ("r1_zero", R1_ZERO.replace("{prompt}", "1+{x}=?")),
         ("raw", None),
     ):
-        config = DataConfig(template=name, max_prompt_length=1000)
-        texts = [prompt.text for prompt in load_prompts(path, config, chat_tokenizer, "math").prompts]
+        config = DataConfig(template=name, max_prompt_length=1000, repeats="keep")
+        texts = [prompt.text for prompt in load(path, config, chat_tokenizer, "math").prompts]
         assert texts == ([expected, expected] if expected else ["1+{x}=?", wrapped])
     assert R1_ZERO.endswith("<think>") and DAPO.startswith("Solve the following math problem step by step.")
 
@@ -124,7 +142,7 @@ def test_the_papers_templates_wrap_a_question_once(tmp_path, chat_tokenizer):
 def test_a_tokenizer_without_chat_template_names_the_way_out(tmp_path, tokenizer):
     for template in ("chat", "dapo"):
         with pytest.raises(ConfigError, match=f"data.template={template}.*data.template=raw"):
-            load_prompts(write(tmp_path / "a.jsonl", ROWS), DataConfig(template=template), tokenizer, "math")
+            load(write(tmp_path / "a.jsonl", ROWS), DataConfig(template=template), tokenizer, "math")
 
 
 BAD = [
@@ -147,7 +165,7 @@ BAD = [
 
 
 def test_bad_rows_are_counted_named_and_dropped(tmp_path, tokenizer):
-    loaded = load_prompts(write(tmp_path / "bad.jsonl", BAD), RAW, tokenizer, "math")
+    loaded = load(write(tmp_path / "bad.jsonl", BAD), RAW, tokenizer, "math")
     assert [prompt.id for prompt in loaded.prompts] == ["bad/1", "bad/12", "bad/15"]
     assert loaded.prompts[1].answer == "12" and len(loaded.prompts[1].token_ids) == 100
     assert [drop.row for drop in loaded.drops] == [2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 13, 14]
@@ -159,7 +177,9 @@ def test_bad_rows_are_counted_named_and_dropped(tmp_path, tokenizer):
         "not an answer for this verifier": 1,
         "neither text nor a list of chat messages": 1,
     }
-    assert loaded.drops[2] == Drop(4, "problem", "longer than data.max_prompt_length=100 tokens", "101 tokens")
+    assert loaded.drops[2] == Drop(
+        "bad.jsonl", 4, "problem", "longer than data.max_prompt_length=100 tokens", "101 tokens"
+    )
     assert loaded.report[0] == "bad.jsonl: 3 of 15 rows are prompts"
     without = next(line for line in loaded.report if "(no answer)" in line)
     assert without == (
@@ -180,9 +200,9 @@ def test_strict_stops_at_the_first_bad_row(tmp_path, tokenizer, bad, says):
     path = write(tmp_path / "a.jsonl", [ROWS[0], bad, {"problem": "later", "answer": None}, ROWS[1]])
     strict = DataConfig(template="raw", max_prompt_length=100, strict=True)
     with pytest.raises(ConfigError, match=says) as raised:
-        load_prompts(path, strict, tokenizer, "math")
+        load(path, strict, tokenizer, "math")
     assert "data.strict=false" in str(raised.value)
-    assert len(load_prompts(path, RAW, tokenizer, "math")) == 2
+    assert len(load(path, RAW, tokenizer, "math")) == 2
 
 
 def test_files_that_cannot_be_used_say_why(tmp_path, tokenizer):
@@ -204,65 +224,228 @@ def test_files_that_cannot_be_used_say_why(tmp_path, tokenizer):
         "a.json": "must hold one JSON list",
         "b.json": "not valid JSON",
         "folder": "arrow files",
-        "fields.jsonl": "no field prompt or problem or question, but task, answer: set data.prompt_field",
+        "fields.jsonl": "no field prompt or problem or question or Question, but task, answer: set data.prompt_field",
         "gold.jsonl": "but problem, result: set data.answer_field",
         "none.jsonl": "no usable row.*row 1, answer: no answer",
         "empty.jsonl": "no usable row",
     }.items():
         with pytest.raises(ConfigError, match=says):
-            load_prompts(tmp_path / name, RAW, tokenizer, "math")
+            load(tmp_path / name, RAW, tokenizer, "math")
     with pytest.raises(ConfigError, match="no field gold, but problem, answer: set data.answer_field"):
         path = write(tmp_path / "ok.jsonl", ROWS)
-        load_prompts(path, DataConfig(template="raw", answer_field="gold"), tokenizer, "math")
+        load(path, DataConfig(template="raw", answer_field="gold"), tokenizer, "math")
     with pytest.raises(ConfigError, match="unknown verifier 'maths'; did you mean 'math'"):
-        load_prompts(path, RAW, tokenizer, "maths")
+        load(path, RAW, tokenizer, "maths")
 
 
-def test_the_order_is_a_pure_function_of_the_position(tmp_path, tokenizer):
-    rows = [{"problem": f"q{index}", "answer": "1"} for index in range(23)]
-    path = write(tmp_path / "a.jsonl", rows)
-    loaded, again = (load_prompts(path, RAW, tokenizer, "math") for _ in range(2))
+def test_an_integer_is_one_answer_whatever_the_file_made_of_it() -> None:
+    same = [7, 7.0, "7", "7.0", "007", " 7. ", "+7", "007.00"]
+    assert {str(plain(value)) for value in same} == {"7"}
+    assert [plain(value) for value in ("-07", "-0", "000", "0.5", 0.5, "1e3", "07a", "", None, True)] == [
+        *("-7", "0", "0", "0.5", 0.5, "1e3", "07a", "", None, True)
+    ]
+    assert plain("0" * 5000 + "9" * 5000) == "9" * 5000  # more digits than int() takes
+    assert plain({"target": "07"}) == {"target": "07"} and plain(float("inf")) == float("inf")
 
-    def ids(prompts) -> list[str]:
-        return [prompt.id for prompt in prompts]
 
-    whole = ids(loaded.take(0, 100, seed=7, shuffle=True))
-    for start, n in ((0, 5), (20, 8), (23, 23), (41, 59), (99, 1), (50, 0)):
-        assert ids(again.take(start, n, seed=7, shuffle=True)) == whole[start : start + n]
-    epochs = [whole[start : start + 23] for start in range(0, 92, 23)]
-    assert all(sorted(epoch) == sorted(ids(loaded.prompts)) for epoch in epochs)
-    assert len({tuple(epoch) for epoch in epochs}) == 4 and ids(loaded.prompts) not in epochs
-    assert ids(loaded.take(0, 100, seed=8, shuffle=True)) != whole
-    assert ids(loaded.take(20, 6, seed=7, shuffle=False)) == ids(loaded.prompts)[20:] + ids(loaded.prompts)[:3]
+def test_rows_without_an_answer_in_their_solution_are_dropped(tmp_path, tokenizer):
+    rows = [
+        {"problem": "a", "solution": r"\boxed{1}"},
+        {"problem": "b", "solution": "it is 2"},
+        {"problem": "c", "solution": float("nan")},
+    ]
+    loaded = load(write(tmp_path / "a.json", rows), RAW, tokenizer, "math")
+    assert [prompt.answer for prompt in loaded.prompts] == ["1"]
+    assert [(drop.row, drop.reason, drop.detail) for drop in loaded.drops] == [
+        (2, "no answer", r"a solution without \boxed"),
+        (3, "no answer", ""),
+    ]
+
+
+REPEATED = [
+    {"problem": "one", "answer": "1"},
+    {"problem": " one\n", "answer": 1.0},
+    {"problem": "two", "answer": "2"},
+    {"problem": "two", "answer": "02"},
+    {"problem": "which", "answer": "3"},
+    {"problem": "which", "answer": "3"},
+    {"problem": "which", "answer": "4"},
+    {"problem": DAPO.replace("{prompt}", "one"), "answer": "1"},
+]
+
+
+def test_a_question_comes_once_and_contradictions_never(tmp_path, tokenizer):
+    path = write(tmp_path / "a.jsonl", REPEATED)
+    loaded = load(path, DataConfig(template="raw"), tokenizer, "math")
+    assert [prompt.id for prompt in loaded.prompts] == ["a/1", "a/3"]
+    assert Counter(drop.reason for drop in loaded.drops) == {"repeats an earlier row": 3, "contradicting answers": 3}
+    assert [drop.detail for drop in loaded.drops] == [
+        *("a.jsonl row 1", "a.jsonl row 3"),
+        *("3, but 4 in a.jsonl row 7", "3, but 4 in a.jsonl row 7", "4, but 3 in a.jsonl row 5"),
+        "a.jsonl row 1",
+    ]
+    assert "1 questions have contradicting answers (all their rows are dropped)" in loaded.report
+    kept = load(path, DataConfig(template="raw", repeats="keep"), tokenizer, "math")
+    assert len(kept) == 8 and kept.drops == []
+    assert kept.report[1:] == ["1 questions have contradicting answers (kept: data.repeats=keep)"]
+
+
+def test_strict_stops_at_a_contradiction_but_not_at_a_repeat(tmp_path, tokenizer):
+    strict = DataConfig(template="raw", strict=True)
+    assert len(load(write(tmp_path / "a.jsonl", REPEATED[:4]), strict, tokenizer, "math")) == 2
+    with pytest.raises(ConfigError, match=r"b.jsonl row 5, problem: contradicting answers \(3, but 4 in b.jsonl row 7"):
+        load(write(tmp_path / "b.jsonl", REPEATED), strict, tokenizer, "math")
+
+
+def test_a_prompt_that_came_in_a_chat_template_is_used_as_it_is(tmp_path, chat_tokenizer):
+    """Rows 1 to 3 as the published AIME25 x8, knights-and-knaves and Llama 3 files hold them."""
+    ready = ["1+1=?<| Assistant |>", "<|im_start|>user\n2?<|im_end|>\n", "<|start_header_id|>user<|end_header_id|>3?"]
+    path = write(tmp_path / "a.jsonl", [{"prompt": text, "answer": "7"} for text in [*ready, "plain, |x| < 3"]])
+    for template, last in (
+        ("chat", "<user>plain, |x| < 3\n<bot>"),
+        ("r1_zero", R1_ZERO.replace("{prompt}", "plain, |x| < 3")),
+    ):
+        loaded = load(path, DataConfig(template=template), chat_tokenizer, "math")
+        assert [prompt.text for prompt in loaded.prompts] == [*ready, last]
+        assert loaded.report[1] == (
+            "3 prompts hold turns of a chat template already (<| Assistant |>, <|im_start|>, <|start_header_id|>) and "
+            "are used as they are, the first in a.jsonl row 1"
+        )
+
+
+def test_chat_does_not_wrap_the_whole_prompt_of_a_base_model(tmp_path, chat_tokenizer):
+    path = write(tmp_path / "a.jsonl", [{"prompt": R1_ZERO.replace("{prompt}", "1+1=?"), "answer": "7"}])
+    (prompt,) = load(path, DataConfig(), chat_tokenizer, "math").prompts
+    assert prompt.text == "<user>1+1=?\n<bot>"
+
+
+def test_gpqa_rows_become_four_choices(tmp_path, tokenizer):
+    wrong = {f"Incorrect Answer {index}": f"wrong {index}" for index in (1, 2, 3)}
+    rows = [{"Question": f"q{index}?", "Correct Answer": "right", **wrong, "Record ID": "x"} for index in range(40)]
+    prompts = load(write(tmp_path / "a.jsonl", rows), DataConfig(template="raw"), tokenizer, "math").prompts
+    for prompt in prompts:
+        lines = prompt.text.splitlines()
+        assert sorted(line[3:] for line in lines[-4:]) == ["right", "wrong 1", "wrong 2", "wrong 3"]
+        assert f"{prompt.answer}) right" in lines
+    assert {prompt.answer for prompt in prompts} == set("ABCD")
+
+
+def test_a_folder_of_datasets_and_its_splits(tmp_path, tokenizer):
+    datasets = pytest.importorskip("datasets")
+    rows = datasets.Dataset.from_list(ROWS[:1] + ROWS[2:])
+    rows.save_to_disk(tmp_path / "one")
+    datasets.DatasetDict({"train": rows, "test": rows}).save_to_disk(tmp_path / "splits")
+    for folder in ("one", "splits/test"):
+        loaded = load(tmp_path / folder, RAW, tokenizer, "math")
+        assert [(prompt.text, prompt.answer) for prompt in loaded.prompts] == [("1+1=?", "2"), ("pi", r"\pi")]
+    with pytest.raises(ConfigError, match="splits holds the splits train, test: name one, as .*/splits/train"):
+        load(tmp_path / "splits", RAW, tokenizer, "math")
+
+
+def test_hub_names(tmp_path, tokenizer, monkeypatch):
+    """A folder OWNER/NAME where the run starts stands for the hub's: the same library reads both."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
+    (tmp_path / "maths/easy").mkdir(parents=True)
+    write(tmp_path / "maths/easy/test.jsonl", ROWS[:1])
+    (prompt,) = load("hub:maths/easy@test", RAW, tokenizer, "math").prompts
+    assert (prompt.id, prompt.text, prompt.answer) == ("hub:maths/easy@test/1", "1+1=?", "2")
+    with pytest.raises(ConfigError, match="hub:maths/easy cannot be loaded from the hub: .*train.*the path of a local"):
+        load("hub:maths/easy", RAW, tokenizer, "math")
+    with pytest.raises(ConfigError, match="hub:maths must look like hub:OWNER/NAME"):
+        load("hub:maths", RAW, tokenizer, "math")
+
+
+def test_a_mixture_names_its_rows_and_reads_each_source_with_its_own_fields(tmp_path, tokenizer):
+    (tmp_path / "b").mkdir()
+    one = write(tmp_path / "train.jsonl", [{"problem": "a", "answer": "1"}, {"problem": "b", "answer": "2"}])
+    two = write(tmp_path / "b/train.jsonl", [{"problem": "c", "gold": "3"}, {"problem": "a", "gold": "1"}])
+    three = write(tmp_path / "other.json", [{"question": "b", "answer": "5"}, {"question": "d", "answer": "4"}])
+    sources = [SourceConfig(str(one), weight=3), SourceConfig(str(two), answer_field="gold"), SourceConfig(str(three))]
+    loaded = load_prompts(sources, DataConfig(template="raw"), tokenizer, "math")
+    assert [prompt.text for prompt in loaded.prompts] == ["a", "c", "d"]
+    assert len({prompt.id for prompt in loaded.prompts}) == 3 and loaded.prompts[2].id == "other/2"
+    assert loaded.report[:3] == [
+        f"{one}: 1 of 2 rows are prompts, 60.0% of an epoch",
+        f"{two}: 1 of 2 rows are prompts, 20.0% of an epoch",
+        "other.json: 1 of 2 rows are prompts, 20.0% of an epoch",
+    ]
+    assert [(drop.row, drop.reason) for drop in loaded.drops if drop.source == str(two)] == [
+        (2, "repeats an earlier row")
+    ]
+    with pytest.raises(ConfigError, match="no usable row in other.json"):
+        write(three, [{"question": "a", "answer": "1"}])
+        load_prompts(sources, DataConfig(template="raw"), tokenizer, "math")
 
 
 DATA = os.environ.get("MEGATRON_RLVR_DATA", "")
 
 
 @pytest.mark.real_data
-def test_real_files(tokenizer):
-    dapo, started = Path(DATA, "train/dapo_math_17k.parquet"), time.process_time()
-    loaded = load_prompts(dapo, DataConfig(template="raw", max_prompt_length=512), tokenizer, "math")
-    assert time.process_time() - started < 30  # CPU seconds; about six were measured
-    rows = [
-        (row["prompt"][0]["content"], row["reward_model"]["ground_truth"]) for row in pq.read_table(dapo).to_pylist()
-    ]
-    assert len(rows) == 17_917 and max(len(text) for text, _ in rows) == 3_190
-    fits = [row for row in rows if len(row[0].encode()) <= 512]
-    assert [(prompt.text, prompt.answer) for prompt in loaded.prompts] == fits
-    assert loaded.prompts[0].id == "dapo_math_17k/1" and loaded.prompts[0].answer == "34"
-    long = 17_917 - len(fits)
-    assert len(loaded.drops) == long > 0
-    assert loaded.report[1].startswith(f"dropped {long} rows (longer than data.max_prompt_length=512 tokens): dapo")
-    for name, total, dropped, field in (
-        ("train/math_train_7500.json", 7_474, 4, ""),
-        ("train/gsm8k_train.jsonl", 7_473, 0, ""),
-        ("eval/aime24.jsonl", 30, 0, ""),
-        ("eval/aime25.jsonl", 30, 0, "expected_answer"),
-        ("eval/amc23.jsonl", 40, 0, ""),
-        ("eval/aime24_dapo.parquet", 960, 0, ""),
+def test_the_published_training_sets_from_one_line_each():
+    """Counts from the files themselves; ``data.sources`` needs nothing but the paths."""
+    names = ("dapo_math_17k.parquet", "math_train_7500.json", "aime_1984_2023.json", "gsm8k_train.jsonl")
+    config = from_dict(DataConfig, {"sources": [{"path": f"{DATA}/train/{name}"} for name in names], "template": "raw"})
+    config.max_prompt_length = 100_000
+    loaded = load_prompts(config.train_sources, config, Characters(), "math")
+    by_source = {name: Counter(drop.reason for drop in loaded.drops if drop.source == name) for name in names}
+    dapo = pq.read_table(Path(DATA, "train/dapo_math_17k.parquet")).to_pylist()
+    golds = defaultdict(list)
+    for row in dapo:
+        golds[row["prompt"][0]["content"].strip()].append(row["reward_model"]["ground_truth"])
+    bad = {question: answers for question, answers in golds.items() if len(set(answers)) > 1}
+    rows_of_bad = sum(map(len, bad.values()))
+    assert (len(dapo), len(golds), len(dapo) - len(golds), len(bad)) == (17_917, 17_255, 662, 12)
+    assert by_source["dapo_math_17k.parquet"] == {
+        "contradicting answers": rows_of_bad,
+        "repeats an earlier row": 662 - (rows_of_bad - 12),
+    }
+    # MATH's own four: two null, two empty. The rest DAPO holds too, four of them among its contradicting twelve.
+    assert by_source["math_train_7500.json"] == {
+        "no answer": 4,
+        "repeats an earlier row": 1_719,
+        "contradicting answers": 4,
+    }
+    for name, drops in (
+        ("math_train_7500.json", {"no answer": 4}),
+        ("aime_1984_2023.json", {}),
+        ("gsm8k_train.jsonl", {}),
     ):
-        data = DataConfig(template="raw", max_prompt_length=100_000, answer_field=field)
-        loaded = load_prompts(Path(DATA, name), data, tokenizer, "math")
-        assert (len(loaded) + len(loaded.drops), len(loaded.drops)) == (total, dropped), name
-        assert all(len(prompt.answer) < 200 for prompt in loaded.prompts), name
+        alone = load(Path(DATA, "train", name), config, Characters(), "math")
+        assert Counter(drop.reason for drop in alone.drops) == drops
+    assert "12 questions have contradicting answers (all their rows are dropped)" in loaded.report
+    of_dapo = [prompt for prompt in loaded.prompts if prompt.id.startswith("dapo_math_17k/")]
+    assert len(of_dapo) == 17_255 - 12 and max(len(prompt.text) for prompt in of_dapo) == 3_190
+    assert sum(prompt.answer.startswith("-") for prompt in of_dapo) > 300
+    kept = load_prompts(config.train_sources[:1], replace(config, repeats="keep"), Characters(), "math")
+    assert len(kept) == 17_917 and kept.drops == []
+    assert sum(prompt.answer.startswith("-") for prompt in kept.prompts) == 366
+    assert sum(len(prompt.answer) > 15 for prompt in kept.prompts) == 5
+    assert sum(bool(re.search("[一-鿿]", prompt.text)) for prompt in kept.prompts) == 3_432
+
+
+@pytest.mark.real_data
+def test_real_prompts_are_filtered_by_length():
+    dapo = Path(DATA, "train/dapo_math_17k.parquet")
+    loaded = load(dapo, DataConfig(template="raw", max_prompt_length=512), Characters(), "math")
+    long = [drop for drop in loaded.drops if drop.reason.startswith("longer")]
+    assert len(loaded) + len(long) == 17_255 - 12 and all(len(prompt.token_ids) <= 512 for prompt in loaded.prompts)
+    assert f"dropped {len(long)} rows (longer than data.max_prompt_length=512 tokens): dapo" in "\n".join(loaded.report)
+
+
+@pytest.mark.real_data
+@pytest.mark.parametrize(
+    ("name", "prompts"),
+    [
+        *(("aime24.jsonl", 30), ("aime25.jsonl", 30), ("amc23.jsonl", 40), ("math500.jsonl", 500)),
+        *(("minerva.jsonl", 272), ("gsm8k_test.jsonl", 1319), ("aime24_dapo.parquet", 30)),
+    ],
+)
+def test_the_published_benchmarks_need_no_fields_named(name, prompts):
+    data = DataConfig(template="raw", max_prompt_length=100_000)
+    loaded = load(Path(DATA, "eval", name), data, Characters(), "math")
+    assert len(loaded) == prompts and all(0 < len(prompt.answer) < 300 for prompt in loaded.prompts)
+    if name.startswith(("aime", "amc")):
+        assert all(re.fullmatch(r"-?(0|[1-9]\d*)", prompt.answer) for prompt in loaded.prompts)
+    if name == "aime24_dapo.parquet":
+        assert {drop.reason for drop in loaded.drops} == {"repeats an earlier row"} and len(loaded.drops) == 930

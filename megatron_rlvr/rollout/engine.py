@@ -27,6 +27,7 @@ class Request:
     max_tokens: int
     temperature: float  # 0: greedy
     top: int = 0  # most probable tokens whose log-probs come with each sampled one
+    top_p: float = 1.0  # below 1 only where nothing is learned from the sample
 
 
 @dataclass(frozen=True)

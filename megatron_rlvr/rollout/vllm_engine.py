@@ -19,19 +19,13 @@ from torch import Tensor
 
 from megatron_rlvr import platform
 from megatron_rlvr.architecture import Architecture
-from megatron_rlvr.config import Config, rule
+from megatron_rlvr.config import Config
 from megatron_rlvr.distributed.groups import ParallelGroups
 from megatron_rlvr.distributed.reduce import broadcast_object
 from megatron_rlvr.rollout.engine import EngineNotReady, Request, Sample, stop_token_ids
+from megatron_rlvr.rollout.vllm_settings import check_head_dim, memory_settings, read_sample, sampling, set_environment
 
 log = logging.getLogger(__name__)
-
-_SETTINGS = {
-    # In this process, so that tensors reach it by reference and its ranks can be torchrun's.
-    "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
-    "VLLM_LOGGING_LEVEL": "ERROR",
-    "VLLM_NO_USAGE_STATS": "1",
-}
 
 
 class VllmEngine:
@@ -48,11 +42,11 @@ class VllmEngine:
         self._stop_ids = stop_token_ids(config.model.path)
         self._vocab_size = architecture.vocab_size
         job = broadcast_object(f"megatron-rlvr-{uuid.uuid4().hex[:12]}", 0, groups.world)
-        os.environ.update({name: value for name, value in _SETTINGS.items() if name not in os.environ})
+        set_environment()
         with _process_unchanged():
             platform.spare_vllm_small_compiles()
             with platform.private_shared_memory(job):
-                _check_head_dim(architecture)
+                check_head_dim(architecture)
                 self._llm = _start(config, length, most_log_probs)
         self._model: Any = self._llm.apply_model(lambda model: model)[0]
         self._modules = dict(self._model.named_modules())
@@ -68,9 +62,10 @@ class VllmEngine:
         prompts = [{"prompt_token_ids": request.prompt_token_ids} for request in requests]
         with _process_unchanged():
             self._wake()
-            outputs = self._llm.generate(prompts, [self._sampling(request) for request in requests], use_tqdm=False)
+            settings = [sampling(request, self._stop_ids, self._vocab_size) for request in requests]
+            outputs = self._llm.generate(prompts, settings, use_tqdm=False)
             self._sleep()
-        return [_sample(output.outputs[0], request.top) for output, request in zip(outputs, requests, strict=True)]
+        return [read_sample(output.outputs[0], request.top) for output, request in zip(outputs, requests, strict=True)]
 
     def load_weights(self, weights: Iterable[tuple[str, Tensor]]) -> None:
         """Stream (Hugging Face name, whole tensor) into vLLM, which fuses and cuts them itself; leaves it not ready."""
@@ -113,20 +108,6 @@ class VllmEngine:
     def _columns(self, module: Any) -> int:
         return getattr(module, "input_size_per_partition", None) or module.embedding_dim
 
-    def _sampling(self, request: Request) -> Any:
-        from vllm import SamplingParams
-
-        return SamplingParams(
-            seed=request.seed,
-            max_tokens=request.max_tokens,
-            temperature=request.temperature,
-            stop_token_ids=self._stop_ids,
-            ignore_eos=True,  # the end tokens are all in stop_token_ids
-            logprobs=min(request.top, self._vocab_size),  # 0: of the sampled token alone
-            detokenize=False,
-            skip_clone=True,  # made for this one request: vLLM need not copy it deeply
-        )
-
     def _sleep(self) -> None:
         """Give the accelerator's memory to the training phases; the weights wait in host memory."""
         if self._can_sleep:
@@ -140,29 +121,10 @@ class VllmEngine:
             self._asleep = False
 
 
-def _check_head_dim(architecture: Architecture) -> None:
-    """vLLM itself only fails at the first request. Raises ConfigError."""
-    if platform.device().type != "cpu":
-        return
-    from vllm.v1.attention.backends.cpu_attn import CPUAttentionBackend
-
-    sizes = CPUAttentionBackend.get_supported_head_sizes()
-    rule(
-        architecture.head_dim in sizes,
-        f"the model's head_dim={architecture.head_dim} is not one that vLLM computes on a CPU: {sizes}",
-    )
-
-
 def _start(config: Config, length: int, most_log_probs: int) -> Any:
     from vllm import LLM  # after the settings above, which vLLM reads while it is imported
     from vllm.platforms import current_platform
 
-    on_cpu = platform.device().type == "cpu"
-    memory = (
-        {"kv_cache_memory_bytes": config.rollout.kv_cache_mib << 20}
-        if on_cpu
-        else {"gpu_memory_utilization": config.rollout.gpu_memory_utilization}
-    )
     return LLM(
         model=config.model.path,
         load_format="dummy",  # every weight comes from the policy, through one door
@@ -176,22 +138,11 @@ def _start(config: Config, length: int, most_log_probs: int) -> Any:
         max_logprobs=most_log_probs,
         generation_config="vllm",  # no sampling defaults that hide in the model's folder
         skip_tokenizer_init=True,
-        enforce_eager=on_cpu,  # compiling takes longer than a small run
+        enforce_eager=not platform.has_gpu(),  # compiling takes longer than a small run
         enable_sleep_mode=current_platform.is_sleep_mode_available(),
         seed=0,
-        **memory,
+        **memory_settings(config.rollout.kv_cache_mib, config.rollout.gpu_memory_utilization),
     )
-
-
-def _sample(completion: Any, top: int) -> Sample:
-    ids = list(completion.token_ids)
-    log_probs = [step[token].logprob for step, token in zip(completion.logprobs, ids, strict=True)]
-    if completion.finish_reason not in ("stop", "length"):
-        raise RuntimeError(f"the engine ended a response with {completion.finish_reason!r} instead of stop or length")
-    if not top:
-        return Sample(ids, log_probs, completion.finish_reason)
-    most = [sorted((item.logprob for item in step.values()), reverse=True) for step in completion.logprobs]
-    return Sample(ids, log_probs, completion.finish_reason, most)
 
 
 @contextmanager

@@ -1,0 +1,59 @@
+"""What an evaluation is asked for; tools/evaluate.py makes a flag of every field."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from megatron_rlvr.config import DataConfig, from_dict, rule
+
+
+def option(default: Any, what: str) -> Any:
+    return field(default=default, metadata={"help": what})
+
+
+@dataclass
+class Settings:
+    """``samples`` to ``dtype`` decide what is sampled, the fields below them only how fast."""
+
+    model: str
+    output: str
+    benchmarks: list[str]
+    data: str = option("", "folder of the benchmarks' files; without it they come from the hub")
+    samples: int = option(1, "samples of each problem")
+    temperature: float = option(0.6, "0: greedy")
+    top_p: float = option(0.95, "share of the probability that is sampled from")
+    max_tokens: int = option(4096, "of a response; longer ones are cut off")
+    template: str = option("chat", "prompt template: chat, boxed, dapo, r1_zero or raw")
+    seed: int = option(0, "another seed draws other samples")
+    dtype: str = option("auto", "float32, bfloat16, or auto: as the model was saved, but no wider than 16 bits")
+    batch: int = option(2048, "responses that are sampled, judged and written together")
+    max_running: int = option(256, "responses that are decoded together")
+    tp: int = option(1, "GPUs that the model is spread over")
+    kv_cache_mib: int = option(1024, "key-value cache on a CPU")
+    workers: int = option(2, "verifier processes")
+    deadline: float = option(10.0, "seconds that judging one response may take")
+
+    def check(self) -> None:
+        """Raises ConfigError."""
+        for name in ("samples", "max_tokens", "batch", "max_running", "tp", "kv_cache_mib", "workers"):
+            rule(getattr(self, name) >= 1, f"{name} must be at least 1, not {getattr(self, name)}")
+        rule(0 <= self.temperature <= 2, f"temperature must be in [0, 2], not {self.temperature}")
+        rule(0 < self.top_p <= 1, f"top_p must be in (0, 1], not {self.top_p}")
+        rule(
+            self.dtype in ("auto", "float32", "bfloat16"), f"dtype must be auto, float32 or bfloat16, not {self.dtype}"
+        )
+        rule(self.deadline > 0, f"deadline must be above 0, not {self.deadline}")
+
+    def data_config(self) -> DataConfig:
+        """How prompts are read: whatever their length. Raises ConfigError."""
+        return from_dict(DataConfig, {"template": self.template, "max_prompt_length": 1 << 30})
+
+    def identity(self, model: Path) -> dict[str, Any]:
+        """What two samples must share to belong into one folder: the model's files, and all that shapes a sample."""
+        weights = [
+            [file.name, file.stat().st_size, file.stat().st_mtime_ns] for file in sorted(model.glob("*.safetensors"))
+        ]
+        names = ("template", "temperature", "top_p", "max_tokens", "seed", "dtype")
+        return {"model": str(model.resolve()), "weights": weights, **{name: getattr(self, name) for name in names}}

@@ -1,0 +1,161 @@
+"""One row of a data set -> its question, its prompt text and its answer, whatever the row's layout.
+
+RowReader(SourceConfig("gsm8k.jsonl"), data, tokenizer, read_answer)({"question": "1+1?", "answer": "#### 2"})
+-> Row(field="question", question="1+1?", text="<user>1+1?<bot>", answer="2", mark="")
+"""
+
+from __future__ import annotations
+
+import random
+import re
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+from megatron_rlvr.config import DataConfig, SourceConfig, rule
+from megatron_rlvr.seeds import stable_seed
+from megatron_rlvr.templates import INSIDE_CHAT, R1_ZERO, turn_mark, unwrap, wrap
+
+_PROMPT_FIELDS = ("prompt", "problem", "question", "Question")
+# The first is how verl's files hold it; a solution comes last, for rows that have both hold the answer apart.
+_ANSWER_FIELDS = ("reward_model.ground_truth", "answer", "expected_answer", "final_answer", "label", "solution")
+_GPQA = ("Question", "Correct Answer", "Incorrect Answer 1", "Incorrect Answer 2", "Incorrect Answer 3")
+_INTEGER = re.compile(r"([-+]?)0*([0-9]+)(?:\.0*)?")
+_BOX = re.compile(r"\\(?:boxed|fbox)\b")
+_MISSING = object()
+
+
+class Row(NamedTuple):
+    """What one row holds."""
+
+    field: str  # that the prompt was in
+    question: str  # without any template: what makes two rows the same
+    text: str  # the prompt, template applied
+    answer: Any
+    mark: str  # of a chat template that the prompt came in; such a prompt is used as it is
+
+
+class RowError(Exception):
+    """What is wrong with one row: (field, reason, detail)."""
+
+
+class RowReader:
+    """Reads the rows of one source; the first row decides which fields hold prompt and answer."""
+
+    def __init__(self, source: SourceConfig, data: DataConfig, tokenizer: Any, read_answer: Callable) -> None:
+        self.source, self.data, self.tokenizer, self.read_answer = source, data, tokenizer, read_answer
+        self.fields: tuple[str, str] | None = None
+
+    def __call__(self, row: Any) -> Row:
+        """Raises RowError for a row that cannot be used, ConfigError for a first row without the fields."""
+        if not isinstance(row, dict):
+            raise RowError("row", "unreadable", str(row)[:80] or "not an object with fields")
+        if all(isinstance(row.get(field), str) for field in _GPQA):
+            row = _multiple_choice(row)
+        self.fields = self.fields or (
+            find_field(row, self.source, "prompt_field", self.data.prompt_field),
+            find_field(row, self.source, "answer_field", self.data.answer_field),
+        )
+        prompt_field, answer_field = self.fields
+        messages = _messages(row, prompt_field)
+        asked = _asked(messages)
+        answer, mark = _answer(row, answer_field, self.read_answer), turn_mark(asked)
+        text = asked if mark else self._render(messages, asked)
+        said = [item["content"].strip() for item in messages if item["content"] is not asked]
+        return Row(prompt_field, "\n".join([*said, unwrap(asked.strip()).strip()]), text, answer, mark)
+
+    def _render(self, messages: list[dict[str, str]], asked: str) -> str:
+        """Template applied. Of a list of messages only chat takes all, the others the last user's."""
+        template = self.data.template
+        if template == "raw":
+            return asked
+        if template == "r1_zero":
+            return wrap("r1_zero", asked)
+        if template in INSIDE_CHAT:
+            messages = [{"role": "user", "content": wrap(template, asked)}]
+        elif asked.startswith(R1_ZERO.partition("{prompt}")[0]):  # a whole prompt, which chat must not wrap again
+            messages = [{"role": "user", "content": unwrap(asked)}]
+        return self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+
+
+def find_field(row: dict[str, Any], source: SourceConfig, key: str, default: str = "") -> str:
+    """The field named by ``key`` of the source, else ``default``, else the one that this row shows.
+
+    Raises ConfigError where the row has none. ``key`` is prompt_field or answer_field.
+    """
+    known = _PROMPT_FIELDS if key == "prompt_field" else _ANSWER_FIELDS
+    named = getattr(source, key) or default
+    field = named or next((name for name in known if _get(row, name) is not _MISSING), "")
+    rule(
+        bool(field) and _get(row, field) is not _MISSING,
+        f"the first row of {source.path} has no field {field or ' or '.join(known)}, but {', '.join(row)}: "
+        f"set data.{key}",
+    )
+    return field
+
+
+def read_question(row: dict[str, Any], field: str) -> str:
+    """What the row asks, without any template. Raises RowError."""
+    return unwrap(_asked(_messages(row, field)).strip()).strip()
+
+
+def _asked(messages: list[dict[str, str]]) -> str:
+    return next(item["content"] for item in reversed(messages) if item["role"] == "user")
+
+
+def _get(row: Any, field: str) -> Any:
+    """The value behind a dotted field name, or _MISSING."""
+    for part in field.split("."):
+        if not isinstance(row, dict) or part not in row:
+            return _MISSING
+        row = row[part]
+    return row
+
+
+def _messages(row: dict[str, Any], field: str) -> list[dict[str, str]]:
+    """The prompt as chat messages, the last user's of which asks something."""
+    value = _get(row, field)
+    if value is _MISSING or value is None or value == [] or (isinstance(value, str) and not value.strip()):
+        raise RowError(field, "no prompt", "")
+    messages = [{"role": "user", "content": value}] if isinstance(value, str) else value
+    if not isinstance(messages, list) or not all(
+        isinstance(item, dict) and isinstance(item.get("role"), str) and isinstance(item.get("content"), str)
+        for item in messages
+    ):
+        raise RowError(field, "neither text nor a list of chat messages", repr(value)[:80])
+    asked = [item["content"] for item in messages if item["role"] == "user"]
+    if not asked or not asked[-1].strip():
+        raise RowError(field, "no prompt", "no user message")
+    return messages
+
+
+def _answer(row: dict[str, Any], field: str, read_answer: Callable) -> Any:
+    value = _get(row, field)
+    if isinstance(value, list) and len(value) == 1:  # OlympiadBench's final_answer
+        value = value[0]
+    if value is _MISSING or value is None or value == "" or value != value:  # NaN: a float column's null
+        raise RowError(field, "no answer", "")
+    if field.rpartition(".")[2] == "solution" and not (isinstance(value, str) and _BOX.search(value)):
+        raise RowError(field, "no answer", r"a solution without \boxed")
+    try:
+        return read_answer(plain(value))
+    except ValueError as error:
+        raise RowError(field, "not an answer for this verifier", str(error)[:200]) from error
+
+
+def plain(value: Any) -> Any:
+    """An integer as plain text, whatever the file made of it (27.0, "025", "27.0"); anything else as it is."""
+    if isinstance(value, float) and value.is_integer():
+        return str(int(value))
+    if isinstance(value, str) and (found := _INTEGER.fullmatch(value.strip())):
+        return found[1].replace("+", "") * (found[2] != "0") + found[2]
+    return value
+
+
+def _multiple_choice(row: dict[str, Any]) -> dict[str, Any]:
+    """GPQA's row -> a question that lists four answers, in an order drawn from the question, and the right letter."""
+    choices = [row[field].strip() for field in _GPQA[1:]]
+    order = list(range(4))
+    random.Random(stable_seed("choices", row["Question"])).shuffle(order)
+    lines = [f"{letter}) {choices[index]}" for letter, index in zip("ABCD", order, strict=True)]
+    question = "\n".join(["Answer the following multiple choice question.", "", row["Question"].strip(), "", *lines])
+    return {"question": question, "answer": "ABCD"[order.index(0)]}

@@ -1,0 +1,72 @@
+"""What both vLLM engines, the one inside training and the one of an evaluation, say to vLLM and hear from it."""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+from megatron_rlvr import platform
+from megatron_rlvr.architecture import Architecture
+from megatron_rlvr.config import rule
+from megatron_rlvr.rollout.engine import Request, Sample
+
+_SETTINGS = {
+    # In this process, so that tensors reach it by reference and its ranks can be torchrun's.
+    "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+    "VLLM_LOGGING_LEVEL": "ERROR",
+    "VLLM_NO_USAGE_STATS": "1",
+}
+
+
+def set_environment() -> None:
+    """What vLLM reads while it is imported; settings of the user's own stay."""
+    os.environ.update({name: value for name, value in _SETTINGS.items() if name not in os.environ})
+
+
+def check_head_dim(architecture: Architecture) -> None:
+    """vLLM itself only fails at the first request. Raises ConfigError."""
+    if platform.device().type != "cpu":
+        return
+    from vllm.v1.attention.backends.cpu_attn import CPUAttentionBackend
+
+    sizes = CPUAttentionBackend.get_supported_head_sizes()
+    rule(
+        architecture.head_dim in sizes,
+        f"the model's head_dim={architecture.head_dim} is not one that vLLM computes on a CPU: {sizes}",
+    )
+
+
+def memory_settings(kv_cache_mib: int, gpu_memory_utilization: float) -> dict[str, Any]:
+    """vLLM's words for how much memory it may take."""
+    if platform.has_gpu():
+        return {"gpu_memory_utilization": gpu_memory_utilization}
+    return {"kv_cache_memory_bytes": kv_cache_mib << 20}
+
+
+def sampling(request: Request, stop_ids: list[int], vocab_size: int) -> Any:
+    """A request in vLLM's words."""
+    from vllm import SamplingParams
+
+    return SamplingParams(
+        seed=request.seed,
+        max_tokens=request.max_tokens,
+        temperature=request.temperature,
+        top_p=request.top_p,
+        stop_token_ids=stop_ids,
+        ignore_eos=True,  # the end tokens are all in stop_token_ids
+        logprobs=min(request.top, vocab_size),  # 0: of the sampled token alone
+        detokenize=False,
+        skip_clone=True,  # made for this one request: vLLM need not copy it deeply
+    )
+
+
+def read_sample(completion: Any, top: int) -> Sample:
+    """What vLLM answers to a request with that ``top``."""
+    ids = list(completion.token_ids)
+    log_probs = [step[token].logprob for step, token in zip(completion.logprobs, ids, strict=True)]
+    if completion.finish_reason not in ("stop", "length"):
+        raise RuntimeError(f"the engine ended a response with {completion.finish_reason!r} instead of stop or length")
+    if not top:
+        return Sample(ids, log_probs, completion.finish_reason)
+    most = [sorted((item.logprob for item in step.values()), reverse=True) for step in completion.logprobs]
+    return Sample(ids, log_probs, completion.finish_reason, most)

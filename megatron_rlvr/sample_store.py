@@ -1,0 +1,89 @@
+"""The samples of an evaluation on disk: one jsonl file per benchmark, which a second start goes on with.
+
+OUTPUT/settings.json says what they are samples of, OUTPUT/samples/NAME.jsonl holds a StoredSample a line.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from megatron_rlvr.config import ConfigError
+from megatron_rlvr.evaluation import Outcome
+from megatron_rlvr.types import FinishReason
+from megatron_rlvr.verdict import Verdict, VerdictStatus
+
+
+@dataclass(frozen=True)
+class StoredSample:
+    """One response and what was said of it.
+
+    StoredSample(id="aime24/7", sample=3, reward=1.0, status="ok", extracted="25", tokens=812, finish_reason="stop",
+                 log_prob=-310.2, text="...")
+    """
+
+    id: str
+    sample: int  # 0 .. n - 1
+    reward: float
+    status: VerdictStatus
+    extracted: str | None
+    tokens: int
+    finish_reason: FinishReason
+    log_prob: float  # nats, summed over the tokens
+    text: str  # of a benchmark whose texts are not shown: a digest
+
+    @property
+    def outcome(self) -> Outcome:
+        verdict = Verdict(self.reward, self.status)
+        scored = verdict.status in ("ok", "unparseable")
+        return Outcome(
+            right=self.reward > 0.5 if scored else None,
+            answer=self.extracted if scored else None,
+            text=self.text,
+            tokens=self.tokens,
+            truncated=self.finish_reason == "length",
+            log_prob=self.log_prob,
+        )
+
+
+class SampleStore:
+    """The samples under ``folder``. Raises ConfigError where it holds samples of other ``settings``."""
+
+    def __init__(self, folder: Path, settings: dict[str, Any]) -> None:
+        self.folder = folder
+        try:
+            (folder / "samples").mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise ConfigError(f"cannot make the output folder {folder}: {error.strerror}") from error
+        written = folder / "settings.json"
+        if written.exists():
+            earlier = json.loads(written.read_text())
+            differing = [name for name in settings if earlier.get(name) != settings[name]]
+            if differing:
+                name = differing[0]
+                raise ConfigError(
+                    f"{folder} holds samples with {name}={earlier.get(name)!r}, not {settings[name]!r}: name another "
+                    f"output folder, or delete this one"
+                )
+        written.write_text(json.dumps(settings, indent=1) + "\n")
+
+    def read(self, benchmark: str) -> dict[tuple[str, int], StoredSample]:
+        """(problem id, sample index) -> sample; the line that a killed evaluation was writing is cut off the file."""
+        path = self._path(benchmark)
+        if not path.exists():
+            return {}
+        whole, _, torn = path.read_bytes().rpartition(b"\n")
+        if torn:
+            path.write_bytes(whole + b"\n" if whole else b"")
+        samples = [StoredSample(**json.loads(line)) for line in whole.splitlines()]
+        return {(sample.id, sample.sample): sample for sample in samples}
+
+    def append(self, benchmark: str, samples: Sequence[StoredSample]) -> None:
+        with self._path(benchmark).open("a", encoding="utf-8") as file:
+            file.writelines(json.dumps(asdict(sample)) + "\n" for sample in samples)
+
+    def _path(self, benchmark: str) -> Path:
+        return self.folder / "samples" / f"{benchmark}.jsonl"

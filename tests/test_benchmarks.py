@@ -1,0 +1,70 @@
+"""The table of benchmarks: names, sources, and every published file read whole."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+
+import pytest
+
+from megatron_rlvr import verifiers
+from megatron_rlvr.benchmarks import BENCHMARKS, find, read, source
+from megatron_rlvr.config import ConfigError, DataConfig
+from tests.test_prompts import Characters
+
+RAW = DataConfig(template="raw", max_prompt_length=1 << 30)
+
+
+def test_names_and_files_of_your_own(tmp_path: Path) -> None:
+    assert find("aime24").title == "AIME 2024"
+    own = tmp_path / "mine.jsonl"
+    own.write_text(json.dumps({"problem": "1+1?", "answer": "2"}) + "\n")
+    benchmark = find(str(own))
+    assert (benchmark.name, benchmark.verifier) == ("mine", "math")
+    for folder in ("", str(tmp_path), "/elsewhere"):
+        (prompt,) = read(benchmark, folder, RAW, Characters()).prompts
+        assert (prompt.id, prompt.answer) == ("mine/1", "2")
+    with pytest.raises(ConfigError, match="unknown benchmark 'aime2'; did you mean 'aime2[45]'"):
+        find("aime2")
+
+
+def test_a_folder_or_the_hub(tmp_path: Path) -> None:
+    (tmp_path / "amc23.jsonl").write_text("")
+    assert source(find("amc23"), str(tmp_path)).path == str(tmp_path / "amc23.jsonl")
+    assert source(find("amc23"), "").path == "hub:math-ai/amc23@test"
+    with pytest.raises(
+        ConfigError, match="AIME 2024: .* holds no aime24.jsonl; name another folder, or none to take hub:"
+    ):
+        source(find("aime24"), str(tmp_path))
+
+
+def test_gpqa_comes_from_the_hub_alone_and_is_never_shown(tmp_path: Path) -> None:
+    gpqa = find("gpqa")
+    assert not gpqa.shown and source(gpqa, str(tmp_path)).path == "hub:Idavidrein/gpqa/gpqa_diamond"
+    assert all(item.shown for item in BENCHMARKS.values() if item is not gpqa)
+
+
+def test_a_problem_that_cannot_be_used_is_an_error(tmp_path: Path) -> None:
+    (tmp_path / "amc23.jsonl").write_text('{"problem": "1+1?", "answer": 2.0}\n{"problem": "x", "answer": null}\n')
+    with pytest.raises(ConfigError, match="amc23.jsonl row 2, answer: no answer"):
+        read(find("amc23"), str(tmp_path), RAW, Characters())
+
+
+@pytest.mark.real_data
+def test_every_published_file_is_read_whole() -> None:
+    folder = os.environ["MEGATRON_RLVR_DATA"] + "/eval"
+    sizes = {
+        "aime24": 30,
+        "aime25": 30,
+        "amc23": 40,
+        "math500": 500,
+        "olympiadbench": 675,
+        "minerva": 272,
+        "gsm8k": 1319,
+    }
+    for name, size in sizes.items():
+        prompts = read(BENCHMARKS[name], folder, RAW, Characters())
+        assert [prompt.id for prompt in prompts.prompts] == [f"{name}/{row}" for row in range(1, size + 1)]
+        assert verifiers.load(BENCHMARKS[name].verifier)
+    assert {name for name, item in BENCHMARKS.items() if item.file} == set(sizes)

@@ -1,0 +1,107 @@
+"""Benchmark problems in training sets: what counts as the same, and what the published files hold."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections import Counter
+from pathlib import Path
+
+import pytest
+
+from megatron_rlvr.benchmarks import BENCHMARKS, find
+from megatron_rlvr.config import SourceConfig
+from megatron_rlvr.decontamination import Index, Match, check, index_benchmarks, words
+
+ROOT = Path(__file__).parent.parent
+PROBLEM = "Let $a$ and $b$ be positive integers such that $a+b=17$ and $ab$ is as large as it can be. Find $a-b$."
+
+
+@pytest.mark.parametrize(
+    "same",
+    [
+        PROBLEM.replace("$", ""),
+        PROBLEM.replace("$a+b=17$", r"\(a + b = 17\)").upper(),
+        PROBLEM.replace("$a+b=17$", r"$$\left. a+b\,=17\right.$$").replace(" ", "\n "),
+        PROBLEM.replace("a+b=17", "ａ＋ｂ＝１７"),
+    ],
+)
+def test_layout_is_no_difference(same: str) -> None:
+    assert words(same) == words(PROBLEM)
+    index = Index(n=5)
+    index.add("p/1", PROBLEM)
+    assert index.matches(same, 0.5) == [Match("p/1", True, 1.0)]
+
+
+@pytest.mark.parametrize("other", [PROBLEM.replace("a+b=", "a-b="), PROBLEM.replace("17", "18"), PROBLEM[4:]])
+def test_a_sign_or_a_number_is_a_difference(other: str) -> None:
+    index = Index(n=5)
+    index.add("p/1", PROBLEM)
+    (match,) = index.matches(other, 0.0)
+    assert not match.exact and 0 < match.share < 1
+
+
+def test_the_share_is_that_of_the_problems_ngrams() -> None:
+    index = Index(n=3)
+    index.add("p/1", "one two three four five six")  # 4 trigrams
+    index.add("p/2", "one two")
+    assert index.matches("zero one two three four zero", 0.5) == [Match("p/1", False, 0.5)]
+    assert index.matches("zero one two three four zero", 0.51) == []
+    assert index.matches("One, two", 0.5) == [Match("p/2", True, 1.0)]
+    assert words("三角形 abc") == ("三", "角", "形", "abc")
+    both = [Match("p/1", False, 1.0)]
+    assert index.matches("now one two three four five six again one two three", 0.5) == both
+
+
+def run(*arguments: str) -> subprocess.CompletedProcess:
+    command = [sys.executable, "tools/decontaminate.py", *arguments]
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
+
+
+def test_the_tool_reports_every_match_and_writes_the_rest(tmp_path: Path) -> None:
+    (tmp_path / "amc23.jsonl").write_text(json.dumps({"problem": PROBLEM, "answer": 1}) + "\n")
+    rows = [{"prompt": "other", "answer": "1"}, {"prompt": PROBLEM.upper(), "answer": "1"}, {"prompt": None}]
+    train, report, clean = tmp_path / "train.jsonl", tmp_path / "report.json", tmp_path / "clean.jsonl"
+    train.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    asked = ["--benchmarks", "amc23", "--data", str(tmp_path), "--report", str(report)]
+    done = run(str(train), *asked, "--clean", str(clean))
+    assert done.returncode == 1, done.stderr
+    assert done.stdout.splitlines() == [
+        "train.jsonl: 1 of 3 rows hold benchmark problems",
+        "  amc23: 1 the same, 0 with 50% or more of the n-grams",
+    ]
+    (match,) = json.loads(report.read_text())
+    assert match == {
+        "row": "train.jsonl row 2",
+        "problem": "amc23/1",
+        "exact": True,
+        "share": 1.0,
+        "text": PROBLEM.upper(),
+        "problem_text": PROBLEM,
+    }
+    assert [json.loads(line) for line in clean.read_text().splitlines()] == [rows[0], rows[2]]
+    assert run(str(clean), *asked).returncode == 0 and json.loads(report.read_text()) == []
+    wrong = run(str(tmp_path / "none.jsonl"), *asked)
+    assert wrong.returncode == 2 and "none.jsonl: there is no such file" in wrong.stderr
+
+
+@pytest.mark.real_data
+def test_what_the_published_training_sets_hold() -> None:
+    """Two rows of DAPO are problems of MATH-500 letter for letter, eight once layout is taken away; none is AIME's."""
+    data = os.environ["MEGATRON_RLVR_DATA"]
+    local = [find(name) for name, item in BENCHMARKS.items() if item.file]
+    index, texts = index_benchmarks(local, f"{data}/eval", n=13)
+    assert len(texts) == 30 + 30 + 40 + 500 + 675 + 272 + 1319
+    exact: dict[str, Counter] = {}
+    for name in ("dapo_math_17k.parquet", "math_train_7500.json", "gsm8k_train.jsonl"):
+        _, found = check(SourceConfig(f"{data}/train/{name}"), index, least_share=0.5)
+        same = [(row.question, match.problem) for row in found for match in row.matches if match.exact]
+        exact[name] = Counter(problem.partition("/")[0] for _, problem in same)
+        if name.startswith("dapo"):
+            letters = {problem for question, problem in same if question == texts[problem].strip()}
+            assert sum(problem.startswith("math500/") for problem in letters) == 2
+            assert not any(match.problem.startswith("aime24/") for row in found for match in row.matches)
+    assert exact["dapo_math_17k.parquet"] == {"amc23": 11, "math500": 8, "olympiadbench": 6}
+    assert exact["math_train_7500.json"] == exact["gsm8k_train.jsonl"] == {}

@@ -1,0 +1,191 @@
+"""An evaluation's flow with an engine that answers from the request alone; the real one is in integration/."""
+
+from __future__ import annotations
+
+import json
+import random
+from pathlib import Path
+from typing import ClassVar
+
+import pytest
+from rich.console import Console
+
+from megatron_rlvr import benchmarks, evaluate
+from megatron_rlvr.benchmarks import Benchmark
+from megatron_rlvr.config import ConfigError
+from megatron_rlvr.evaluation_settings import Settings
+from megatron_rlvr.rollout.engine import Request, Sample
+from tests.integration.test_real_data import save_byte_tokenizer
+from tests.tiny import make_folder
+
+ANSWERS = ["1", "22", "3", "4"]
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory) -> Path:
+    folder = make_folder(tmp_path_factory.mktemp("model"), vocab_size=257, num_hidden_layers=1, eos_token_id=256)
+    save_byte_tokenizer(folder)
+    return folder
+
+
+class FakeSampler:
+    """Right or wrong by the request's seed; ``calls`` counts requests, and ``fail_after`` of them it dies."""
+
+    calls: ClassVar[list[Request]] = []
+    fail_after = 10**9
+
+    def __init__(self, path: Path, max_length: int, **_) -> None:
+        from transformers import AutoTokenizer
+
+        self.tokenizer = AutoTokenizer.from_pretrained(path)
+
+    def generate(self, requests: list[Request]) -> list[Sample]:
+        samples = []
+        for request in requests:
+            if len(self.calls) >= self.fail_after:
+                raise KeyboardInterrupt
+            self.calls.append(request)
+            draw = random.Random(request.seed)
+            text = rf"so \boxed{{{draw.choice(ANSWERS)}}}" + "!" * draw.randrange(3)
+            ids = self.tokenizer(text)["input_ids"]
+            finish = draw.choice(["stop", "length"])
+            ids = [*ids, 256] if finish == "stop" else ids
+            samples.append(Sample(ids, [-draw.random() for _ in ids], finish))
+        return samples
+
+    def close(self) -> None:
+        pass
+
+
+# In this process: three workers that import sympy would take longer than all the rest.
+VERIFIER = """
+from megatron_rlvr.verdict import Verdict
+
+ISOLATED = False
+
+
+def read_answer(value):
+    return str(value)
+
+
+def verify(response, answer):
+    given = response.partition("{")[2].partition("}")[0]
+    return Verdict(float(given == answer), "ok", extracted=given)
+"""
+
+
+@pytest.fixture
+def ready(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Settings:
+    """Two benchmarks of three problems each, the second of which must not be shown."""
+    for name in ("one", "two"):
+        rows = [{"problem": f"{name} {answer}?", "answer": answer} for answer in ANSWERS[:3]]
+        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (tmp_path / "equal.py").write_text(VERIFIER)
+    table = {
+        name: Benchmark(name, name, f"{name}.jsonl", "", verifier=str(tmp_path / "equal.py"), shown=name != "two")
+        for name in ("one", "two", "repeated")
+    }
+    monkeypatch.setattr(benchmarks, "BENCHMARKS", table)
+    monkeypatch.setattr(evaluate, "Sampler", FakeSampler)
+    monkeypatch.setattr(FakeSampler, "calls", [])
+    monkeypatch.setattr(FakeSampler, "fail_after", 10**9)
+    return Settings(
+        str(model), str(tmp_path / "out"), ["one", "two"], str(tmp_path), samples=4, template="raw", max_tokens=50
+    )
+
+
+def samples(settings: Settings) -> dict[str, list[str]]:
+    return {path.name: sorted(path.read_text().splitlines()) for path in Path(settings.output, "samples").iterdir()}
+
+
+def test_results_samples_and_what_is_not_shown(ready: Settings, capsys: pytest.CaptureFixture) -> None:
+    results = evaluate.evaluate(ready, Console(width=200))
+    written = json.loads(Path(ready.output, "results.json").read_text())
+    assert written == json.loads(json.dumps(results))
+    rows = {name: list(map(json.loads, lines)) for name, lines in samples(ready).items()}
+    assert {name: len(of) for name, of in rows.items()} == {"one.jsonl": 12, "two.jsonl": 12}
+    for name in ("one", "two"):
+        by_problem: dict[str, list[float]] = {}
+        for row in rows[f"{name}.jsonl"]:
+            by_problem.setdefault(row["id"], []).append(row["reward"])
+        average = sum(sum(of) / 4 for of in by_problem.values()) / 3
+        assert 0 < average < 1  # else the test shows nothing
+        figure = written["benchmarks"][name]["avg@4"]
+        assert figure["value"] == pytest.approx(average) and figure["low"] < average < figure["high"]
+        assert written["benchmarks"][name]["problems"] == 3
+        truncated = sum(row["finish_reason"] == "length" for row in rows[f"{name}.jsonl"]) / 12
+        assert written["benchmarks"][name]["truncated"] == pytest.approx(truncated)
+    assert all("boxed" in row["text"] and not row["text"].endswith("<end>") for row in rows["one.jsonl"])
+    hidden = Path(ready.output, "samples/two.jsonl").read_text()
+    assert "boxed" not in hidden and "two 1?" not in hidden
+    shown = capsys.readouterr().out
+    assert "24 of 24 responses" in shown and "avg@4" in shown and "maj@4" in shown and "pass@4" in shown
+
+
+@pytest.mark.parametrize("batch", [1, 5, 1000])
+def test_a_killed_evaluation_goes_on_and_ends_the_same_whatever_the_batch(ready: Settings, batch: int) -> None:
+    whole = evaluate.evaluate(ready, Console(quiet=True))
+    expected, results = samples(ready), Path(ready.output, "results.json").read_bytes()
+    ready.output += "-again"
+    ready.batch, FakeSampler.fail_after = batch, len(FakeSampler.calls) + 13
+    with pytest.raises(KeyboardInterrupt):
+        evaluate.evaluate(ready, Console(quiet=True))
+    done = sum(map(len, samples(ready).values())) if Path(ready.output, "samples").exists() else 0
+    assert done == 13 // batch * batch
+    FakeSampler.fail_after, before = 10**9, len(FakeSampler.calls)
+    assert evaluate.evaluate(ready, Console(quiet=True)) == whole
+    assert len(FakeSampler.calls) - before == 24 - done
+    assert samples(ready) == expected and Path(ready.output, "results.json").read_bytes() == results
+
+
+def test_more_samples_are_added_to_those_there_and_fewer_read(ready: Settings) -> None:
+    four = evaluate.evaluate(ready, Console(quiet=True))["benchmarks"]
+    before = len(FakeSampler.calls)
+    ready.samples = 6
+    six = evaluate.evaluate(ready, Console(quiet=True))["benchmarks"]
+    assert len(FakeSampler.calls) - before == 2 * 3 * 2 and "avg@6" in six["one"]
+    ready.samples = 4
+    assert evaluate.evaluate(ready, Console(quiet=True))["benchmarks"] == four
+    ready.temperature = 1.0
+    with pytest.raises(ConfigError, match="holds samples with temperature=0.6, not 1.0"):
+        evaluate.evaluate(ready, Console(quiet=True))
+
+
+def test_a_file_that_repeats_its_problems_is_not_multiplied_again(ready: Settings, tmp_path: Path) -> None:
+    rows = [{"problem": f"{answer}?", "answer": answer} for answer in ANSWERS[:3]] * 32
+    (tmp_path / "repeated.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    ready.benchmarks, ready.samples = ["repeated"], 32
+    found = evaluate.evaluate(ready, Console(quiet=True))["benchmarks"]["repeated"]
+    assert found["problems"] == 3 and "avg@32" in found and len(FakeSampler.calls) == 96
+    assert len({request.seed for request in FakeSampler.calls}) == 96
+
+
+def test_a_run_stands_for_its_model(model: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    (run / "checkpoints").mkdir(parents=True)
+    with pytest.raises(ConfigError, match="is a run without hf/"):
+        evaluate.model_folder(str(run))
+    (run / "hf").symlink_to(model)
+    assert evaluate.model_folder(str(run)) == run / "hf" and evaluate.model_folder(str(model)) == model
+    with pytest.raises(ConfigError, match="is no Hugging Face folder"):
+        evaluate.model_folder(str(tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("changed", "says"),
+    [
+        ({"samples": 0}, "samples must be at least 1, not 0"),
+        ({"temperature": 3.0}, r"temperature must be in \[0, 2\], not 3.0"),
+        ({"top_p": 0.0}, r"top_p must be in \(0, 1\]"),
+        ({"template": "qwen"}, "template must be one of 'chat', 'boxed'"),
+        ({"dtype": "fp8"}, "dtype must be auto, float32 or bfloat16"),
+        ({"deadline": 0.0}, "deadline must be above 0"),
+        ({"benchmarks": ["three"]}, "unknown benchmark 'three'"),
+    ],
+)
+def test_wrong_settings_are_refused_before_anything_is_written(ready: Settings, changed: dict, says: str) -> None:
+    for name, value in changed.items():
+        setattr(ready, name, value)
+    with pytest.raises(ConfigError, match=says):
+        evaluate.evaluate(ready, Console(quiet=True))
+    assert not Path(ready.output).exists() and not FakeSampler.calls

@@ -1,0 +1,55 @@
+"""Samples on disk: read back, cut where a killed writer left half a line, refused where they are of something else."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from megatron_rlvr.config import ConfigError
+from megatron_rlvr.sample_store import SampleStore, StoredSample
+
+
+def stored(index: int, **changed) -> StoredSample:
+    values = {"reward": 1.0, "status": "ok", "extracted": "25", "tokens": 8, "finish_reason": "stop", "log_prob": -0.1}
+    return StoredSample(f"p/{index}", 0, **{**values, "text": "so 25\n\u2028", **changed})
+
+
+def test_samples_come_back_as_they_were(tmp_path: Path) -> None:
+    store = SampleStore(tmp_path / "new" / "folder", {"seed": 0})
+    assert store.read("p") == {}
+    store.append("p", [stored(1), stored(2)])
+    store.append("p", [stored(3, log_prob=-1 / 3)])
+    assert list(SampleStore(tmp_path / "new" / "folder", {"seed": 0}).read("p").values()) == [
+        *(stored(1), stored(2), stored(3, log_prob=-1 / 3))
+    ]
+    assert store.read("other") == {}
+
+
+@pytest.mark.parametrize("kept", [0, 1])
+def test_half_a_line_is_cut_off(tmp_path: Path, kept: int) -> None:
+    store = SampleStore(tmp_path, {})
+    store.append("p", [stored(index) for index in range(kept)])
+    path = tmp_path / "samples/p.jsonl"
+    with path.open("a") as file:
+        file.write('{"id": "p/9", "samp')
+    assert len(store.read("p")) == kept
+    store.append("p", [stored(7)])
+    assert [item.id for item in store.read("p").values()] == [*(f"p/{index}" for index in range(kept)), "p/7"]
+
+
+def test_other_settings_are_refused_and_nothing_is_lost(tmp_path: Path) -> None:
+    SampleStore(tmp_path, {"seed": 0, "temperature": 0.6}).append("p", [stored(1)])
+    with pytest.raises(ConfigError, match="holds samples with temperature=0.6, not 1.0: name another output folder"):
+        SampleStore(tmp_path, {"seed": 0, "temperature": 1.0})
+    assert len(SampleStore(tmp_path, {"seed": 0, "temperature": 0.6}).read("p")) == 1
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ConfigError, match="cannot make the output folder"):
+        SampleStore(tmp_path / "file", {})
+
+
+def test_an_outcome_counts_what_was_judged() -> None:
+    assert stored(1).outcome.right is True and stored(1, reward=0.0).outcome.right is False
+    lost = stored(1, status="timeout", reward=0.0).outcome
+    assert lost.right is None and lost.answer is None
+    assert stored(1, finish_reason="length").outcome.truncated
