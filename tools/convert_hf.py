@@ -1,0 +1,61 @@
+"""Hugging Face folder <-> Megatron folder, on a CPU: python tools/convert_hf.py import|export|verify|inspect --help"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import warnings
+
+from rich.progress import Progress
+
+warnings.simplefilter("ignore")  # Megatron lists what a machine without a GPU lacks
+
+from megatron_rlvr.config import ConfigError  # noqa: E402
+from megatron_rlvr.weights import convert_export, convert_import, convert_verify  # noqa: E402
+
+
+def parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__)
+    commands = parser.add_subparsers(dest="command", required=True)
+    for name, text in {
+        "import": "write --megatron from --hf",
+        "export": "write --hf from --megatron, a Megatron folder or a training checkpoint",
+        "verify": "compare every tensor, bit by bit, and the logits (in fp32)",
+    }.items():
+        command = commands.add_parser(name, help=text)
+        for folder in ("hf", "megatron"):
+            command.add_argument(f"--{folder}", required=True, metavar="DIR")
+    layout = commands.choices["import"]
+    layout.add_argument("--tp", type=int, default=1, help="sets how far the vocabulary is padded")
+    layout.add_argument("--pp", type=int, default=1, help="no file holds layers of two stages; any layout can load it")
+    commands.choices["export"].add_argument("--model", default="policy", help="of a training checkpoint: or critic")
+    commands.choices["verify"].add_argument("--tensors-only", action="store_true")
+    commands.add_parser("inspect", help="what a folder of either kind holds").add_argument("folder")
+    return parser.parse_args()
+
+
+def run(options: argparse.Namespace, progress: Progress) -> int:
+    task = progress.add_task(options.command, total=None)
+
+    def advance(done: int, total: int) -> None:
+        progress.update(task, completed=done, total=total)
+
+    if options.command == "import":
+        convert_import.import_hf(options.hf, options.megatron, options.tp, options.pp, advance)
+    elif options.command == "export":
+        convert_export.export_megatron(options.megatron, options.hf, options.model, advance)
+    elif options.command == "inspect":
+        print(json.dumps(convert_verify.describe(options.folder), indent=2))
+    else:
+        return convert_verify.report(options.hf, options.megatron, options.tensors_only, advance)
+    return 0
+
+
+if __name__ == "__main__":
+    try:
+        with Progress(redirect_stdout=False) as progress:
+            code = run(parse(), progress)
+    except ConfigError as error:
+        code = f"error: {error}"
+    sys.exit(code)
