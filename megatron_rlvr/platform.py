@@ -193,6 +193,20 @@ def spare_vllm_small_compiles() -> None:
         type(current_platform).simple_compile_backend = "eager"
 
 
+def forget_expert_kernels(model: torch.nn.Module) -> None:
+    """Call before vLLM reloads weights. On a CPU it would go on computing with the experts' old ones.
+
+    Their kernel repacks the weights when it is made, which a reload only does where there is none
+    (fused_moe/unquantized_fused_moe_method.py:187).
+    """
+    if has_gpu():
+        return
+    for module in model.modules():
+        method: Any = getattr(module, "quant_method", None)
+        if getattr(method, "moe_kernel", None) is not None:
+            method.moe_kernel = None
+
+
 @contextlib.contextmanager
 def private_shared_memory(job: str) -> Iterator[None]:
     """Build a vLLM engine in here: its ranks' shared memory is named after ``job``, until all of them have mapped it.

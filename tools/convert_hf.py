@@ -9,10 +9,9 @@ import warnings
 
 from rich.progress import Progress
 
-warnings.simplefilter("ignore")  # Megatron lists what a machine without a GPU lacks
-
-from megatron_rlvr.config import ConfigError  # noqa: E402
-from megatron_rlvr.weights import convert_export, convert_import, convert_verify  # noqa: E402
+from megatron_rlvr.config import ConfigError
+from megatron_rlvr.weights.convert_export import export_megatron
+from megatron_rlvr.weights.convert_import import import_hf
 
 
 def parse() -> argparse.Namespace:
@@ -42,13 +41,16 @@ def run(options: argparse.Namespace, progress: Progress) -> int:
         progress.update(task, completed=done, total=total)
 
     if options.command == "import":
-        convert_import.import_hf(options.hf, options.megatron, options.tp, options.pp, advance)
+        import_hf(options.hf, options.megatron, options.tp, options.pp, advance)
     elif options.command == "export":
-        convert_export.export_megatron(options.megatron, options.hf, options.model, advance)
-    elif options.command == "inspect":
-        print(json.dumps(convert_verify.describe(options.folder), indent=2))
+        export_megatron(options.megatron, options.hf, options.model, advance)
     else:
-        return convert_verify.report(options.hf, options.megatron, options.tensors_only, advance)
+        warnings.simplefilter("ignore")  # Megatron lists what a machine without a GPU lacks
+        from megatron_rlvr.weights import convert_verify  # an import of seconds, which the others do without
+
+        if options.command == "verify":
+            return convert_verify.report(options.hf, options.megatron, options.tensors_only, advance)
+        print(json.dumps(convert_verify.describe(options.folder), indent=2))
     return 0
 
 
