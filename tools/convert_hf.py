@@ -7,6 +7,7 @@ import json
 import sys
 import warnings
 
+from rich.console import Console
 from rich.progress import Progress
 
 from megatron_rlvr.config import ConfigError
@@ -25,38 +26,35 @@ def parse() -> argparse.Namespace:
         command = commands.add_parser(name, help=text)
         for folder in ("hf", "megatron"):
             command.add_argument(f"--{folder}", required=True, metavar="DIR")
-    layout = commands.choices["import"]
-    layout.add_argument("--tp", type=int, default=1, help="sets how far the vocabulary is padded")
-    layout.add_argument("--pp", type=int, default=1, help="no file holds layers of two stages; any layout can load it")
+    for size, text in {"tp": "how far the vocabulary is padded", "pp": "stages that share no file"}.items():
+        commands.choices["import"].add_argument(f"--{size}", type=int, default=1, help=text)
     commands.choices["export"].add_argument("--model", default="policy", help="of a training checkpoint: or critic")
     commands.choices["verify"].add_argument("--tensors-only", action="store_true")
     commands.add_parser("inspect", help="what a folder of either kind holds").add_argument("folder")
     return parser.parse_args()
 
 
-def run(options: argparse.Namespace, progress: Progress) -> int:
+def run(options: argparse.Namespace, progress: Progress) -> int | None:
     task = progress.add_task(options.command, total=None)
 
     def advance(done: int, total: int) -> None:
         progress.update(task, completed=done, total=total)
 
     if options.command == "import":
-        import_hf(options.hf, options.megatron, options.tp, options.pp, advance)
-    elif options.command == "export":
-        export_megatron(options.megatron, options.hf, options.model, advance)
-    else:
-        warnings.simplefilter("ignore")  # Megatron lists what a machine without a GPU lacks
-        from megatron_rlvr.weights import convert_verify  # an import of seconds, which the others do without
+        return import_hf(options.hf, options.megatron, options.tp, options.pp, advance)
+    if options.command == "export":
+        return export_megatron(options.megatron, options.hf, options.model, advance)
+    warnings.simplefilter("ignore")  # Megatron lists what a machine without a GPU lacks
+    from megatron_rlvr.weights import convert_verify  # an import of seconds, which the others do without
 
-        if options.command == "verify":
-            return convert_verify.report(options.hf, options.megatron, options.tensors_only, advance)
-        print(json.dumps(convert_verify.describe(options.folder), indent=2))
-    return 0
+    if options.command == "verify":
+        return convert_verify.report(options.hf, options.megatron, options.tensors_only, advance)
+    return print(json.dumps(convert_verify.describe(options.folder), indent=2))
 
 
 if __name__ == "__main__":
     try:
-        with Progress(redirect_stdout=False) as progress:
+        with Progress(console=Console(stderr=True), redirect_stdout=False) as progress:
             code = run(parse(), progress)
     except ConfigError as error:
         code = f"error: {error}"
