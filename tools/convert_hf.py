@@ -55,7 +55,6 @@ def run(options: argparse.Namespace, progress: Progress) -> int | None:
 if __name__ == "__main__":
     try:
         with Progress(console=Console(stderr=True), redirect_stdout=False) as progress:
-            code = run(parse(), progress)
+            sys.exit(run(parse(), progress))
     except ConfigError as error:
-        code = f"error: {error}"
-    sys.exit(code)
+        sys.exit(f"error: {error}")

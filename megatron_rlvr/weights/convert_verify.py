@@ -56,8 +56,8 @@ def _difference(one: Tensor, other: Tensor) -> str:
     if one.dtype != other.dtype or one.shape != other.shape:
         return f"{one.dtype} {list(one.shape)} and {other.dtype} {list(other.shape)}"
     as_bits = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[one.dtype.itemsize]
-    unequal = int((one.view(as_bits) != other.view(as_bits)).sum())
-    return f"{unequal} of {one.numel()} values" if unequal else ""
+    one, other = one.view(as_bits), other.view(as_bits)
+    return "" if torch.equal(one, other) else f"{int((one != other).sum())} of {one.numel()} values"
 
 
 @torch.no_grad()
