@@ -35,10 +35,10 @@ def parse() -> argparse.Namespace:
 
 
 def run(options: argparse.Namespace, progress: Progress) -> int | None:
-    task = progress.add_task(options.command, total=None)
+    task = progress.add_task(options.command, visible=False)
 
     def advance(done: int, total: int) -> None:
-        progress.update(task, completed=done, total=total)
+        progress.update(task, completed=done, total=total, visible=True)
 
     if options.command == "import":
         return import_hf(options.hf, options.megatron, options.tp, options.pp, advance)
