@@ -29,7 +29,7 @@ from torch.distributed.checkpoint.metadata import (
 )
 
 from megatron_rlvr.architecture import Architecture
-from megatron_rlvr.config import ConfigError, rule
+from megatron_rlvr.config import rule
 from megatron_rlvr.weights import mapping
 from megatron_rlvr.weights.gather import owner_stage
 from megatron_rlvr.weights.megatron_folder import COMMON, FORMAT, METADATA
@@ -96,25 +96,31 @@ def import_hf(
 def _items(source: Source, architecture: Architecture, tp: int, pp: int) -> Iterator[Item]:
     """Everything the Megatron folder holds, in the model's order."""
     head = source.value_head()
+    stacked: dict[str, torch.dtype] = {}
     for entry in mapping.entries(architecture):
         if entry.stored == ("output_layer.weight",) and head:
             continue
         layouts = [source.layout(name) for name in entry.hf]
         dtypes = {dtype for _, dtype in layouts}
         rule(len(dtypes) == 1, f"{source.path(entry.hf[0])}: {' and '.join(entry.hf)} differ in dtype")
+        (dtype,) = dtypes
+        rule(
+            dtype == stacked.setdefault(entry.stored[0], dtype),
+            f"{source.path(entry.hf[0])}: {entry.hf[0]} is {dtype}, in an earlier layer {stacked[entry.stored[0]]}",
+        )
         shape = mapping.stored_shape(entry, architecture, tp)
         yield Item(
             entry.stored[0],
             shape,
             entry.place,
             owner_stage(entry, architecture, pp, 1),
-            math.prod(shape[len(entry.place) :]) * dtypes.pop().itemsize,
+            math.prod(shape[len(entry.place) :]) * dtype.itemsize,
             functools.partial(_megatron_tensor, source, entry, architecture, tp),
             mapping.extra_state(entry, shape),
         )
     for leaf, tensor in head.items():
         name = f"output_layer.{leaf}"
-        yield Item(name, tuple(tensor.shape), (), pp - 1, tensor.nbytes, functools.partial(tensor.view, tensor.shape))
+        yield Item(name, tuple(tensor.shape), (), pp - 1, tensor.nbytes, functools.partial(torch.clone, tensor))
 
 
 def _megatron_tensor(source: Source, entry: mapping.Entry, architecture: Architecture, tp: int) -> Tensor:
@@ -187,13 +193,11 @@ def _complete(partial: PartialFolder, files: dict[str, list[Item]], hf: Path) ->
 
 
 def _describe(metadata: Metadata, record: dict[str, Any], file: str) -> None:
-    name, dtype = record["name"], getattr(torch, record["dtype"])
+    name, properties = record["name"], TensorProperties(dtype=getattr(torch, record["dtype"]))
     known = metadata.state_dict_metadata.setdefault(
-        name, TensorStorageMetadata(TensorProperties(dtype=dtype), torch.Size(record["size"]), [])
+        name, TensorStorageMetadata(properties, torch.Size(record["size"]), [])
     )
     assert isinstance(known, TensorStorageMetadata)
-    if known.properties.dtype != dtype:
-        raise ConfigError(f"{name} is {known.properties.dtype} in one layer and {dtype} in another: store it alike")
     offsets = torch.Size(record["offsets"])
     known.chunks.append(ChunkStorageMetadata(offsets, torch.Size(record["chunk"])))
     metadata.storage_data[MetadataIndex(name, offsets)] = _StorageInfo(file, record["start"], record["length"])

@@ -70,6 +70,7 @@ def test_bf16_survives_bit_for_bit(tmp_path: Path, tied: bool) -> None:
 
 def test_every_damage_is_one_error_and_nothing_is_written(tmp_path: Path) -> None:
     source, name = tmp_path / "hf", "model.layers.2.mlp.up_proj.weight"
+    norm = "model.layers.3.input_layernorm.weight"
     save_model(source, "llama", tied=False, shard="150KB")
     located = json.loads((source / "model.safetensors.index.json").read_text())["weight_map"]
     file = located[name]
@@ -97,6 +98,9 @@ def test_every_damage_is_one_error_and_nothing_is_written(tmp_path: Path) -> Non
             at / file, at / "model-00099-of-00099.safetensors"
         ),
         "is no index of safetensors": lambda at: (at / "model.safetensors.index.json").write_text("{}"),
+        "is torch.float16, in an earlier layer torch.float32": lambda at: rewrite(
+            at / located[norm], lambda held: held.update({norm: held[norm].half()})
+        ),
         "differ in dtype": lambda at: rewrite(at / file, lambda held: held.update({name: held[name].half()})),
     }
     for number, (message, damage) in enumerate(damages.items()):
