@@ -58,3 +58,12 @@ def test_exploration() -> None:
     assert {row["policy_forwards"] for row in rows} == {8}
     assert all(row["seconds"] > 0 and row["cpu_seconds"] > 0 for row in rows)
     assert {"lp_reg / grpo", "lp_reg_released_code / grpo", "ppo_16_heads / ppo_1_head"} <= set(ratios)
+
+
+@pytest.mark.slow
+def test_convert(tmp_path: Path) -> None:
+    rows = {row["phase"]: row for row in run("bench_convert", folder=tmp_path / "bench", layers=2)}
+    assert list(rows) == ["copy", "import", "export", "compare"] and not (tmp_path / "bench").exists()
+    assert all(row["seconds"] > 0 and row["gib"] > 1 for row in rows.values())
+    # the bound of what must be free: twice the largest file, and a GiB
+    assert all(0 < rows[phase]["anon_mib"] < rows[phase]["bound_mib"] for phase in ("import", "export", "compare"))
