@@ -41,6 +41,7 @@ class PartialFolder:
         fill(unfinished)
         with unfinished.open("rb") as file:
             os.fsync(file.fileno())
+        unfinished.chmod(self.path.stat().st_mode & 0o666)  # safetensors would keep it to its owner
         unfinished.rename(self.path / name)
 
     def finish(self) -> None:

@@ -60,6 +60,7 @@ def test_bf16_survives_bit_for_bit(tmp_path: Path, tied: bool) -> None:
     import_hf(source, tmp_path / "megatron", tp=2, pp=2)
     export_megatron(tmp_path / "megatron", tmp_path / "back")
     found, expected = (load_file(folder / "model.safetensors") for folder in (tmp_path / "back", source))
+    assert len({file.stat().st_mode for file in (tmp_path / "back").iterdir()}) == 1  # no file is its owner's alone
     assert found.keys() == expected.keys()
     assert all(found[name].view(torch.int16).equal(expected[name].view(torch.int16)) for name in expected)
     assert json.loads((tmp_path / "back" / "config.json").read_text())["dtype"] == "bfloat16"
