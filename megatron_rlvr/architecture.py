@@ -14,15 +14,39 @@ from typing import Any, Literal, get_args
 
 from megatron_rlvr.config import ConfigError, rule
 
-Family = Literal["qwen2", "qwen3"]
+Family = Literal["qwen2", "qwen3", "llama", "qwen3_moe"]
 
 # Megatron cuts the vocabulary evenly over the ranks; 128 columns a rank keep the matrix kernels aligned.
 VOCAB_MULTIPLE = 128
 
 
 @dataclass(frozen=True)
+class RopeScaling:
+    """Llama 3's stretch of the positions: wavelengths beyond original / low_frequency are multiplied by ``factor``.
+
+    Those below original / high_frequency stay, those between go over smoothly (arXiv 2407.21783; transformers'
+    rope_type "llama3"). RopeScaling(factor=8.0, low_frequency=1.0, high_frequency=4.0, original_positions=8192)
+    """
+
+    factor: float
+    low_frequency: float
+    high_frequency: float
+    original_positions: int
+
+
+@dataclass(frozen=True)
+class Experts:
+    """The mixture that stands for each layer's MLP: Experts(count=128, per_token=8, ffn_size=768, normalised=True)."""
+
+    count: int
+    per_token: int
+    ffn_size: int
+    normalised: bool  # the weights of a token's experts sum to 1
+
+
+@dataclass(frozen=True)
 class Architecture:
-    """A dense decoder.
+    """A decoder.
 
     Architecture(family="qwen3", num_layers=28, hidden_size=1024, num_heads=16, num_kv_heads=8, head_dim=128,
                  ffn_size=3072, vocab_size=151936, tied=True, qk_norm=True, qkv_bias=False, rope_theta=1e6,
@@ -43,6 +67,8 @@ class Architecture:
     rope_theta: float
     rms_eps: float
     max_positions: int
+    rope_scaling: RopeScaling | None = None
+    experts: Experts | None = None
 
     @staticmethod
     def from_folder(path: str | Path, key: str = "model.path") -> Architecture:
@@ -65,12 +91,19 @@ class Architecture:
         parts = {
             "attention heads": self.num_heads,
             "key-value heads": self.num_kv_heads,
-            "feed-forward columns": self.ffn_size,
+            "feed-forward columns": self.experts.ffn_size if self.experts else self.ffn_size,
         }
         for what, size in parts.items():
             rule(size % tp == 0, f"parallel.tp={tp} must divide the model's {size} {what}")
         stages = f"parallel.pp={pp}" + (f" x parallel.vpp={vpp} = {pp * vpp} stages" if vpp > 1 else "")
         rule(self.num_layers % (pp * vpp) == 0, f"{stages} must divide the model's {self.num_layers} layers")
+
+    def check_trains(self, key: str = "model.path") -> None:
+        """Whether training runs it, and not conversion and evaluation alone. Raises ConfigError."""
+        rule(
+            self.experts is None,
+            f"{key}: a {self.family} model is converted and evaluated here, but not trained: give a dense model",
+        )
 
     def check_engine_layout(self, tp: int) -> None:
         """Whether the rollout engine can be cut into tp ranks. Raises ConfigError."""
@@ -129,12 +162,43 @@ def _from_tree(tree: dict[str, Any], source: Path) -> Architecture:
         ffn_size=need("intermediate_size"),
         vocab_size=need("vocab_size"),
         tied=bool(tree.get("tie_word_embeddings", False)),
-        qk_norm=family == "qwen3",
+        qk_norm=family in ("qwen3", "qwen3_moe"),
         qkv_bias=family == "qwen2",
         rope_theta=float(_rope(tree).get("rope_theta") or tree.get("rope_theta") or 10000.0),
         rms_eps=float(tree.get("rms_norm_eps", 1e-6)),
         max_positions=need("max_position_embeddings"),
+        rope_scaling=_rope_scaling(tree, source),
+        experts=_experts(tree, source) if family == "qwen3_moe" else None,
     )
+
+
+def _rope_scaling(tree: dict[str, Any], source: Path) -> RopeScaling | None:
+    rope = _rope(tree)
+    kind = rope.get("rope_type") or rope.get("type") or "default"
+    if kind == "default":
+        return None
+    rule(kind == "llama3", f"{source}: rope scaling {kind!r} is not supported, only 'default' (none) and 'llama3'")
+    keys = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
+    for key in keys:
+        value: Any = rope.get(key)
+        sound = isinstance(value, int | float) and value > 0
+        rule(sound, f"{source}: {key} of the rope scaling must be a positive number, not {value!r}")
+    factor, low, high, positions = (rope[key] for key in keys)
+    return RopeScaling(float(factor), float(low), float(high), int(positions))
+
+
+def _experts(tree: dict[str, Any], source: Path) -> Experts:
+    rule(
+        not tree.get("mlp_only_layers") and tree.get("decoder_sparse_step", 1) == 1,
+        f"{source}: dense layers among those with experts (mlp_only_layers, decoder_sparse_step) are not supported",
+    )
+    keys = ("num_experts", "num_experts_per_tok", "moe_intermediate_size")
+    sizes: dict[str, Any] = {key: tree.get(key) for key in keys}
+    sizes["num_experts"] = sizes["num_experts"] or tree.get("num_local_experts")  # as transformers 5 writes it
+    for key, value in sizes.items():
+        rule(isinstance(value, int) and value > 0, f"{source}: {key} must be a positive integer, not {value!r}")
+    count, per_token, ffn_size = sizes.values()
+    return Experts(count, per_token, ffn_size, normalised=bool(tree.get("norm_topk_prob", False)))
 
 
 def _rope(tree: dict[str, Any]) -> dict[str, Any]:
@@ -143,9 +207,6 @@ def _rope(tree: dict[str, Any]) -> dict[str, Any]:
 
 
 def _refuse_variants(tree: dict[str, Any], source: Path) -> None:
-    rope = _rope(tree)
-    kind = rope.get("rope_type") or rope.get("type") or "default"
-    rule(kind == "default", f"{source}: rope scaling {kind!r} is not supported, only 'default' (no scaling)")
     layers = set(tree.get("layer_types") or ["full_attention"])
     rule(
         not tree.get("use_sliding_window") and layers == {"full_attention"},
@@ -155,7 +216,8 @@ def _refuse_variants(tree: dict[str, Any], source: Path) -> None:
         tree.get("hidden_act", "silu") == "silu",
         f"{source}: hidden_act {tree.get('hidden_act')!r} is not supported, only 'silu'",
     )
-    rule(
-        not (tree["model_type"] == "qwen3" and tree.get("attention_bias")),
-        f"{source}: attention_bias is not supported for qwen3",
-    )
+    for key in ("attention_bias", "mlp_bias"):
+        rule(
+            tree["model_type"] == "qwen2" or not tree.get(key),
+            f"{source}: {key} is not supported for {tree['model_type']}",
+        )

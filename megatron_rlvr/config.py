@@ -33,7 +33,7 @@ __all__ = [
 
 @dataclass
 class ModelConfig:
-    path: str = ""  # a Hugging Face folder: config.json, tokenizer, safetensors
+    path: str = ""  # a Hugging Face folder (config.json, tokenizer, safetensors), or a Megatron one of convert_hf.py
     random_init: bool = False  # take the shape from config.json and draw the weights from `seed`
     dtype: Literal["float32", "bfloat16"] = "bfloat16"
     recompute: Literal["none", "selective", "full"] = "none"  # activations recomputed in the backward pass

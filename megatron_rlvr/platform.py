@@ -115,9 +115,10 @@ def _leave() -> None:
 
 
 @functools.cache
-def _cpu_answers() -> list[tuple[Any, str, Callable]]:
-    """(owner, attribute, replacement): the smallest set that TP, SP, PP, VPP, DP, recompute and the optimizer need."""
+def _cpu_answers() -> list[tuple[Any, str, Callable | None]]:
+    """(owner, attribute, replacement): the smallest set that TP, SP, PP, VPP, DP, EP, recompute and optimizer need."""
     import megatron.core.tensor_parallel.random as tensor_parallel_random
+    from megatron.core.transformer.moe import moe_utils
 
     tensor_type = torch.Tensor.type
 
@@ -140,6 +141,8 @@ def _cpu_answers() -> list[tuple[Any, str, Callable]]:
         # The optimizer recognises fp32 tensors by the name 'torch.cuda.FloatTensor': clip_grads.py:167,
         # optimizer.py:671, distrib_optimizer.py:361.
         (torch.Tensor, "type", named_as_cuda),
+        # The router looks for Transformer Engine's kernel under a name that only its import defines: moe_utils.py:1192.
+        (moe_utils, "te_general_gemm", None),
         # The dropout and recompute tracker (random.py:235, 447) keeps CUDA generator states: here the CPU's own.
         (torch.cuda, "manual_seed", torch.manual_seed),
         (torch.cuda, "get_rng_state", lambda device="cuda": torch.get_rng_state()),
@@ -194,6 +197,20 @@ def spare_vllm_small_compiles() -> None:
 
     if not has_gpu():
         type(current_platform).simple_compile_backend = "eager"
+
+
+def forget_expert_kernels(model: torch.nn.Module) -> None:
+    """Call before vLLM reloads weights. On a CPU it would go on computing with the experts' old ones.
+
+    Their kernel repacks the weights when it is made, which a reload only does where there is none
+    (fused_moe/unquantized_fused_moe_method.py:187).
+    """
+    if has_gpu():
+        return
+    for module in model.modules():
+        method: Any = getattr(module, "quant_method", None)
+        if getattr(method, "moe_kernel", None) is not None:
+            method.moe_kernel = None
 
 
 @contextlib.contextmanager

@@ -6,7 +6,7 @@ import json
 
 import pytest
 
-from megatron_rlvr.architecture import Architecture
+from megatron_rlvr.architecture import Architecture, Experts, RopeScaling
 from megatron_rlvr.config import ConfigError
 
 QWEN3 = {
@@ -23,6 +23,15 @@ QWEN3 = {
     "rms_norm_eps": 1e-5,
     "max_position_embeddings": 512,
 }
+
+LLAMA3 = {
+    "rope_type": "llama3",
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 8192,
+}
+MIXTURE = {"model_type": "qwen3_moe", "num_experts": 8, "num_experts_per_tok": 2, "moe_intermediate_size": 48}
 
 
 def read(tmp_path, **changes) -> Architecture:
@@ -49,6 +58,23 @@ def test_reads_qwen2_without_head_dim(tmp_path):
     )
 
 
+def test_reads_llama_with_its_rope_scaling(tmp_path):
+    shape = read(tmp_path, model_type="llama", rope_scaling=LLAMA3)
+    assert shape.rope_scaling == RopeScaling(8.0, 1.0, 4.0, 8192) and shape.rope_theta == 1e6
+    assert not shape.qk_norm and not shape.qkv_bias
+    new = read(tmp_path, model_type="llama", rope_theta=..., rope_parameters=LLAMA3 | {"rope_theta": 5e5})
+    assert new.rope_scaling == shape.rope_scaling and new.rope_theta == 5e5
+
+
+def test_reads_a_mixture_of_experts_and_does_not_train_it(tmp_path):
+    shape = read(tmp_path, **MIXTURE, norm_topk_prob=True)
+    assert shape.experts == Experts(count=8, per_token=2, ffn_size=48, normalised=True)
+    with pytest.raises(ConfigError, match="model.path: a qwen3_moe model is converted and evaluated here, but not"):
+        shape.check_trains()
+    assert read(tmp_path, **MIXTURE | {"num_experts": ..., "num_local_experts": 8}).experts.count == 8
+    read(tmp_path).check_trains()
+
+
 def test_rope_theta_in_either_place(tmp_path):
     new = read(tmp_path, rope_theta=..., rope_parameters={"rope_type": "default", "rope_theta": 5e5})
     assert new.rope_theta == 5e5
@@ -72,7 +98,11 @@ def test_reads_what_transformers_writes(tmp_path, family):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"model_type": "llama"}, "model_type 'llama' is not supported; supported: qwen2, qwen3"),
+        ({"model_type": "gemma"}, "model_type 'gemma' is not supported; supported: qwen2, qwen3, llama, qwen3_moe"),
+        ({"rope_scaling": LLAMA3 | {"factor": "8"}}, "factor of the rope scaling must be a positive number, not '8'"),
+        ({"model_type": "llama", "mlp_bias": True}, "mlp_bias is not supported for llama"),
+        (MIXTURE | {"mlp_only_layers": [1]}, "dense layers among those with experts .* are not supported"),
+        (MIXTURE | {"num_experts": 0}, "num_experts must be a positive integer, not None"),
         ({"rope_scaling": {"rope_type": "yarn", "factor": 4.0}}, "rope scaling 'yarn' is not supported"),
         ({"rope_parameters": {"rope_type": "linear", "rope_theta": 1e4}}, "rope scaling 'linear' is not supported"),
         ({"use_sliding_window": True}, "sliding-window attention is not supported"),

@@ -22,6 +22,8 @@ from megatron.core.tensor_parallel import get_cuda_rng_tracker
 from megatron.core.transformer.module import MegatronModule
 from torch import Tensor
 
+from megatron_rlvr.architecture import RopeScaling
+
 
 @dataclass
 class PackedSequences(PackedSeqParams):
@@ -57,7 +59,8 @@ class PackedAttention(MegatronModule):
     """Causal attention in which no response sees another: the packed tokens are laid out one response a row.
 
     A row's padding stands behind its tokens, so causality alone keeps it out of every output that is read. Queries and
-    keys arrive unrotated; rotary embedding (arXiv 2104.09864 Eq 34, halves instead of pairs) has base ``rotary_base``.
+    keys arrive unrotated; rotary embedding (arXiv 2104.09864 Eq 34, halves instead of pairs) has base ``rotary_base``,
+    scaled by ``rope_scaling``.
     """
 
     def __init__(
@@ -72,10 +75,11 @@ class PackedAttention(MegatronModule):
         pg_collection: ProcessGroupCollection | None = None,
         *,
         rotary_base: float,
+        rope_scaling: RopeScaling | None = None,
         **unused: Any,
     ) -> None:
         super().__init__(config=config)
-        self.rotary_base = rotary_base
+        self.rotary = (rotary_base, rope_scaling)
         self.scale = softmax_scale or 1.0 / math.sqrt(config.kv_channels)
         self.dropout = config.attention_dropout if attention_dropout is None else attention_dropout
 
@@ -100,7 +104,7 @@ class PackedAttention(MegatronModule):
             return tensor.index_select(0, index).view(rows, longest, *tensor.shape[1:]).transpose(1, 2)
 
         repeat = query.shape[1] // key.shape[1]
-        table = _rotation(longest, query.shape[-1], self.rotary_base, query.dtype, query.device)
+        table = _rotation(longest, query.shape[-1], *self.rotary, query.dtype, query.device)
         query, key, value = _rotate(pad(query), table), _rotate(pad(key), table), pad(value)
         if repeat > 1:
             key, value = key.repeat_interleave(repeat, dim=1), value.repeat_interleave(repeat, dim=1)
@@ -118,10 +122,24 @@ class PackedAttention(MegatronModule):
         return nullcontext()
 
 
-@functools.lru_cache(maxsize=32)
-def _rotation(length: int, size: int, base: float, dtype: torch.dtype, device: torch.device) -> tuple[Tensor, Tensor]:
-    """(cos, sin) [length, size] of position times frequency; sin carries the sign of its half."""
+def rotary_frequencies(size: int, base: float, scaling: RopeScaling | None, device: torch.device) -> Tensor:
+    """[size / 2] fp32, radians per position."""
     frequencies = 1.0 / base ** (torch.arange(0, size, 2, dtype=torch.float32, device=device) / size)
+    if scaling is None:
+        return frequencies
+    # turns that a frequency makes over the original positions, placed between the two bounds
+    turns = scaling.original_positions * frequencies / (2 * math.pi)
+    kept = (turns - scaling.low_frequency) / (scaling.high_frequency - scaling.low_frequency)
+    kept = kept.clamp(0, 1)
+    return kept * frequencies + (1 - kept) * frequencies / scaling.factor
+
+
+@functools.lru_cache(maxsize=32)
+def _rotation(
+    length: int, size: int, base: float, scaling: RopeScaling | None, dtype: torch.dtype, device: torch.device
+) -> tuple[Tensor, Tensor]:
+    """(cos, sin) [length, size] of position times frequency; sin carries the sign of its half."""
+    frequencies = rotary_frequencies(size, base, scaling, device)
     angles = torch.outer(torch.arange(length, dtype=torch.float32, device=device), frequencies)
     cos, sin = angles.cos(), angles.sin()
     return torch.cat([cos, cos], dim=1).to(dtype), torch.cat([-sin, sin], dim=1).to(dtype)

@@ -23,7 +23,7 @@ from megatron_rlvr import platform
 from megatron_rlvr.architecture import Architecture
 from megatron_rlvr.config import Config
 from megatron_rlvr.distributed.groups import ParallelGroups
-from megatron_rlvr.models.attention import PackedAttention, RMSNorm
+from megatron_rlvr.models.attention import PackedAttention, RMSNorm, rotary_frequencies
 
 log = logging.getLogger(__name__)
 
@@ -74,12 +74,14 @@ def transformer_config(config: Config, architecture: Architecture) -> Transforme
         virtual_pipeline_model_parallel_size=parallel.vpp if parallel.vpp > 1 else None,
         sequence_parallel=parallel.sequence_parallel,
         # Microbatches differ in length, which Megatron refuses with the default dispatcher even without experts
-        # (transformer_config.py:1829), and which needs one send at a time when stages interleave.
-        variable_seq_lengths=True,
-        moe_token_dispatcher_type="alltoall",
+        # (transformer_config.py:1829), and which needs one send at a time when stages interleave. Experts, which are
+        # evaluated one microbatch at a time, take that dispatcher: it alone asks nothing of CUDA.
+        variable_seq_lengths=architecture.experts is None,
+        moe_token_dispatcher_type="alltoall" if architecture.experts is None else "allgather",
         batch_p2p_comm=False,
         overlap_p2p_comm=parallel.vpp > 1,
         use_cpu_initialization=not platform.has_gpu(),
+        **_experts(architecture),
         gradient_accumulation_fusion=platform.has_apex_weight_gradient_kernel() or platform.has_transformer_engine(),
         apply_rope_fusion=platform.has_transformer_engine(),
         masked_softmax_fusion=False,
@@ -89,6 +91,20 @@ def transformer_config(config: Config, architecture: Architecture) -> Transforme
         recompute_method="uniform" if recompute == "full" else None,
         recompute_num_layers=1 if recompute == "full" else None,
     )
+
+
+def _experts(architecture: Architecture) -> dict[str, object]:
+    """Megatron's terms for a mixture of experts: softmax over those chosen is the normalised softmax over all."""
+    experts = architecture.experts
+    if experts is None:
+        return {}
+    return {
+        "num_moe_experts": experts.count,
+        "moe_ffn_hidden_size": experts.ffn_size,
+        "moe_router_topk": experts.per_token,
+        "moe_router_pre_softmax": not experts.normalised,
+        "moe_router_load_balancing_type": "none",
+    }
 
 
 @functools.cache
@@ -102,13 +118,19 @@ def layer_spec(
     """The one place that chooses between Transformer Engine's layers and the local ones."""
     if platform.has_transformer_engine():
         _log_spec_once("Transformer Engine")
-        return get_gpt_layer_with_transformer_engine_spec(qk_layernorm=architecture.qk_norm)
+        return get_gpt_layer_with_transformer_engine_spec(
+            num_experts=config.num_moe_experts, qk_layernorm=architecture.qk_norm
+        )
     _log_spec_once("local (no Transformer Engine on this machine)")
-    spec = get_gpt_layer_local_spec(qk_layernorm=architecture.qk_norm, normalization="RMSNorm")
+    spec = get_gpt_layer_local_spec(
+        num_experts=config.num_moe_experts, qk_layernorm=architecture.qk_norm, normalization="RMSNorm"
+    )
     layer = spec.submodules
     layer.input_layernorm = layer.pre_mlp_layernorm = RMSNorm
     attention = layer.self_attention.submodules
-    attention.core_attention = ModuleSpec(PackedAttention, params={"rotary_base": architecture.rope_theta})
+    attention.core_attention = ModuleSpec(
+        PackedAttention, params={"rotary_base": architecture.rope_theta, "rope_scaling": architecture.rope_scaling}
+    )
     if architecture.qk_norm:
         attention.q_layernorm = attention.k_layernorm = RMSNorm
     layers = get_num_layers_to_build(config, vp_stage=vp_stage)
@@ -140,6 +162,10 @@ def _build_chunk(
         rotary_base=architecture.rope_theta,
         vp_stage=vp_stage,
     )
+    if architecture.rope_scaling and platform.has_transformer_engine():  # Megatron's own takes the factor alone
+        chunk.rotary_pos_emb.inv_freq = rotary_frequencies(
+            architecture.head_dim, architecture.rope_theta, architecture.rope_scaling, platform.device()
+        )
     return chunk.to(platform.device())
 
 

@@ -73,7 +73,7 @@ class Critic(Trainable):
             if chunk.post_process:
                 head = ValueHead(chunk.config, self.num_heads, config.critic.head_init, config.seed)
                 chunk.output_layer = head.to(platform.device())
-        load_hf(chunks, self.architecture, groups, path, absent=(f"{HEAD}.weight", f"{HEAD}.bias"))
+        load_hf(chunks, self.architecture, groups, path, head=HEAD)
         super().__init__(config, config.critic.optimizer, chunks, config.trainer.num_steps)
 
     def fill_values(self, batch: Batch) -> None:

@@ -72,6 +72,7 @@ class VllmEngine:
         self.ready = False
         with _process_unchanged():
             self._wake()
+            platform.forget_expert_kernels(self._model)
             self._llm.collective_rpc("reload_weights", kwargs={"weights_iterator": iter(weights)})
             # Cached prefixes hold keys and values of the old weights, and a reload keeps them.
             self._llm.reset_prefix_cache()

@@ -1,7 +1,8 @@
 """Megatron names and shards <-> Hugging Face names and whole tensors: one table per model family.
 
 Megatron cuts a model over tensor-parallel ranks and fuses what one matrix product can do at once:
-query, key and value, interleaved per key-value group; gate and up, each rank holding its share of both.
+query, key and value, interleaved per key-value group; gate and up, each rank holding its share of both. In a Megatron
+folder (weights/megatron_folder.py) the same tensors stand whole, a layer's and an expert's stacked under one name.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ Kind = Literal["vocab", "row", "qkv", "gate_up", "replicated"]
 
 @dataclass(frozen=True)
 class Row:
-    """One kind of Megatron parameter; {} stands for the layer's global number.
+    """One kind of Megatron parameter; {} stands for the layer's global number, a second one for the expert's.
 
     The local layer spec and Transformer Engine's name the norms before a linear differently, hence several names.
     """
@@ -64,13 +65,28 @@ _MLP = [
     _layer(["mlp.linear_fc1.weight"], ["mlp.gate_proj.weight", "mlp.up_proj.weight"], "gate_up"),
     _layer(["mlp.linear_fc2.weight"], ["mlp.down_proj.weight"], "row"),
 ]
+_EXPERT = "mlp.experts.local_experts.{}."
+_MIXTURE = [
+    _MLP[0],
+    _layer(["mlp.router.weight"], ["mlp.gate.weight"], "replicated"),
+    _layer(
+        [f"{_EXPERT}linear_fc1.weight"],
+        ["mlp.experts.{}.gate_proj.weight", "mlp.experts.{}.up_proj.weight"],
+        "gate_up",
+    ),
+    _layer([f"{_EXPERT}linear_fc2.weight"], ["mlp.experts.{}.down_proj.weight"], "row"),
+]
 _FINAL_NORM = Row(("decoder.final_layernorm.weight",), ("model.norm.weight",), "replicated")
 _HEAD = Row(("output_layer.weight",), ("lm_head.weight",), "vocab")
 
 TABLES: dict[str, list[Row]] = {
     "qwen2": [_EMBEDDING, _INPUT_NORM, _QKV, _QKV_BIAS, _ATTENTION_OUT, *_MLP, _FINAL_NORM, _HEAD],
     "qwen3": [_EMBEDDING, _INPUT_NORM, _QKV, _QUERY_NORM, _KEY_NORM, _ATTENTION_OUT, *_MLP, _FINAL_NORM, _HEAD],
+    "llama": [_EMBEDDING, _INPUT_NORM, _QKV, _ATTENTION_OUT, *_MLP, _FINAL_NORM, _HEAD],
+    "qwen3_moe": [_EMBEDDING, _INPUT_NORM, _QKV, _QUERY_NORM, _KEY_NORM, _ATTENTION_OUT, *_MIXTURE, _FINAL_NORM, _HEAD],
 }
+# The linear layers whose (empty) extra state Megatron stores beside their weights.
+_WITH_STATE = ("linear_qkv.weight", "linear_proj.weight", "linear_fc1.weight", "linear_fc2.weight")
 
 
 @dataclass(frozen=True)
@@ -85,6 +101,18 @@ class Entry:
     megatron: tuple[str, ...]
     hf: tuple[str, ...]
     kind: Kind
+    expert: int | None = None
+
+    @property
+    def place(self) -> tuple[int, ...]:
+        """The index, in a Megatron folder, among what is stacked under one name: (), (layer,) or (layer, expert)."""
+        return tuple(number for number in (self.layer, self.expert) if number is not None)
+
+    @property
+    def stored(self) -> tuple[str, ...]:
+        """The names that a Megatron folder may store it under; the first is what the local layer spec gives."""
+        names = [re.sub(r"^(decoder\.layers\.)\d+\.", r"\1", name) for name in self.megatron]
+        return tuple(re.sub(r"local_experts\.\d+\.", "experts.", name) for name in reversed(names))
 
 
 class UnknownParameterError(KeyError):
@@ -95,16 +123,21 @@ def entries(architecture: Architecture) -> list[Entry]:
     """Everything a Hugging Face checkpoint of this model holds, in its order: embedding, layers, final norm, head."""
     table = [row for row in TABLES[architecture.family] if not (architecture.tied and row is _HEAD)]
     per_layer = [row for row in table if row.megatron[0].startswith(_LAYER)]
+    each = [row for row in per_layer if _EXPERT not in row.megatron[0]]
+    of_experts = [row for row in per_layer if row not in each]
+    count = architecture.experts.count if architecture.experts else 0
     ordered = [_fill(_EMBEDDING, None)]
-    ordered += [_fill(row, layer) for layer in range(architecture.num_layers) for row in per_layer]
+    for layer in range(architecture.num_layers):
+        ordered += [_fill(row, layer) for row in each]
+        ordered += [_fill(row, layer, expert) for expert in range(count) for row in of_experts]
     return ordered + [_fill(row, None) for row in table if row not in per_layer and row is not _EMBEDDING]
 
 
-def _fill(row: Row, layer: int | None) -> Entry:
+def _fill(row: Row, layer: int | None, expert: int | None = None) -> Entry:
     def named(patterns: tuple[str, ...]) -> tuple[str, ...]:
-        return tuple(pattern.format(layer) for pattern in patterns)
+        return tuple(pattern.format(layer, expert) for pattern in patterns)
 
-    return Entry(layer, named(row.megatron), named(row.hf), row.kind)
+    return Entry(layer, named(row.megatron), named(row.hf), row.kind, expert)
 
 
 def find(architecture: Architecture, megatron_name: str) -> Entry:
@@ -113,13 +146,13 @@ def find(architecture: Architecture, megatron_name: str) -> Entry:
     A tied model's last pipeline stage keeps a copy of the embedding as ``output_layer.weight``: it maps to the
     embedding. Raises UnknownParameterError with the name.
     """
-    number = re.search(r"decoder\.layers\.(\d+)\.", megatron_name)
-    pattern = re.sub(r"^(decoder\.layers\.)\d+\.", r"\1{}.", megatron_name)
+    numbers = [int(number) for number in re.findall(r"(?:^decoder\.layers|local_experts)\.(\d+)\.", megatron_name)]
+    pattern = re.sub(r"(^decoder\.layers|local_experts)\.\d+\.", r"\1.{}.", megatron_name)
     for row in TABLES[architecture.family]:
         if pattern in row.megatron:
             if row is _HEAD and architecture.tied:
                 return Entry(None, _HEAD.megatron, _EMBEDDING.hf, "vocab")
-            return _fill(row, int(number[1]) if number else None)
+            return _fill(row, *numbers) if numbers else _fill(row, None)
     raise UnknownParameterError(f"the {architecture.family} table names no Megatron parameter {megatron_name!r}")
 
 
@@ -128,14 +161,19 @@ def hf_shapes(architecture: Architecture) -> dict[str, tuple[int, ...]]:
     shapes: dict[str, tuple[int, ...]] = {}
     for entry in entries(architecture):
         for name in entry.hf:
-            shapes[name] = _hf_shape(architecture, name)
+            shapes[name] = hf_shape(architecture, name)
     return shapes
 
 
-def _hf_shape(architecture: Architecture, name: str) -> tuple[int, ...]:
+def hf_shape(architecture: Architecture, name: str) -> tuple[int, ...]:
+    """The shape of one tensor of a Hugging Face checkpoint."""
     hidden, ffn = architecture.hidden_size, architecture.ffn_size
     query, kv = architecture.query_size, architecture.kv_size
     module, leaf = name.split(".")[-2:]
+    if architecture.experts and ".experts." in name:
+        ffn = architecture.experts.ffn_size
+    elif architecture.experts and module == "gate":
+        return (architecture.experts.count, hidden)
     matrices = {
         "embed_tokens": (architecture.vocab_size, hidden),
         "lm_head": (architecture.vocab_size, hidden),
@@ -155,7 +193,7 @@ def _hf_shape(architecture: Architecture, name: str) -> tuple[int, ...]:
 
 def shard_shape(entry: Entry, architecture: Architecture, tp_size: int) -> tuple[int, ...]:
     """The shape of one tensor-parallel rank's Megatron parameter."""
-    shapes = [_hf_shape(architecture, name) for name in entry.hf]
+    shapes = [hf_shape(architecture, name) for name in entry.hf]
     if entry.kind == "replicated":
         return shapes[0]
     if entry.kind == "row":
@@ -184,6 +222,29 @@ def to_megatron(
     mine = whole[tp_rank * rows : (tp_rank + 1) * rows]
     padding = whole.new_zeros(rows - mine.shape[0], *whole.shape[1:])
     return torch.cat([mine, padding])
+
+
+def stored_shape(entry: Entry, architecture: Architecture, tp_size: int) -> tuple[int, ...]:
+    """The shape in a Megatron folder, of all that is stacked; ``tp_size`` sets how far the vocabulary is padded."""
+    stacked = (architecture.num_layers, architecture.experts.count if architecture.experts else 0)[: len(entry.place)]
+    if entry.kind == "vocab":
+        return (architecture.padded_vocab(tp_size), architecture.hidden_size)
+    return (*stacked, *shard_shape(entry, architecture, 1))
+
+
+def stored_vocab(rows: Tensor, architecture: Architecture, tp_size: int) -> Tensor:
+    """[V, H] -> the padded [V', H] that a Megatron folder stores."""
+    padding = rows.new_zeros(architecture.padded_vocab(tp_size) - len(rows), rows.shape[1])
+    return torch.cat([rows, padding])
+
+
+def extra_state(entry: Entry, shape: tuple[int, ...]) -> str | None:
+    """The name of the empty state that goes with an entry of stored ``shape`` in a Megatron folder, if one does."""
+    name = entry.stored[0]
+    if not name.endswith(_WITH_STATE):
+        return None
+    places, sizes = (".".join(map(str, numbers)) for numbers in (entry.place, shape[: len(entry.place)]))
+    return f"{name.removesuffix('weight')}_extra_state/shard_{places}_{sizes}"
 
 
 def to_hf(entry: Entry, shards: Sequence[Tensor], architecture: Architecture) -> list[Tensor]:

@@ -10,7 +10,8 @@ import transformers
 from safetensors.torch import load_file, save_file
 
 from megatron_rlvr.config import ConfigError
-from megatron_rlvr.weights.convert import Checkpoint, save_hf
+from megatron_rlvr.weights.convert import save_hf
+from megatron_rlvr.weights.sources import Checkpoint
 from tests.weights.tiny_models import save_model, weights_of
 
 
@@ -52,7 +53,7 @@ def test_saved_dtype_is_in_the_config(saved, tmp_path):
 
 
 def test_sharded_folder_is_read_whole(tmp_path):
-    model = save_model(tmp_path, "qwen2", tied=False, max_shard_size="100KB")
+    model = save_model(tmp_path, "qwen2", tied=False, shard="100KB")
     assert (tmp_path / "model.safetensors.index.json").exists()
     with Checkpoint(tmp_path) as checkpoint:
         checkpoint.check(shapes(model))
@@ -84,7 +85,7 @@ def test_truncated_files(saved, tmp_path):
         Checkpoint(folder)
 
     sharded = tmp_path / "sharded"
-    save_model(sharded, "qwen3", tied=True, max_shard_size="100KB")
+    save_model(sharded, "qwen3", tied=True, shard="100KB")
     located = json.loads((sharded / "model.safetensors.index.json").read_text())["weight_map"]
     name = "model.layers.3.mlp.up_proj.weight"
     shard = sharded / located[name]

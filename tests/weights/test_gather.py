@@ -1,4 +1,4 @@
-"""Hugging Face folder -> Megatron chunks on real ranks -> whole tensors: the bytes of the file, on every rank."""
+"""A folder -> Megatron chunks on real ranks -> whole tensors: the bytes of the file, on every rank."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from megatron_rlvr.config import Config, ModelConfig, ParallelConfig
 from megatron_rlvr.models.build import build_chunks, initialize_parallel
 from megatron_rlvr.weights import mapping
 from megatron_rlvr.weights.convert import load_hf
+from megatron_rlvr.weights.convert_import import import_hf
 from megatron_rlvr.weights.gather import hf_weights
 from tests.ranks import run_ranks
 from tests.weights.tiny_models import save_model, weights_of
@@ -24,7 +25,8 @@ def folders(tmp_path_factory):
     for family, tied in MODELS:
         folder = tmp_path_factory.mktemp(f"{family}-{'tied' if tied else 'untied'}")
         made[folder] = weights_of(save_model(folder, family, tied))
-    return made
+    import_hf(folder, folder / "megatron")
+    return {**made, folder / "megatron": made[folder]}
 
 
 def gathered(layout: dict, folders: dict, bucket_bytes: int) -> list[str]:

@@ -4,17 +4,18 @@ from __future__ import annotations
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
-from megatron_rlvr.architecture import Architecture
+from megatron_rlvr.architecture import Architecture, Experts
 from megatron_rlvr.weights import mapping
 
 SHAPES = {
     family: Architecture(
         family=family, num_layers=2, hidden_size=24, num_heads=8, num_kv_heads=4, head_dim=6, ffn_size=40,
-        vocab_size=300, tied=False, qk_norm=family == "qwen3", qkv_bias=family == "qwen2", rope_theta=1e4,
-        rms_eps=1e-6, max_positions=64,
+        vocab_size=300, tied=False, qk_norm=family.startswith("qwen3"), qkv_bias=family == "qwen2", rope_theta=1e4,
+        rms_eps=1e-6, max_positions=64, experts=Experts(6, 2, 16, True) if family == "qwen3_moe" else None,
     )
-    for family in ("qwen2", "qwen3")
+    for family in ("qwen2", "qwen3", "llama", "qwen3_moe")
 }  # fmt: skip
 
 
@@ -24,7 +25,7 @@ def random_weights(shape: Architecture) -> dict[str, torch.Tensor]:
 
 
 @pytest.mark.parametrize("tp", [1, 2, 4])
-@pytest.mark.parametrize("family", ["qwen2", "qwen3"])
+@pytest.mark.parametrize("family", SHAPES)
 def test_round_trip_is_bit_exact(family, tp):
     shape = SHAPES[family]
     weights, rebuilt = random_weights(shape), {}
@@ -40,23 +41,29 @@ def test_round_trip_is_bit_exact(family, tp):
     assert all(torch.equal(rebuilt[name], weights[name]) for name in weights)
 
 
-def test_names_and_shapes_are_those_of_transformers():
-    from tests.weights.tiny_models import make_model, weights_of
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("family", SHAPES)
+def test_names_and_shapes_are_those_of_transformers(family, tied, tmp_path):
+    from tests.weights.tiny_models import save_model
 
-    for family in ("qwen2", "qwen3"):
-        for tied in (False, True):
-            model = make_model(family, tied)
-            shape = _architecture(model)
-            expected = {name: tuple(tensor.shape) for name, tensor in weights_of(model).items()}
-            assert mapping.hf_shapes(shape) == expected
+    save_model(tmp_path, family, tied)
+    expected = {name: tuple(tensor.shape) for name, tensor in load_file(tmp_path / "model.safetensors").items()}
+    assert mapping.hf_shapes(Architecture.from_folder(tmp_path)) == expected
 
 
-def _architecture(model) -> Architecture:
-    import tempfile
-
-    with tempfile.TemporaryDirectory() as folder:
-        model.config.save_pretrained(folder)
-        return Architecture.from_folder(folder)
+def test_experts_have_numbers_of_their_own():
+    shape = SHAPES["qwen3_moe"]
+    entry = mapping.find(shape, "decoder.layers.1.mlp.experts.local_experts.4.linear_fc1.weight")
+    assert entry.hf == tuple(f"model.layers.1.mlp.experts.4.{name}_proj.weight" for name in ("gate", "up"))
+    assert entry in mapping.entries(shape) and len(mapping.entries(shape)) == 3 + 2 * (7 + 2 * 6)
+    assert entry.stored == ("decoder.layers.mlp.experts.experts.linear_fc1.weight",) and entry.place == (1, 4)
+    whole = mapping.stored_shape(entry, shape, tp_size=2)
+    assert whole == (2, 6, 32, 24)
+    assert mapping.extra_state(entry, whole) == (
+        "decoder.layers.mlp.experts.experts.linear_fc1._extra_state/shard_1.4_2.6"
+    )
+    table = mapping.find(shape, "embedding.word_embeddings.weight")
+    assert mapping.stored_shape(table, shape, tp_size=4) == (512, 24) and mapping.extra_state(table, (512, 24)) is None
 
 
 def test_each_key_value_group_keeps_its_queries_together():

@@ -13,7 +13,7 @@ from tests.weights.test_mapping import SHAPES
 
 
 @pytest.mark.parametrize("tied", [False, True])
-@pytest.mark.parametrize("family", ["qwen2", "qwen3"])
+@pytest.mark.parametrize("family", ["qwen2", "qwen3", "llama"])
 def test_every_element_has_a_place_on_some_rank(family, tied):
     shape = replace(SHAPES[family], tied=tied)
     sizes = mapping.hf_shapes(shape)

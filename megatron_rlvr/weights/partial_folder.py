@@ -1,0 +1,66 @@
+"""A folder that appears whole or not at all: written beside its place, file by file, and renamed when complete."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from megatron_rlvr.config import rule
+
+_TASK = "task.json"
+_COMPANIONS = {".json", ".txt", ".jinja", ".model"}
+
+
+class PartialFolder:
+    """``target`` while it is written, under the name target.partial.
+
+    ``task`` is what is written, from what: where an earlier attempt at the very same was interrupted, its finished
+    files are kept; anything else that lies there is thrown away. Raises ConfigError for a ``target`` that exists.
+    """
+
+    def __init__(self, target: str | Path, task: dict[str, Any]) -> None:
+        self.target = Path(target)
+        rule(not self.target.exists(), f"{target} exists already: remove it, or give another name")
+        self.path = self.target.with_name(self.target.name + ".partial")
+        written = json.dumps(task, sort_keys=True)
+        if not (self.path / _TASK).is_file() or (self.path / _TASK).read_text() != written:
+            shutil.rmtree(self.path, ignore_errors=True)
+            self.path.mkdir(parents=True)
+            self.write(_TASK, lambda file: file.write_text(written))
+
+    def has(self, name: str) -> bool:
+        return (self.path / name).is_file()
+
+    def write(self, name: str, fill: Callable[[Path], Any]) -> None:
+        """One file, made by ``fill(path)``, on the disk before it has its name."""
+        unfinished = self.path / f"{name}.unfinished"
+        fill(unfinished)
+        with unfinished.open("rb") as file:
+            os.fsync(file.fileno())
+        unfinished.chmod(self.path.stat().st_mode & 0o666)  # safetensors would keep it to its owner
+        unfinished.rename(self.path / name)
+
+    def finish(self) -> None:
+        """Give the folder its name."""
+        (self.path / _TASK).unlink()
+        self.path.rename(self.target)
+
+
+def fingerprint(folder: Path, names: list[str]) -> list[Any]:
+    """What tells these files from changed ones: name, bytes and time of writing of each."""
+    stats = [(name, (folder / name).stat()) for name in sorted(names) if (folder / name).exists()]
+    return [[name, stat.st_size, stat.st_mtime_ns] for name, stat in stats]
+
+
+def copy_companions(source: Path, folder: Path, dtype: str, leave_out: tuple[str, ...] = ()) -> None:
+    """Config, generation config, tokenizer and chat template; the config names the ``dtype`` of the weights."""
+    for file in sorted(source.iterdir()):
+        if file.suffix in _COMPANIONS and not file.name.endswith(".index.json") and file.name not in leave_out:
+            shutil.copyfile(file, folder / file.name)
+    config = json.loads((folder / "config.json").read_text())
+    config["dtype" if "dtype" in config else "torch_dtype"] = dtype
+    (folder / "config.json").write_text(json.dumps(config, indent=2))

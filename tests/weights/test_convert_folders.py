@@ -1,0 +1,241 @@
+"""Conversion where something is in the way: damaged sources, interruptions, a critic's head, and how much memory."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from megatron_rlvr import platform
+from megatron_rlvr.config import Config, ConfigError, CriticConfig, ModelConfig
+from megatron_rlvr.models.build import initialize_parallel
+from megatron_rlvr.models.critic import Critic
+from megatron_rlvr.weights import convert_export, convert_import
+from megatron_rlvr.weights.convert_export import export_megatron
+from megatron_rlvr.weights.convert_import import import_hf
+from megatron_rlvr.weights.convert_verify import describe, differing_tensors
+from megatron_rlvr.weights.sources import VALUE_HEAD
+from tests.ranks import run_ranks
+from tests.weights.tiny_models import save_model
+
+ROOT = Path(__file__).resolve().parents[2]
+TOOL = [sys.executable, str(ROOT / "tools/convert_hf.py")]
+
+
+def rewrite(file: Path, change: Callable[[dict[str, torch.Tensor]], object]) -> None:
+    tensors = {name: tensor.clone() for name, tensor in load_file(file).items()}
+    change(tensors)
+    save_file(tensors, file, metadata={"format": "pt"})
+
+
+def same_files(one: Path, other: Path, but: tuple[str, ...] = ()) -> bool:
+    names = {file.name for file in one.iterdir()} - set(but)
+    return names == {file.name for file in other.iterdir()} - set(but) and all(
+        (one / name).read_bytes() == (other / name).read_bytes() for name in names
+    )
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_bf16_survives_bit_for_bit(tmp_path: Path, tied: bool) -> None:
+    """NaN payloads, infinities, both zeros and denormals too: every 16-bit pattern is in the embedding."""
+    source = tmp_path / "hf"
+    save_model(source, "qwen3", tied, vocab_size=1100)
+    every = torch.arange(1 << 16, dtype=torch.int32).to(torch.int16).view(torch.bfloat16)
+
+    def halve(tensors: dict[str, torch.Tensor]) -> None:
+        tensors.update({name: tensor.bfloat16() for name, tensor in tensors.items()})
+        embedding = tensors["model.embed_tokens.weight"].flatten()
+        embedding[:] = every[torch.arange(len(embedding)) * 7919 % len(every)]
+        tensors["model.embed_tokens.weight"] = embedding.view(-1, 64)
+
+    rewrite(source / "model.safetensors", halve)
+    import_hf(source, tmp_path / "megatron", tp=2, pp=2)
+    export_megatron(tmp_path / "megatron", tmp_path / "back")
+    found, expected = (load_file(folder / "model.safetensors") for folder in (tmp_path / "back", source))
+    assert len({file.stat().st_mode for file in (tmp_path / "back").iterdir()}) == 1  # no file is its owner's alone
+    assert found.keys() == expected.keys()
+    assert all(found[name].view(torch.int16).equal(expected[name].view(torch.int16)) for name in expected)
+    assert json.loads((tmp_path / "back" / "config.json").read_text())["dtype"] == "bfloat16"
+    about = describe(tmp_path / "megatron")
+    assert (about["format"], about["padded_vocab"], about["dtypes"]) == ("megatron", 1280, ["bfloat16"])
+    assert describe(source)["parameters"] == about["parameters"] == sum(map(torch.numel, expected.values()))
+
+
+def test_every_damage_is_one_error_and_nothing_is_written(tmp_path: Path) -> None:
+    source, name = tmp_path / "hf", "model.layers.2.mlp.up_proj.weight"
+    norm = "model.layers.3.input_layernorm.weight"
+    save_model(source, "llama", tied=False, shard="150KB")
+    located = json.loads((source / "model.safetensors.index.json").read_text())["weight_map"]
+    file = located[name]
+
+    def index(change: Callable[[dict[str, str]], object]) -> Callable[[Path], object]:
+        def edit(folder: Path) -> None:
+            tree = json.loads((folder / "model.safetensors.index.json").read_text())
+            change(tree["weight_map"])
+            (folder / "model.safetensors.index.json").write_text(json.dumps(tree))
+
+        return edit
+
+    cut = (source / file).stat().st_size - 9
+    damages: dict[str, Callable[[Path], object]] = {
+        f"{file}, wanted for tensor .*, cannot be read": lambda at: os.truncate(at / file, cut),
+        f"{file}.*cannot be read": lambda at: (at / file).unlink(),
+        f"{file}: tensor {name} is missing": lambda at: rewrite(at / file, lambda held: held.pop(name)),
+        f"{file}: tensor {name} has shape .95, 64.": lambda at: rewrite(
+            at / file, lambda held: held.update({name: held[name][1:].clone()})
+        ),
+        f"tensor {name} is missing": index(lambda located: located.pop(name)),
+        "tensor model.layers.7.bias is not part": index(lambda located: located.update({"model.layers.7.bias": file})),
+        "is no file of this folder": index(lambda located: located.update({name: "../" + file})),
+        "model-00099-of-00099.safetensors is not named": lambda at: shutil.copy(
+            at / file, at / "model-00099-of-00099.safetensors"
+        ),
+        "is no index of safetensors": lambda at: (at / "model.safetensors.index.json").write_text("{}"),
+        "is torch.float16, in an earlier layer torch.float32": lambda at: rewrite(
+            at / located[norm], lambda held: held.update({norm: held[norm].half()})
+        ),
+        "differ in dtype": lambda at: rewrite(at / file, lambda held: held.update({name: held[name].half()})),
+    }
+    for number, (message, damage) in enumerate(damages.items()):
+        broken = tmp_path / "broken" / str(number)
+        shutil.copytree(source, broken)
+        damage(broken)
+        with pytest.raises(ConfigError, match=message):
+            import_hf(broken, tmp_path / "megatron")
+        assert not (tmp_path / "megatron").exists()
+    for layout, message in (({"tp": 3}, "tp=3 must divide"), ({"pp": 3}, "pp=3 must divide")):
+        with pytest.raises(ConfigError, match=message):
+            import_hf(source, tmp_path / "megatron", **layout)
+
+
+def test_damaged_megatron_folders_are_named(tmp_path: Path) -> None:
+    source, whole = tmp_path / "hf", tmp_path / "megatron"
+    save_model(source, "qwen3_moe", tied=True)
+    import_hf(source, whole)
+    config = json.loads((whole / "config.json").read_text())
+
+    def reshape(at: Path) -> None:
+        (at / "config.json").write_text(json.dumps(config | {"intermediate_size": 96, "moe_intermediate_size": 24}))
+
+    def other_depth(at: Path) -> None:
+        (at / "config.json").write_text(json.dumps(config | {"num_hidden_layers": 3}))
+
+    damages: dict[str, Callable[[Path], object]] = {
+        r"__0_0.distcp is cut short": lambda at: os.truncate(at / "__0_0.distcp", 9999),
+        r"__0_0.distcp is missing": lambda at: (at / "__0_0.distcp").unlink(),
+        "experts.linear_fc1.weight has shape .* config.json asks for .4, 4, 48, 64.": reshape,
+        "has shape .4, .* config.json asks for .3, ": other_depth,
+        "holds no .metadata": lambda at: (at / ".metadata").unlink(),
+    }
+    for number, (message, damage) in enumerate(damages.items()):
+        broken = tmp_path / "broken" / str(number)
+        shutil.copytree(whole, broken)
+        damage(broken)
+        with pytest.raises(ConfigError, match=message):
+            export_megatron(broken, tmp_path / "back")
+        assert not (tmp_path / "back").exists()
+
+
+def test_an_interrupted_conversion_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Stopped at every file in turn: nothing has the target's name before the end, and no file is written twice."""
+    monkeypatch.setattr(convert_import, "FILE_BYTES", 100_000)
+    monkeypatch.setattr(convert_export, "SHARD_BYTES", 100_000)
+    source = tmp_path / "hf"
+    save_model(source, "qwen3", tied=False)
+    import_hf(source, tmp_path / "at-once")
+    export_megatron(tmp_path / "at-once", tmp_path / "back")
+
+    def stopped(convert: Callable[..., None], *folders: Path) -> int:
+        stops = [0, 0]
+
+        def stop(done: int, total: int) -> None:
+            if done > stops[1]:
+                stops[:] = [stops[0] + 1, done]
+                raise KeyboardInterrupt
+
+        while True:
+            try:
+                convert(*folders, advance=stop)
+                return stops[0]
+            except KeyboardInterrupt:
+                assert not folders[1].exists()
+
+    assert stopped(import_hf, source, tmp_path / "in-parts") > 4
+    assert same_files(tmp_path / "at-once", tmp_path / "in-parts")
+    assert stopped(export_megatron, tmp_path / "in-parts", tmp_path / "back-in-parts") > 4
+    assert same_files(tmp_path / "back", tmp_path / "back-in-parts")
+    assert not differing_tensors(tmp_path / "back", source)
+
+    with pytest.raises(ConfigError, match="at-once exists already"):
+        import_hf(source, tmp_path / "at-once")
+    with pytest.raises(KeyboardInterrupt):
+        import_hf(source, tmp_path / "changed", advance=lambda done, total: (_ for _ in ()).throw(KeyboardInterrupt))
+    norm = "model.norm.weight"
+    rewrite(source / "model.safetensors", lambda held: held.update({norm: held[norm] + 1}))
+    import_hf(source, tmp_path / "changed")  # what was finished is of another model, and is not kept
+    assert not differing_tensors(source, tmp_path / "changed")
+    assert differing_tensors(source, tmp_path / "at-once") == [f"{norm}: 64 of 64 values"]
+
+
+def test_a_critics_head_travels_along(tmp_path: Path) -> None:
+    source = tmp_path / "hf"
+    save_model(source, "qwen3", tied=True)
+    head = {"weight": torch.randn(3, 64), "bias": torch.randn(3)}
+    save_file(head, source / VALUE_HEAD)
+    import_hf(source, tmp_path / "megatron", tp=2)
+    assert describe(tmp_path / "megatron")["holds"] == "a critic of 3 heads"
+    export_megatron(tmp_path / "megatron", tmp_path / "back")
+    found = load_file(tmp_path / "back" / VALUE_HEAD)
+    assert found.keys() == head.keys() and all(found[leaf].equal(head[leaf]) for leaf in head)
+    assert not differing_tensors(source, tmp_path / "megatron")
+    assert not differing_tensors(tmp_path / "back", tmp_path / "megatron")
+
+
+def head_of_a_critic(path: Path, heads: int) -> dict[str, torch.Tensor] | str:
+    config = Config(model=ModelConfig(str(path), dtype="float32"), critic=CriticConfig(num_heads=heads))
+    platform.start_rank()
+    try:
+        chunk = Critic(config, initialize_parallel(config)).chunks[0]
+    except ConfigError as error:
+        return str(error)
+    return {leaf: getattr(chunk.output_layer, leaf).detach().numpy() for leaf in ("weight", "bias")}
+
+
+@pytest.mark.parametrize("heads", [3, 2])
+def test_a_critic_starts_from_a_critics_folder(tmp_path: Path, heads: int) -> None:
+    save_model(tmp_path / "hf", "qwen3", tied=True)
+    head = {"weight": torch.randn(3, 64), "bias": torch.randn(3)}
+    save_file(head, tmp_path / "hf" / VALUE_HEAD)
+    import_hf(tmp_path / "hf", tmp_path / "megatron")
+    for folder in (tmp_path / "hf", tmp_path / "megatron"):
+        (found,) = run_ranks(1, head_of_a_critic, folder, heads)
+        if heads == 3:
+            assert all(torch.from_numpy(found[leaf]).equal(head[leaf]) for leaf in head)
+        else:
+            assert "output_layer.weight has shape [3, 64], critic.num_heads asks for [2, 64]" in found
+
+
+def test_the_tool_converts_verifies_and_says_what_is_wrong(tmp_path: Path) -> None:
+    def tool(*arguments: object) -> subprocess.CompletedProcess:
+        environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+        return subprocess.run(
+            [*TOOL, *map(str, arguments)], capture_output=True, text=True, timeout=200, env=environment
+        )
+
+    source, megatron = tmp_path / "hf", tmp_path / "RUN" / "checkpoints" / "step_3"
+    save_model(source, "llama", tied=True)
+    assert tool("import", "--hf", source, "--megatron", megatron / "policy", "--tp", 2).returncode == 0
+    done = tool("verify", "--hf", source, "--megatron", megatron)
+    assert done.returncode == 0, done.stderr
+    assert "every tensor is bit for bit the same" in done.stdout and "logits differ by up to" in done.stdout
+    done = tool("export", "--hf", source, "--megatron", megatron)
+    assert done.returncode == 1 and done.stderr.strip().startswith(f"error: {source} exists already")
+    assert "Traceback" not in done.stderr
