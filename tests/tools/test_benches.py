@@ -80,6 +80,8 @@ def test_checkpoint() -> None:
     assert row["mib"] > 1 and row["stall_seconds"] > 0 and row["update_seconds"] > 0
     assert all(row[name] > 0 for name in row if name.endswith("mib_per_second"))
     assert medians == {"tp": 1} | row
+
+
 def test_convert(tmp_path: Path) -> None:
     rows = {row["phase"]: row for row in run("bench_convert", folder=tmp_path / "bench", layers=2)}
     assert list(rows) == ["copy", "import", "export", "compare"] and not (tmp_path / "bench").exists()
