@@ -91,6 +91,7 @@ def test_bases_that_cannot_be_read(tmp_path):
         ("algorithm.dual_clip=0.5", "algorithm.dual_clip must be above 1"),
         ("optimizer.lr=0", "optimizer.lr must be above 0"),
         ("model.dropout=1", "model.dropout must be in [0, 1)"),
+        ("reward.deadline=0", "reward.deadline must be above 0 seconds, not 0"),
         ("verifier=", "verifier is not set"),
         ("model.path=", "model.path is not set"),
         ("data.path=", "data.path is not set"),

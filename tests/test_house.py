@@ -19,8 +19,8 @@ PACKAGE = "megatron_rlvr"
 FLOORS = {
     0: "config config_reading config_rules platform processes seeds types verdict watchdog",
     1: "advantages architecture charts environment evaluation losses metrics packing planner progress "
-    "prompt_files prompts records report report_style run_folder templates trackers verifiers weights.initial "
-    "weights.mapping",
+    "prompt_files prompts records report report_style run_folder templates trackers verifiers verify_file "
+    "weights.initial weights.mapping",
     2: "distributed group_advantages value_targets",
     3: "exploration",
     4: "models rollout weights",
