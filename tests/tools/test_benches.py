@@ -71,3 +71,20 @@ def test_plan() -> None:
     for row in rows:
         assert row["predicted / measured"] == pytest.approx(1, abs=0.1) and row["state_share"] >= 0.5, row
     assert worst["worst"] in [row["predicted / measured"] for row in rows]
+
+
+def test_verify_on_hostile_rows() -> None:
+    (mixed,) = run("bench_verify", only="mixed", rows=120, deadline=1.0, data="")
+    assert mixed["rows"] == 120 and sum(mixed["statuses"].values()) == 120
+    assert mixed["statuses"].keys() <= {"ok", "unparseable", "timeout"}
+    assert mixed["rewarded"]["wrong"].startswith("0 of ")
+    assert mixed["worst_row_seconds"] <= mixed["wall_deadline_seconds"] + 1
+    assert mixed["largest_worker_mib"] < mixed["memory_limit_mib"]
+
+
+@pytest.mark.slow
+def test_verify() -> None:
+    labelled, integers, mixed = run("bench_verify", rows=50, integers=200, cases=40, deadline=1.0, data="")
+    assert labelled["cases"] == 40 and labelled["math"]["false_positives"] == 0
+    assert set(labelled) >= {"math", "math_verify_alone", "dapo"}
+    assert integers["rows"] == 200 and integers["rows_per_cpu_second"] > 0 and mixed["rows"] == 50
