@@ -91,7 +91,7 @@ class DataConfig:
 class RewardConfig:
     scale: Literal["verifier", "signed"] = "verifier"  # signed: 0..1 mapped to -1..+1
     workers: int = 2  # verifier processes per scoring rank
-    deadline: float = 10.0  # seconds per answer
+    deadline: float = 10.0  # seconds of CPU time per answer; six times as much wall time ends it too
     max_error_share: float = 0.1  # of a step's verdicts; above it the run stops
 
 
@@ -201,7 +201,7 @@ class Config:
     name: str = "run"
     seed: int = 0
     prepare: str = ""  # a Python script that makes `model.path` and `data.path`; run once where model.path is missing
-    verifier: str = ""
+    verifier: str = ""  # a name, a Python file of your own, or a weighted sum: 0.9*math + 0.1*format
     model: ModelConfig = field(default_factory=ModelConfig)
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
     data: DataConfig = field(default_factory=DataConfig)

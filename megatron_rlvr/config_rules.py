@@ -13,6 +13,7 @@ if TYPE_CHECKING:  # config.py imports this file
 def check(config: Config) -> None:
     """Every rule between keys that needs nothing but the config. Raises ConfigError."""
     _check_ranges(config)
+    _check_reward(config)
     _check_batch(config)
     if config.has_critic:
         _check_critic(config)
@@ -111,6 +112,14 @@ def _check_ranges(config: Config) -> None:
     rule(
         0 <= config.algorithm.clip_low <= 1,
         f"algorithm.clip_low must be in [0, 1], not {config.algorithm.clip_low}: a ratio is never negative",
+    )
+
+
+def _check_reward(config: Config) -> None:
+    rule(config.reward.deadline > 0, f"reward.deadline must be above 0 seconds, not {config.reward.deadline:g}")
+    rule(
+        config.reward.scale == "verifier" or config.verifier != "dapo",
+        "reward.scale=signed maps 0..1 to -1..+1, and verifier=dapo gives -1 and +1 already: drop one of them",
     )
 
 

@@ -31,7 +31,7 @@ def check(config: Config) -> None:
     architecture.check_layout(config.parallel.tp, config.parallel.pp, config.parallel.vpp)
     architecture.check_engine_layout(config.rollout_tp)
     architecture.check_length(config.data.max_prompt_length + config.rollout.max_response_length)
-    verifiers.load(config.verifier)
+    verifiers.check_host(config.verifier)
     exploration = build_exploration(config.exploration, config)
     _check_critic(config, architecture, exploration.needs().value_heads)
     key = "data.sources" if config.data.sources else "data.path"

@@ -93,6 +93,7 @@ def test_bases_that_cannot_be_read(tmp_path):
         ("model.dropout=1", "model.dropout must be in [0, 1)"),
         ("trainer.keep_last=0", "trainer.keep_last must be at least 1"),
         ("trainer.keep_best=1", "trainer.keep_best=1 needs held-out figures of every checkpoint"),
+        ("reward.deadline=0", "reward.deadline must be above 0 seconds, not 0"),
         ("verifier=", "verifier is not set"),
         ("model.path=", "model.path is not set"),
         ("data.path=", "data.path is not set"),

@@ -21,7 +21,7 @@ FLOORS = {
     1: "advantages architecture benchmarks charts checkpoint_folder config_changes decontamination environment "
     "evaluation evaluation_settings losses metrics packing planner progress prompt_files prompt_order "
     "prompt_report prompt_rows prompts records report report_style run_folder sample_store templates trackers "
-    "verifiers weights.initial weights.mapping",
+    "verifiers verify_file weights.initial weights.mapping",
     2: "distributed group_advantages value_targets",
     3: "exploration",
     4: "models rollout weights",

@@ -1,4 +1,4 @@
-"""Verifiers: one file each, found by its file name.
+"""Verifiers: one file each, found by its file name; a weighted sum of several is written 0.9*math + 0.1*format.
 
 A verifier file holds ``verify(response, answer)``, ``read_answer(value)`` and ``ISOLATED``. A response whose verifier
 failed (status error or timeout) has no reward at all: it is counted, left out of the loss and of its group's mean,
@@ -22,12 +22,13 @@ from typing import TYPE_CHECKING, Any, Literal, Protocol, cast, get_args
 
 from megatron_rlvr.config import ConfigError, rule
 from megatron_rlvr.verdict import Verdict, VerdictStatus
+from megatron_rlvr.verifiers import combination
 
 if TYPE_CHECKING:  # at run time these would bring torch into every verifier process
     from megatron_rlvr.types import RolloutGroup
     from megatron_rlvr.verifiers.pool import VerifierPool
 
-_MACHINERY = {"pool", "worker"}
+_MACHINERY = {"answer_forms", "answer_text", "combination", "jail", "pool", "sandbox", "worker"}
 
 
 class VerifierError(RuntimeError):
@@ -52,10 +53,16 @@ def names() -> list[str]:
 
 
 def load(name: str) -> Verifier:
-    """The verifier called ``name``, or the one in the Python file at the path ``name``.
+    """The verifier called ``name``, the one in the Python file at that path, or a sum: "0.9*math + 0.1*format".
 
-    Raises ConfigError: no such verifier (with the closest name), or a file that lacks a part.
+    Raises ConfigError: no such verifier (with the closest name), a file that lacks a part, a weight of 0.
     """
+    if terms := combination.terms(name):
+        return combination.Combination([(weight, _load_one(part)) for weight, part in terms])
+    return _load_one(name)
+
+
+def _load_one(name: str) -> Verifier:
     if name.endswith(".py"):
         rule(Path(name).is_file(), f"verifier={name!r}: there is no such file")
         spec = importlib.util.spec_from_file_location(f"verifier_{Path(name).stem}", name)
@@ -68,12 +75,19 @@ def load(name: str) -> Verifier:
             closest = difflib.get_close_matches(name, names(), n=1, cutoff=0.0)[0]
             raise ConfigError(
                 f"unknown verifier {name!r}; did you mean {closest!r}? There are {', '.join(names())}, "
-                f"or give the path of a Python file of your own"
+                f"the path of a Python file of your own, and sums such as '0.9*math + 0.1*format'"
             )
         module = importlib.import_module(f"megatron_rlvr.verifiers.{name}")
     for part in ("verify", "read_answer", "ISOLATED"):
         rule(hasattr(module, part), f"verifier {name!r} lacks {part}: it must hold verify, read_answer and ISOLATED")
     return cast(Verifier, module)
+
+
+def check_host(name: str) -> None:
+    """Whether this machine can run the verifier: a file may hold ``check_host()``, which raises ConfigError."""
+    verifier = load(name)
+    for part in verifier.parts if isinstance(verifier, combination.Combination) else [verifier]:
+        getattr(part, "check_host", lambda: None)()
 
 
 def judge(verifier: Verifier, response: str, answer: Any) -> Verdict:

@@ -1,7 +1,10 @@
-"""Mathematics: one final answer, compared exactly where both sides are numbers, else by math-verify.
+r"""Mathematics: one final answer, compared part by part: exactly where both sides are numbers, else by math-verify.
 
-The text of a response only ever meets math-verify's LaTeX grammar. Its plain-expression extraction is left out,
-because that one hands the text to sympy's parser, which evaluates Python.
+verify(r"so it is \boxed{0.5}", r"\frac{1}{2}") -> Verdict(1.0, "ok", extracted="0.5")
+
+Lists and sets are compared as such, tuples and intervals with their order and brackets, and only single expressions
+reach math-verify, by way of its LaTeX grammar alone: its plain-expression extraction hands text to sympy's parser,
+which evaluates Python. An answer that leaves work to the verifier (an integral, a sum, a tower of powers) is not one.
 """
 
 from __future__ import annotations
@@ -12,38 +15,48 @@ import re
 from fractions import Fraction
 from typing import Any
 
-from math_verify import LatexExtractionConfig
-from math_verify import parse as parse_latex
+import sympy
+from latex2sympy2_extended.latex2sympy2 import ConversionConfig, latex2sympy
 from math_verify import verify as equivalent
 
 from megatron_rlvr.verdict import Verdict
+from megatron_rlvr.verifiers import answer_forms as forms
+from megatron_rlvr.verifiers.answer_text import final_answer, read_gold
 
 ISOLATED = True  # sympy may take forever on a short expression
+read_answer = read_gold
 
 logging.getLogger("math_verify").setLevel(logging.ERROR)  # it warns that its own timeouts are off; the pool has one
 
+_GRAMMAR = ConversionConfig(lowercase_symbols=False)  # m and M are two things
 _LONGEST = 1000  # characters; the gold answers of the common benchmarks stay under 210
-_BOX = re.compile(r"\\(?:boxed|fbox)\s*\{")
-_ANSWER_LINE = re.compile(r"^[^\w\n]*(?:final )?answer[^\w\n]*?[:：](.+)$", re.IGNORECASE | re.MULTILINE)
-_WRAPPERS = (("$$", "$$"), ("$", "$"), (r"\(", r"\)"), (r"\[", r"\]"))
-_SPACING = re.compile(r"\\[,;:! ]|\\q?quad(?![a-z])|~")
-_THOUSANDS_GAP = re.compile(r"(?<=[0-9])(?:\\[,;: ]|~|\s)(?=[0-9]{3}(?![0-9]))")
-_NUMBER = re.compile(r"[-+]?(?:(?:[0-9]{1,3}(?:,[0-9]{3})+|[0-9]+)(?:\.[0-9]*)?|\.[0-9]+)(?:[eE][-+]?[0-9]{1,3})?")
-_SCIENTIFIC = re.compile(r"^([-+]?[0-9.]+)[eE]([-+]?[0-9]+)$")
-_TWO_NUMBERS = re.compile(r"(?<![_^])(?<!frac |inom )[0-9]\s+[0-9]")
-
-
-def read_answer(value: Any) -> str:
-    """The gold answer as text: a number, or text that may hide it in a box or behind GSM8K's ``####``."""
-    if isinstance(value, bool) or not isinstance(value, (str, int, float)):
-        raise ValueError(f"must be text or a number, not {value!r}")
-    if isinstance(value, float) and value.is_integer():
-        value = int(value)
-    text = str(value).rpartition("####")[2]
-    text = _strip(_last_box(text) or text)
-    if not text:
-        raise ValueError("is empty")
-    return text
+_DEEPEST = 12  # braces within braces
+_PARTS = 64  # of a list
+_NAME = re.compile(
+    r"\\frac\{d ?[A-Za-z]\}\{d ?[a-z]\}|\\?[A-Za-z]+'?(?:_(?:\w|\{[^{}]*\}))?(?:\([a-zA-Z](?:, ?[a-zA-Z])*\))?"
+    r"|\\angle [A-Z _0-9]+"
+)
+# What may stand in front of an answer: P(A) = ..., m + n = ..., f(2) = ...
+_QUANTITY = re.compile(
+    r"(?=.*[a-zA-Z])\|?[0-9]*\\?[A-Za-z]\w*'?(?:_\{\w+\})?(?:\([^()=]*\))?\|?(?: ?[-+*/] ?[0-9]*[a-zA-Z](?:_\w)?)*"
+)
+_MEMBER = re.compile(r"^\(?[a-zA-Z]\)? *\\in(?![a-zA-Z]) *")
+_RELATIONS = re.compile(r"[<>]|\\(?:leq?|geq?|lt|gt)(?![a-zA-Z])")
+_NEVER = re.compile(
+    r"\\(?:neq|to|approx|sim|rightarrow|Rightarrow|implies|mapsto|longrightarrow|neg|lnot|land|iff|boxed)(?![a-zA-Z])"
+)
+_WORK = re.compile(
+    r"\\(?:i*int|oint|sum|prod|lim|gcd|lcm|det|max|min|b?mod|pmod|deg)(?![a-zA-Z])|\\text\{(?:lcm|gcd|mod)\}|%"
+)
+_TWO_NUMBERS = re.compile(r"(?<![_^])(?<!frac |inom )[0-9] +[0-9]")
+# What takes sympy minutes: powers of powers, high powers of sums, factorials and binomials of large numbers.
+_TOWER = re.compile(
+    r"\^ *\{?[^{}^a-z]*[0-9)] *\^|\^ *\{[^{}]*\^ *\{[^{}]*\^|\^ *\{? *[0-9]{5,}|(?:[a-z)}]) *\^ *\{? *[0-9]{3,}"
+    r"|[0-9]{5,} *!|! *\)* *!|\^[^a-z]*\) *!|\\binom *\{[^{}]*[0-9]{4,}"
+)
+_ENVIRONMENT = re.compile(r"\\(?:begin|end)\{[a-z]*matrix\}|\\[a-zA-Z]+")
+_DECIMAL = re.compile(r"([0-9]+)\.([0-9]+)")
+_PROSE = re.compile(r"[A-Za-z]{4,}")
 
 
 def verify(response: str, answer: str) -> Verdict:
@@ -51,86 +64,207 @@ def verify(response: str, answer: str) -> Verdict:
     text = final_answer(response)
     if not text:
         return Verdict(0.0, "unparseable", message=r"no closed \boxed{} and no 'Answer:' line after the thinking")
-    problem = _refusal(text)
-    if problem:
-        return Verdict(0.0, "unparseable", extracted=text[:_LONGEST], message=problem)
     if text == answer:
+        return Verdict(1.0, "ok", extracted=text[:_LONGEST])
+    given, gold = forms.canonical(text[: _LONGEST + 1]), forms.canonical(answer)
+    if problem := _refusal(text, given, gold):
+        return Verdict(0.0, "unparseable", extracted=text[:_LONGEST], message=problem)
+    if _equal(gold, given):
         return Verdict(1.0, "ok", extracted=text)
-    gold, given = _number(answer), _number(text)
-    if gold is not None and given is not None and (gold == given or gold.denominator == 1):
-        return Verdict(float(gold == given), "ok", extracted=text)
-    parsed = _parse(text)
-    if not parsed:
+    if not all(_is_readable(part) for part in forms.parts(given)):
         return Verdict(0.0, "unparseable", extracted=text, message="not a mathematical expression")
-    if not _parse(answer):
-        raise ValueError(f"math-verify cannot read the gold answer {answer!r}")
-    right = equivalent(_parse(answer), parsed, timeout_seconds=None, raise_on_error=True)
-    return Verdict(float(right), "ok", extracted=text)
+    return Verdict(0.0, "ok", extracted=text)
 
 
-def final_answer(response: str) -> str:
-    r"""The last box after the thinking, else the last "Answer:" line; "" where there is none.
-
-    A thought that never ends, and a box that never closes, hold no final answer.
-    """
-    text = response.rpartition("</think>")[2].partition("<think>")[0]
-    if _BOX.search(text):
-        return _strip(_last_box(text))
-    lines = _ANSWER_LINE.findall(text)
-    return _strip(lines[-1]) if lines else ""
+def _is_readable(text: str) -> bool:
+    return any(
+        forms.number(side) is not None or _words(side) or _parse(side) is not None
+        for side in (text, forms.split_unit(text)[0], forms.cut(text, "=")[-1])
+    )
 
 
-def _last_box(text: str) -> str:
-    """What the last box holds, braces balanced; "" where there is none or it never closes."""
-    boxes = list(_BOX.finditer(text))
-    if not boxes:
-        return ""
-    start, depth = boxes[-1].end(), 1
-    for brace in re.finditer(r"\\.|[{}]", text[start:], re.DOTALL):
-        depth += {"{": 1, "}": -1}.get(brace.group(), 0)  # \{ and \} are characters of the answer
-        if depth == 0:
-            return text[start : start + brace.start()]
-    return ""
-
-
-def _strip(text: str) -> str:
-    """Without the marks that only set the answer off: bold, $...$, a full stop."""
-    text = text.strip().strip("*").strip().removesuffix(".").rstrip()
-    for left, right in _WRAPPERS:
-        if text.startswith(left) and text.endswith(right) and len(text) > len(left + right):
-            text = text[len(left) : -len(right)].strip()
-    return text.removesuffix(".").rstrip()
-
-
-def _refusal(text: str) -> str:
-    """Why a final answer is not handed on, or ""."""
+def _refusal(text: str, given: str, gold: str) -> str:
+    """Why a final answer is not compared at all, or ""."""
     if len(text) > _LONGEST:
         return f"an answer of {len(text)} characters, more than {_LONGEST}"
-    if not _balanced(text):
+    if not given:
+        return "empty"
+    if not forms.is_balanced(given):
         return "braces that do not match"  # they could close the box that _parse puts around the text
-    if _number(text) is None and _TWO_NUMBERS.search(_SPACING.sub(" ", text)):
-        return "two numbers side by side"  # math-verify reads 35 34 as a sum, 1 1/2 as a product
+    if forms.squeeze(given) == forms.squeeze(gold):
+        return ""
+    if _depth(given) > _DEEPEST or _TOWER.search(given) or len(forms.parts(given)) > _PARTS:
+        return "too deep, too many parts, or a power or factorial too large to work out"
+    if forms.number(given) is None and _TWO_NUMBERS.search(given):
+        return "two numbers side by side"  # math-verify reads 35 34 as a sum
     return ""
 
 
-def _balanced(text: str) -> bool:
-    depth = 0
-    for brace in re.findall(r"\\.|[{}]", text, re.DOTALL):
-        depth += {"{": 1, "}": -1}.get(brace, 0)
-        if depth < 0:
+def _depth(text: str) -> int:
+    depth = deepest = 0
+    for char in text:
+        depth += (char in "{([") - (char in "})]")
+        deepest = max(deepest, depth)
+    return deepest
+
+
+def _equal(gold: str, given: str) -> bool:
+    """Whether two canonical texts are the same answer: list by list, bracket by bracket, then as expressions."""
+    if forms.squeeze(gold) == forms.squeeze(given):
+        return True
+    if _NEVER.search(forms.squeeze(given)) and not _NEVER.search(forms.squeeze(gold)):
+        return False
+    gold, given = _MEMBER.sub("", gold), _MEMBER.sub("", given)
+    golds = forms.parts(gold)
+    if len(golds) == 1 and forms.number(forms.split_unit(given)[0]) is not None:
+        return _one_equal(gold, given)  # 12,345 is one number
+    return _unordered(_spread(golds), _spread(forms.parts(given)))
+
+
+def _spread(items: list[str]) -> list[str]:
+    r"""The parts of a list, a set without its braces, and both values of one that holds \pm."""
+    if len(items) == 1 and items[0].startswith(r"\{") and items[0].endswith(r"\}"):
+        items = forms.parts(items[0][2:-2])
+    both = []
+    for item in items:
+        both += [item.replace(r"\pm", sign) for sign in "+-"] if item.count(r"\pm") == 1 else [item]
+    return both
+
+
+def _unordered(golds: list[str], given: list[str]) -> bool:
+    """Whether each gold part has its own equal among the given ones, and none is left over."""
+    if len(golds) != len(given):
+        return False
+    left = list(given)
+    for gold in golds:
+        match = next((item for item in left if _one_equal(gold, item)), None)
+        if match is None:
             return False
-    return depth == 0
+        left.remove(match)
+    return True
 
 
-def _number(text: str) -> Fraction | None:
-    """The exact value of a plain number (025, 70.0, 12,000, 12{,}000, 4.4e7), else None."""
-    plain = _THOUSANDS_GAP.sub("", text.replace("{,}", ",").replace(r"\!", ""))
-    return Fraction(plain.replace(",", "")) if _NUMBER.fullmatch(plain) else None
+def _one_equal(gold: str, given: str) -> bool:
+    """Two single answers: unions, tuples and intervals piece by piece, equations side by side, values with units."""
+    if forms.squeeze(gold) == forms.squeeze(given):
+        return True
+    if r"\cup" in gold or r"\cup" in given:
+        pieces = [re.split(r"\\cup(?![a-zA-Z])", text) for text in (gold, given)]
+        return len(pieces[0]) > 1 and _unordered([i.strip() for i in pieces[0]], [i.strip() for i in pieces[1]])
+    inside = [_inside(text) for text in (gold, given)]
+    if inside[0] and inside[1]:
+        same = len(inside[0][1]) == len(inside[1][1]) and inside[0][0] == inside[1][0]
+        return same and all(_one_equal(a, b) for a, b in zip(inside[0][1], inside[1][1], strict=True))
+    if inside[0] and _RELATIONS.search(given):
+        return _symbolic(gold, given)  # x > 2 for (2, \infty)
+    if inside[0] or inside[1] or (given.startswith("[") and not gold.startswith("[")):
+        return False
+    if _RELATIONS.search(gold) or _RELATIONS.search(given):
+        return bool(_RELATIONS.search(gold)) and _symbolic(gold, given)
+    return _equations(gold, given)
+
+
+def _inside(text: str) -> tuple[str, list[str]] | None:
+    """(brackets, parts) of a tuple or an interval, which has two parts at least; None for anything else."""
+    if len(text) < 2 or text[0] not in "([" or text[-1] not in ")]":
+        return None
+    items = forms.cut(text[1:-1], ",;")
+    closes_early = any(len(forms.cut(item, "")) != 1 or _closes(item) for item in items)
+    return (text[0] + text[-1], items) if len(items) > 1 and not closes_early else None
+
+
+def _closes(text: str) -> bool:
+    """Whether the text closes a bracket that it did not open, as in the middle of (1,2)(3,4)."""
+    depth = 0
+    for char in text:
+        depth += (char in "([{") - (char in ")]}")
+        if depth < 0:
+            return True
+    return False
+
+
+def _equations(gold: str, given: str) -> bool:
+    """x = 5 is 5, and a chain is right where each of its links is; other equations are compared as a whole."""
+    golds, links = forms.cut(gold, "="), forms.cut(given, "=")
+    if len(golds) == 2 and not _NAME.fullmatch(golds[0]):
+        return len(links) == 2 and _same_equation(golds, links)
+    if len(golds) > 2:
+        return False  # _key has compared them as text
+    named = len(links) > 1 and bool(_QUANTITY.fullmatch(links[0]))
+    if named and len(golds) == 2 and forms.squeeze(golds[0]) != forms.squeeze(links[0]):
+        return False
+    if not named and len(links) == 2 and len(golds) == 2:
+        return _same_equation(golds, links)
+    return all(_value_equal(golds[-1], link) for link in links[named:])
+
+
+def _same_equation(golds: list[str], links: list[str]) -> bool:
+    """Whether two equations differ by a constant factor alone."""
+    if any(r"\text" in link for link in links):
+        return False
+    left, right, said_left, said_right = (_parse(side) for side in (*golds, *links))
+    if not all(isinstance(side, sympy.Expr) for side in (left, right, said_left, said_right)):
+        return False
+    gold, said = left - right, said_left - said_right
+    ratio = sympy.simplify(said / gold) if gold != 0 else sympy.nan
+    return bool(ratio.is_number and ratio.is_finite and ratio != 0)
+
+
+def _value_equal(gold: str, given: str) -> bool:
+    (value, unit), (wanted, wanted_unit) = forms.split_unit(given), forms.split_unit(gold)
+    if unit and wanted_unit and unit != wanted_unit:
+        return False
+    exact, target = forms.number(value), forms.number(wanted)
+    if exact is not None and target is not None:
+        as_share = {("", "%"): Fraction(100), ("%", ""): Fraction(1, 100)}.get(
+            (unit, wanted_unit), Fraction(1)
+        )  # 0.625 is 62.5%
+        return exact == target or exact * as_share == target
+    if forms.squeeze(value) == forms.squeeze(wanted) or _words(value) == _words(wanted) != "":
+        return True
+    if ":" in value and ":" not in wanted:
+        return False  # a ratio, which the grammar reads as a fraction
+    if re.search("[0-9]_", value) or re.search("[0-9]_", wanted):
+        return False  # numbers to a base are compared as text
+    if r"\text" in value and r"\text" not in wanted:
+        return False
+    if _PROSE.search(_ENVIRONMENT.sub("", value)) or (_WORK.search(value) and not _WORK.search(wanted)):
+        return False
+    return _symbolic(wanted, value)
+
+
+def _words(text: str) -> str:
+    r"""The letters of an answer in words, \text{(C)} or east; "" where it holds anything else."""
+    bare = re.sub(r"\\text\{([^{}]*)\}", r"\1", text).strip().strip("()").strip()
+    return bare.casefold() if re.fullmatch(r"[A-Z]|[A-Za-z][a-z]+(?: [A-Za-z][a-z]+)*", bare) else ""
+
+
+def _symbolic(gold: str, given: str) -> bool:
+    """By math-verify; two constants by their values before, because it rounds: 10^{-20} and 10^{-21} are one to it."""
+    expected, said = _parse(gold), _parse(given)
+    if expected is None or said is None:
+        return False
+    if isinstance(expected, sympy.Expr) and isinstance(said, sympy.Expr):
+        if not (expected.free_symbols | said.free_symbols):
+            value, difference = abs(sympy.N(expected, 30)), abs(sympy.N(expected - said, 30))
+            if value.is_finite and difference.is_finite and difference > 1e-15 * value:
+                return False
+    elif isinstance(expected, sympy.Expr) or isinstance(said, sympy.Expr):
+        return False
+    return equivalent(expected, said, timeout_seconds=None, raise_on_error=True, allow_set_relation_comp=True)
 
 
 @functools.lru_cache(maxsize=1024)  # the G responses to a prompt share its gold answer, and often their own
-def _parse(text: str) -> list:
-    """sympy expressions by math-verify's LaTeX grammar; empty where it cannot read the text."""
-    latex = _SCIENTIFIC.sub(r"\1 \\times 10^{\2}", text)
-    config = [LatexExtractionConfig(boxed_match_priority=0)]
-    return parse_latex(rf"\boxed{{{latex}}}", config, "no_fallback", parsing_timeout=None, raise_on_error=True)
+def _parse(text: str) -> Any:
+    """A sympy object by math-verify's LaTeX grammar; None where the grammar cannot read the whole text.
+
+    math-verify's own ``parse`` goes on to the last piece that it can read, which makes a right answer of a wrong one.
+    """
+    exact = forms.number(text)
+    if exact is not None:
+        return sympy.Rational(exact.numerator, exact.denominator)
+    latex = _DECIMAL.sub(lambda match: rf"\frac{{{match[1]}{match[2]}}}{{1{'0' * len(match[2])}}}", text)
+    try:
+        return latex2sympy(latex, normalization_config=None, conversion_config=_GRAMMAR)
+    except Exception:  # the grammar raises bare Exceptions, and sympy its own, for text that is no mathematics
+        return None

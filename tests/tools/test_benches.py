@@ -88,3 +88,20 @@ def test_convert(tmp_path: Path) -> None:
     assert all(row["seconds"] > 0 and row["gib"] > 1 for row in rows.values())
     # the bound of what must be free: twice the largest file, and a GiB
     assert all(0 < rows[phase]["anon_mib"] < rows[phase]["bound_mib"] for phase in ("import", "export", "compare"))
+
+
+def test_verify_on_hostile_rows() -> None:
+    (mixed,) = run("bench_verify", only="mixed", rows=120, deadline=1.0, data="")
+    assert mixed["rows"] == 120 and sum(mixed["statuses"].values()) == 120
+    assert mixed["statuses"].keys() <= {"ok", "unparseable", "timeout"}
+    assert mixed["rewarded"]["wrong"].startswith("0 of ")
+    assert mixed["worst_row_seconds"] <= mixed["wall_deadline_seconds"] + 1
+    assert mixed["largest_worker_mib"] < mixed["memory_limit_mib"]
+
+
+@pytest.mark.slow
+def test_verify() -> None:
+    labelled, integers, mixed = run("bench_verify", rows=50, integers=200, cases=40, deadline=1.0, data="")
+    assert labelled["cases"] == 40 and labelled["math"]["false_positives"] == 0
+    assert set(labelled) >= {"math", "math_verify_alone", "dapo"}
+    assert integers["rows"] == 200 and integers["rows_per_cpu_second"] > 0 and mixed["rows"] == 50

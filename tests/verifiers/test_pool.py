@@ -13,7 +13,7 @@ import psutil
 import pytest
 
 from megatron_rlvr.verifiers import VerifierError
-from megatron_rlvr.verifiers.pool import VerifierPool
+from megatron_rlvr.verifiers.pool import AHEAD, VerifierPool
 
 OWN = """
 import os, subprocess, sys, time
@@ -26,7 +26,15 @@ def read_answer(value):
 
 def verify(response, answer):
     if response == "hang":
+        while True:
+            pass
+    if response == "hang in C":
+        bytes(1 << 28).find(bytes((1 << 27) - 1) + b"x")
+        sorted(range(1 << 30))
+    if response == "sleep":
         time.sleep(600)
+    if response == "grow":
+        globals().setdefault("kept", []).append(bytearray(os.urandom(1)) * (200 << 20))
     if response == "hang with a child":
         subprocess.run(["sleep", "600"])
     if response == "exit":
@@ -58,11 +66,11 @@ def workers() -> list[psutil.Process]:
 
 def test_faults_cost_their_own_answer_only_and_order_is_kept(own, capfd):
     items = [(str(index), str(index - index % 2)) for index in range(200)]
-    faults = {20: "hang", 40: "exit", 60: "abort", 80: "raise", 100: "leave", 120: "memory", 140: "print"}
+    faults = {20: "hang", 40: "exit", 60: "abort", 80: "raise", 100: "leave", 120: "memory", 140: "print", 160: "sleep"}
     for index, fault in faults.items():
         items[index] = (fault, "x")
     started = time.monotonic()
-    with VerifierPool(own, workers=2, deadline=1.5) as pool:
+    with VerifierPool(own, workers=2, deadline=0.5) as pool:
         verdicts = pool.score(items)
         assert len(workers()) == 2
     assert time.monotonic() - started < 60 and workers() == []
@@ -70,9 +78,10 @@ def test_faults_cost_their_own_answer_only_and_order_is_kept(own, capfd):
         if index not in faults:
             assert (verdict.status, verdict.extracted, verdict.reward) == ("ok", str(index), float(index % 2 == 0))
     status = {fault: verdicts[index].status for index, fault in faults.items()}
-    assert status == dict.fromkeys(faults.values(), "error") | {"hang": "timeout", "print": "ok"}
+    assert status == dict.fromkeys(faults.values(), "error") | {"hang": "timeout", "sleep": "timeout", "print": "ok"}
     message = {fault: verdicts[index].message for index, fault in faults.items()}
-    assert "reward.deadline=1.5" in message["hang"] and verdicts[20].seconds == 1.5
+    assert "reward.deadline=0.5 s of CPU time" in message["hang"] and verdicts[20].seconds >= 0.5
+    assert "6 x reward.deadline=0.5 s of wall time" in message["sleep"] and verdicts[160].seconds >= 3
     assert "exit code 3" in message["exit"] and "SIGABRT" in message["abort"] and "exit code 1" in message["leave"]
     assert message["raise"] == "KeyError: 'no such thing'" and "MemoryError" in message["memory"]
     assert all(verdicts[index].reward == 0.0 for index in faults)
@@ -96,18 +105,74 @@ def test_a_worker_that_died_while_idle_is_replaced_and_no_answer_pays(own):
         while worker.status() != psutil.STATUS_ZOMBIE:  # until then it could still be handed an answer
             assert time.monotonic() < deadline
             time.sleep(0.01)
-        assert [verdict.status for verdict in pool.score([("1", "1")] * 4)] == ["ok"] * 4
+        assert [verdict.status for verdict in pool.score([("2", "1"), ("3", "1"), ("4", "1")])] == ["ok"] * 3
         assert len(workers()) == 1 and workers() != [worker]
     assert workers() == []
 
 
 def test_what_an_answer_started_dies_with_it_and_a_closed_pool_says_so(own):
-    with VerifierPool(own, workers=1, deadline=1.0) as pool:
-        assert pool.score([("hang with a child", "")])[0].status == "timeout"
+    with VerifierPool(own, workers=1, deadline=0.3) as pool:
+        assert pool.score([("hang with a child", "")])[0].status == "timeout"  # by wall time: it computes nothing
         assert [process.name() for process in workers() if process.name() == "sleep"] == []
     with pytest.raises(VerifierError, match="closed"):
         pool.score([("1", "1")])
     pool.close()
+
+
+def test_a_c_function_that_never_returns_meets_the_deadline_too(own):
+    with VerifierPool(own, workers=1, deadline=0.3) as pool:
+        (verdict,) = pool.score([("hang in C", "")])
+    assert verdict.status == "timeout" and "CPU time" in verdict.message
+
+
+def test_a_worker_that_grows_is_replaced_between_two_answers(own):
+    with VerifierPool(own, workers=1, deadline=20.0) as pool:
+        pool.score([("1", "1")])
+        first = workers()
+        assert [verdict.status for verdict in pool.score([("grow", str(index)) for index in range(4)])] == ["ok"] * 4
+        assert workers() != first and len(workers()) == 1
+        assert pool.score([("2", "2")])[0].reward == 1.0
+
+
+def test_a_message_of_thousands_of_large_rows_comes_through(own):
+    items = [(f"{index} " + "x" * 20_000, "y" * 20_000) for index in range(3000)]
+    with VerifierPool(own, workers=2, deadline=20.0) as pool:
+        verdicts = pool.score(items)
+    assert [verdict.extracted for verdict in verdicts] == [response for response, _ in items]
+
+
+def test_verdicts_are_kept_unless_they_are_failures(tmp_path):
+    counter = tmp_path / "calls"
+    path = tmp_path / "counted.py"
+    path.write_text(
+        "from megatron_rlvr.verdict import Verdict\nISOLATED = True\ndef read_answer(value): return value\n"
+        f"def verify(response, answer):\n    open({str(counter)!r}, 'a').write(response)\n"
+        "    assert response != 'e'\n    return Verdict(1.0, 'ok')\n"
+    )
+    with VerifierPool(str(path), workers=2, deadline=20.0) as pool:
+        assert [verdict.reward for verdict in pool.score([("a", 1), ("a", 1), ("b", 1), ("a", 2)])] == [1.0] * 4
+        assert sorted(counter.read_text()) == ["a", "a", "b"]  # once for each answer
+        again = pool.score([("a", 1), ("e", 1)])
+        assert (again[0].reward, again[0].seconds, again[1].status) == (1.0, 0.0, "error")
+        pool.score([("e", 1)])
+    assert sorted(counter.read_text()) == ["a", "a", "b", "e", "e"]
+
+
+def test_streams_read_only_so_far_ahead(own):
+    read = []
+
+    def items():
+        for index in range(5000):
+            read.append(index)
+            yield str(index), str(index)
+
+    with VerifierPool(own, workers=1, deadline=20.0) as pool:
+        stream = pool.stream(items())
+        for index in range(3):
+            assert next(stream).extracted == str(index)
+        assert len(read) < 3 + 2 * AHEAD
+        stream.close()
+    assert workers() == []
 
 
 def test_the_deadline_does_not_count_the_start_of_a_process(own):

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
 from megatron_rlvr import verifiers
-from megatron_rlvr.config import ConfigError
+from megatron_rlvr.config import Config, ConfigError, DataConfig, ModelConfig, check
 from megatron_rlvr.types import Prompt, Rollout, RolloutGroup
 from megatron_rlvr.verdict import Verdict
 from megatron_rlvr.verifiers.pool import VerifierPool
@@ -18,16 +20,23 @@ TIMEOUT, ERROR = Verdict(0.0, "timeout", message="not done"), Verdict(0.0, "erro
 
 
 def test_every_shipped_verifier_is_found_by_its_file_name():
-    assert verifiers.names() == ["countdown", "math"]
+    assert verifiers.names() == ["choice", "code", "countdown", "dapo", "format", "gsm8k", "kk", "math"]
     for name in verifiers.names():
         assert verifiers.load(name).verify.__module__ == f"megatron_rlvr.verifiers.{name}"
+
+
+def test_the_readme_has_a_row_for_every_verifier():
+    table = (
+        Path(__file__).parents[2].joinpath("README.md").read_text().partition("| `verifier` |")[2].partition("\n\n")[0]
+    )
+    assert sorted(re.findall(r"^\| `(\w+)` \|", table, re.MULTILINE)) == verifiers.names()
 
 
 @pytest.mark.parametrize("name, closest", [("maths", "math"), ("count_down", "countdown"), ("pool", ""), ("", "")])
 def test_an_unknown_verifier_names_the_closest_and_all(name, closest):
     with pytest.raises(ConfigError, match="unknown verifier") as raised:
         verifiers.load(name)
-    assert f"did you mean '{closest}" in str(raised.value) and "countdown, math" in str(raised.value)
+    assert f"did you mean '{closest}" in str(raised.value) and "choice, code, countdown" in str(raised.value)
 
 
 def test_a_verifier_can_be_a_file_of_ones_own(tmp_path):
@@ -45,6 +54,62 @@ def test_a_verifier_can_be_a_file_of_ones_own(tmp_path):
     own.write_text("ISOLATED = False\ndef verify(response, answer): ...\n")
     with pytest.raises(ConfigError, match="lacks read_answer"):
         verifiers.load(str(own))
+
+
+def test_a_sum_of_verifiers():
+    both = verifiers.load("0.9*math + 0.1*format")
+    assert both.ISOLATED and verifiers.load("1*countdown").ISOLATED is False
+    answer = both.read_answer(34.0)
+    assert answer == ["34", None]
+    rewards = {
+        r"so</think> \boxed{34}": 1.0,
+        r"so</think> \boxed{35}": 0.1,
+        r"\boxed{34}": 0.9,
+        "34": 0.0,
+    }
+    verdicts = [both.verify(response, answer) for response in rewards]
+    assert [verdict.reward for verdict in verdicts] == pytest.approx(list(rewards.values()))
+    assert [verdict.status for verdict in verdicts] == ["ok", "ok", "ok", "unparseable"]
+    assert [verdict.extracted for verdict in verdicts][:3] == ["34", "35", "34"]
+    with VerifierPool("2 * math+1e-1*format", workers=1, deadline=20.0) as pool:
+        assert pool.score([(r"so</think> \boxed{34}", answer)])[0].reward == pytest.approx(2.1)
+    for wrong, message in {
+        "math + format": "unknown verifier 'math . format'.*sums such as",
+        "0.5*math + 0.5*fromat": "did you mean 'format'",
+        "1*math + 0*format": "weight of format must be above 0, not 0",
+    }.items():
+        with pytest.raises(ConfigError, match=message):
+            verifiers.load(wrong)
+
+
+def test_a_part_that_fails_leaves_the_sum_without_reward(tmp_path):
+    own = tmp_path / "failing.py"
+    own.write_text(
+        "from megatron_rlvr.verdict import Verdict\nISOLATED = False\ndef read_answer(value): return value\n"
+        "def verify(response, answer): return Verdict(1.0, 'timeout', message='busy')\n"
+    )
+    verdict = verifiers.judge(verifiers.load(f"0.5*format + 0.5*{own}"), "a</think> b", [None, "x"])
+    assert (verdict.reward, verdict.status, verdict.message) == (0.0, "timeout", "busy")
+
+
+def test_a_verifier_that_this_machine_cannot_run_says_so_before_anything_starts(tmp_path):
+    own = tmp_path / "needs.py"
+    own.write_text(
+        "from megatron_rlvr.config import ConfigError\nISOLATED = True\ndef read_answer(value): return value\n"
+        "def verify(response, answer): ...\ndef check_host(): raise ConfigError('needs an abacus')\n"
+    )
+    for name in (str(own), f"1*math + 1*{own}"):
+        with pytest.raises(ConfigError, match="abacus"):
+            VerifierPool(name, workers=1, deadline=1.0)
+    verifiers.check_host("math")
+
+
+def test_a_signed_scale_is_not_laid_over_dapo():
+    smallest = Config(verifier="dapo", model=ModelConfig(path="m"), data=DataConfig(path="d", max_prompt_length=64))
+    check(smallest)
+    smallest.reward.scale = "signed"
+    with pytest.raises(ConfigError, match="verifier=dapo gives -1 and .1 already"):
+        check(smallest)
 
 
 def test_rewards_and_their_scales():

@@ -1,0 +1,180 @@
+r"""The written forms of one answer: canonical text, exact numbers, units, the parts of a list.
+
+canonical(r"\dfrac 12") -> r"\frac{1}{2}"     number("4.4e7") -> Fraction(44000000)
+split_unit(r"5\text{ cm}") -> ("5", "cm")     parts("1, (2, 3)") -> ["1", "(2, 3)"]
+"""
+
+from __future__ import annotations
+
+import re
+from fractions import Fraction
+
+_LATEX = {
+    "−": "-", "–": "-", "×": r"\times ", "·": r"\cdot ", "÷": r"\div ", "π": r"\pi ", "∞": r"\infty ", "∪": r"\cup ",
+    "²": "^2", "³": "^3", "°": r"^\circ ", "≤": r"\leq ", "≥": r"\geq ", "≠": r"\neq ", "→": r"\to ", "±": r"\pm ",
+    "≈": r"\approx ", "∈": r"\in ", "½": r"\frac{1}{2}", "、": ",", "\u3000": " ", "\u00a0": " ",
+    "\u200b": "", "\0": "",
+}  # fmt: skip
+# Full-width forms lie at a fixed distance from ASCII. NFKC would also turn x² into x2.
+_CHARACTERS = {code: chr(code - 0xFEE0) for code in range(0xFF01, 0xFF5F)} | {ord(c): t for c, t in _LATEX.items()}
+_TEXT = r"\\(?:mbox|mathrm|textbf|mathbf|textrm|textit|mathit|operatorname|mathsf|textsf|text) *\{"
+_REWRITES = [
+    (re.compile(pattern), replacement)
+    for pattern, replacement in (
+        (r"\\(?:left|right|[bB]igg?[lr]?)(?![a-zA-Z])\.?", ""),
+        (r"\\(?:display|text)style(?![a-zA-Z])", ""),
+        (r"\\[dtc]frac(?![a-zA-Z])", r"\\frac"),
+        (r"√ *([0-9]+|[a-zA-Z])", r"\\sqrt{\1}"),
+        (_TEXT, r"\\text{"),
+        (r"\\(?:text|underline) *\{ *([-+0-9.,/]+) *\}", r"\1"),
+        (r"\\geqslant|\\ge(?![a-zA-Z])", r"\\geq"),
+        (r"\\leqslant|\\le(?![a-zA-Z])", r"\\leq"),
+        (r"\\not *=|\\ne(?![a-zA-Z])", r"\\neq"),
+        (r"\^ *\{? *\\circ(?![a-zA-Z]) *\}?|\\degree(?![a-zA-Z])", r"^\\circ "),
+        (r"\*\*", "^"),
+        (r"\{,\}|, *\\! *", ","),
+        (r"\$ *, *\$", ", "),
+        (r"(?<![\\])\$", ""),  # what $...$ sets off in the middle; \$ is a dollar
+        (r"(?<=[0-9])(?:\\[,;:! ]|~| )(?=[0-9]{3}(?![0-9]))", ""),
+        (r"(?<!\\)\\[,;:! ]|\\q?quad(?![a-zA-Z])|~", " "),
+        (r"\\frac *([0-9]) *([0-9])", r"\\frac{\1}{\2}"),
+        (r"\\frac *([0-9]) *\{", r"\\frac{\1}{"),
+        (r"\\frac *(\{[^{}]*\}) *([0-9a-zA-Z])", r"\\frac\1{\2}"),
+        (r"\\sqrt *([0-9a-zA-Z])", r"\\sqrt{\1}"),
+        (r"([_^]) *\{ *([0-9a-zA-Z]) *\}", r"\1\2"),
+        (r"\s+", " "),
+    )
+]
+_DECIMAL = r"(?:(?:[0-9]{1,3}(?:,[0-9]{3})+|[0-9]+)(?:\.[0-9]*)?|\.[0-9]+)"
+_NUMBER = re.compile(rf"({_DECIMAL})(?:[eE]([-+]?[0-9]{{1,3}}))?")
+_POWER_OF_TEN = re.compile(
+    rf"(?:({_DECIMAL})(?:\\times|\\cdot|\*|x))?10\^(?:\{{([-+]?[0-9]{{1,3}})\}}|([-+]?[0-9]{{1,3}}))"
+)
+_RATIO = re.compile(rf"\\frac\{{(-?{_DECIMAL})\}}\{{(-?{_DECIMAL})\}}|({_DECIMAL})/({_DECIMAL})")
+_MIXED = re.compile(r"([0-9]+)\\frac\{([0-9]+)\}\{([0-9]+)\}")
+_WORDS = r"[A-Za-z]+(?:[ -][A-Za-z]+){0,3}"
+_POWER = r"(?:\^\{?-?[0-9]\}?)?"
+_TEXT_UNIT = re.compile(rf"(.+?)((?:(?:[ */]|\\cdot)*\\text\{{[ ]*[A-Za-z][A-Za-z0-9 ./^-]*\}}{_POWER})+)\.?")
+_PLAIN_UNIT = re.compile(rf"(-?[0-9.,/]*[0-9.](?:e[-+]?[0-9]+)?) ?({_WORDS}{_POWER}(?:/{_WORDS}{_POWER})?)\.?")
+# Written as plain letters, anything shorter than a word is a product of variables, unless it is one of these.
+_SHORT_UNITS = {
+    "cm", "mm", "km", "kg", "mg", "ml", "min", "sec", "deg", "ft", "in", "mph", "hr", "hrs", "rad", "mol", "day", "h",
+    "s",
+}  # fmt: skip
+_UNITS = {
+    "degree": "^\\circ", "degrees": "^\\circ", "deg": "^\\circ", "percent": "%", "dollar": "$", "dollars": "$",
+    "usd": "$", "cent": "cent", "centimeter": "cm", "centimetre": "cm", "millimeter": "mm", "meter": "m", "metre": "m",
+    "kilometer": "km", "kilometre": "km", "gram": "g", "kilogram": "kg", "second": "s", "sec": "s", "minute": "min",
+    "hour": "h", "hr": "h", "inche": "inch", "in": "inch", "feet": "foot", "ft": "foot", "square": "", "sq": "",
+    "unit": "", "cubic": "", "liter": "L", "litre": "L", "radian": "rad", "mile": "mi",
+}  # fmt: skip
+# Words that make of a number another one, or none: hedges, negations, multipliers, names of functions.
+_NO_UNIT = {
+    "or", "and", "not", "no", "nor", "isn", "never", "is", "are", "be", "if", "else", "but", "maybe", "perhaps",
+    "about", "approximately", "roughly", "around", "over", "under", "more", "less", "than", "at", "least", "most",
+    "up", "to", "plus", "minus", "times", "divided", "by", "half", "double", "twice", "thousand", "million",
+    "billion", "trillion", "hundred", "dozen", "k", "pi", "sqrt", "log", "ln", "exp", "e", "i", "sin", "cos", "tan",
+    "cot", "sec", "csc", "arcsin", "arccos", "arctan", "mod", "modulo", "base", "wrong", "incorrect", "false",
+    "unless", "except", "instead",
+}  # fmt: skip
+
+
+def canonical(text: str) -> str:
+    """The text with one spelling for each form: ASCII, LaTeX's short and long commands, spacing."""
+    text = text.translate(_CHARACTERS)
+    for pattern, replacement in _REWRITES:
+        text = pattern.sub(replacement, text)
+    return text.strip().removesuffix(".").rstrip()
+
+
+def squeeze(text: str) -> str:
+    """Without spaces, but for those between two digits: 3 4 is not 34."""
+    return re.sub(r"(?<![0-9]) +| +(?![0-9])", "", text)
+
+
+def number(text: str) -> Fraction | None:
+    r"""The exact value of 025, 70.0, 12,000, 4.4e7, 2\times 10^{-3}, 1/3, \frac{1}{3}, 1\frac{1}{3}; else None."""
+    text = squeeze(text)
+    while text.startswith("{") and text.endswith("}") and text.count("{") == 1:
+        text = text[1:-1]
+    sign = -1 if text.startswith("-") else 1
+    text = text[1:] if text[:1] in ("-", "+") else text
+    if match := _NUMBER.fullmatch(text):
+        return sign * _decimal(match[1]) * Fraction(10) ** int(match[2] or 0)
+    if match := _POWER_OF_TEN.fullmatch(text):
+        return sign * _decimal(match[1] or "1") * Fraction(10) ** int(match[2] or match[3])
+    if match := _RATIO.fullmatch(text):
+        below = _decimal(match[2] or match[4])
+        return sign * _decimal(match[1] or match[3]) / below if below else None
+    if (match := _MIXED.fullmatch(text)) and int(match[3]):
+        return sign * (int(match[1]) + Fraction(int(match[2]), int(match[3])))
+    return None
+
+
+def _decimal(text: str) -> Fraction:
+    return Fraction(text.replace(",", ""))
+
+
+def split_unit(text: str) -> tuple[str, str]:
+    r"""(value, unit) of canonical text: 5\text{ cm} -> 5, cm; 90^\circ; \$36; 8\%; 34 apples. No unit is ""."""
+    text = text.strip()
+    if text.startswith(r"\$"):
+        return text[2:].strip(), "$"
+    for mark, unit in ((r"\%", "%"), ("%", "%"), (r"^\circ", "^\\circ"), (r"\$", "$")):
+        if text.endswith(mark) and len(text) > len(mark):
+            return text[: -len(mark)].strip(), unit
+    if match := _TEXT_UNIT.fullmatch(text) or _PLAIN_UNIT.fullmatch(text):
+        words = re.findall(r"[A-Za-z]+", match[2].replace(r"\text", "").replace(r"\cdot", ""))
+        is_word = r"\text" in match[2] or all(len(word) > 3 or word.lower() in _SHORT_UNITS for word in words)
+        if is_word and len(words) <= 4 and not _NO_UNIT & {word.lower() for word in words} and _is_value(match[1]):
+            return match[1].strip(), _unit(match[2])
+    return text, ""
+
+
+def _is_value(text: str) -> bool:
+    """Whether a unit may follow: a number, or an expression that does not end in the middle."""
+    return number(text) is not None or bool(re.search(r"[0-9a-zA-Z})]$", text.strip()) and "\\text" not in text)
+
+
+def _unit(text: str) -> str:
+    """One spelling of a unit: singular, short, cm^2 for square centimetres."""
+    power = re.search(r"\^\{?(-?[0-9])\}?", text)
+    words = re.findall(r"[A-Za-z]+|/", re.sub(r"\\text|\\cdot|\^\{?-?[0-9]\}?", "", text))
+    square = {"square": "2", "sq": "2", "cubic": "3"}
+    exponent = power[1] if power else next((square[word] for word in words if word in square), "")
+    if words == ["mph"]:
+        words = ["mi", "/", "h"]
+    names = [_UNITS.get(word, _UNITS.get(word.lower(), _singular(word))) for word in words]
+    name = "".join(_UNITS.get(word, word) for word in names)
+    return f"{name}^{exponent}" if exponent and name else name
+
+
+def _singular(word: str) -> str:
+    return word.lower().removesuffix("s") if len(word) > 3 else word
+
+
+def parts(text: str) -> list[str]:
+    """The text cut at its commas, semicolons, "and" and "or", outside of every bracket."""
+    text = re.sub(r"\\text\{[ ,]*(?:and|or)[ ,]*\}|\\(?:lor|vee)(?![a-zA-Z])|\b(?:and|or)\b", ",", text)
+    return [part for part in cut(text, ",;") if part]
+
+
+def cut(text: str, separators: str) -> list[str]:
+    """The text cut at each of the characters, where it stands outside of every bracket."""
+    pieces, depth, start = [], 0, 0
+    for index, char in enumerate(text):
+        depth += (char in "([{") - (char in ")]}")
+        if char in separators and depth <= 0:
+            pieces.append(text[start:index].strip())
+            start = index + 1
+    return [*pieces, text[start:].strip()]
+
+
+def is_balanced(text: str) -> bool:
+    """Whether every brace of the text has its partner, so that the text can stand inside braces."""
+    depth = 0
+    for brace in re.findall(r"\\.|[{}]", text, re.DOTALL):
+        depth += {"{": 1, "}": -1}.get(brace, 0)
+        if depth < 0:
+            return False
+    return depth == 0

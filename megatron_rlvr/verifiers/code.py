@@ -1,0 +1,72 @@
+"""Code: the program in the response passes all unit tests of the data row, in a sandbox.
+
+The program is the last fenced block behind the thinking, or the whole text where there is none. The row's tests call
+its functions by value: arguments and results are plain data. There is no network, only the standard library, and one
+small folder to write in.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import signal
+from typing import Any
+
+from megatron_rlvr.verdict import Verdict
+from megatron_rlvr.verifiers import sandbox
+from megatron_rlvr.verifiers.answer_text import after_thinking
+
+ISOLATED = True  # waits for other processes
+check_host = sandbox.check_host
+
+_DEADLINE = 10.0  # seconds of CPU time, outside of a pool
+_LONGEST = 200_000  # characters of a program
+_FENCE = re.compile(r"^ *```[a-zA-Z0-9+]*[ ]*\r?\n(.*?)^ *```", re.DOTALL | re.MULTILINE)
+
+
+def read_answer(value: Any) -> dict[str, str]:
+    """{"prompt", "tests", "entry_point"} of a data row's tests; ValueError where they are none of these:
+
+    a text or a list of assert statements; HumanEval's {"test", "entry_point"} with or without "prompt"; MBPP's
+    {"test_list"} with or without "test_imports"; any of them as JSON text.
+    """
+    if isinstance(value, str) and value.lstrip()[:1] in ("{", "["):
+        value = json.loads(value)
+    if isinstance(value, str) or (isinstance(value, list) and all(isinstance(line, str) for line in value)):
+        value = {"test_list": [value] if isinstance(value, str) else value}
+    if not isinstance(value, dict) or not ("test" in value or "test_list" in value):
+        raise ValueError(f"must be tests: asserts, or a mapping with test and entry_point, not {str(value)[:80]!r}")
+    lines = [*value.get("test_imports", []), *value.get("test_list", []), value.get("test", "")]
+    texts = [value.get("prompt", ""), value.get("entry_point", ""), *lines]
+    if not all(isinstance(text, str) for text in texts) or not any(line.strip() for line in lines):
+        raise ValueError("holds no tests")
+    answer = {"prompt": texts[0], "tests": "\n".join(lines), "entry_point": texts[1]}
+    if "test" not in value:
+        answer["prompt"] = ""  # MBPP's is prose
+    try:
+        compile(answer["tests"], "<tests>", "exec")
+    except SyntaxError as error:
+        raise ValueError(f"the tests are no Python: {error}") from error
+    return answer
+
+
+def verify(response: str, answer: dict[str, str]) -> Verdict:
+    """Reward 1 where every test passes, else 0: also for a program that never ends, crashes or reaches for the machine.
+
+    Raises sandbox.NoIsolation.
+    """
+    source = program(response)
+    if not source.strip() or len(source) > _LONGEST:
+        return Verdict(0.0, "unparseable", message="no program behind the thinking, or one of absurd length")
+    deadline = signal.getitimer(signal.ITIMER_PROF)[0] or _DEADLINE  # what the pool has set for this answer
+    whole = f"{answer['prompt']}\n{source}"  # the prompt has the imports, and a head that a bare body continues
+    limits = sandbox.Limits(cpu_seconds=deadline)
+    outcome = sandbox.run(whole, answer["tests"], answer["entry_point"], limits)
+    return Verdict(float(outcome.passed), "ok", extracted=source, message=outcome.message)
+
+
+def program(response: str) -> str:
+    """The last fenced block behind the thinking, else all of the text behind it."""
+    text = after_thinking(response)
+    blocks = _FENCE.findall(text)
+    return blocks[-1] if blocks else "" if "```" in text else text
