@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import random
 import signal
+from collections.abc import Callable
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -22,6 +23,7 @@ from megatron_rlvr.models import checkpoint
 from megatron_rlvr.progress import Progress
 from megatron_rlvr.report import build_report
 from megatron_rlvr.run_folder import HANG, checkpoints
+from megatron_rlvr.token_records import Recording, TokenWriter
 from megatron_rlvr.trainer import Trainer
 from megatron_rlvr.types import RolloutGroup
 from megatron_rlvr.weights.convert import save_hf
@@ -58,7 +60,7 @@ class Run:
             for step in range(done + 1, last + 1):
                 figures = trainer.evaluate() if self._due_before(step) else {}
                 metrics, groups = trainer.step(step)
-                records.write(step, metrics | figures, groups)
+                records.write(step, metrics | figures, groups, trainer.recording)
                 progress.step(metrics)
                 stopped = self._agreed_stop()
                 if stopped or self._due_after(step):
@@ -109,7 +111,8 @@ class Run:
         checkpoint.save(self.folder, self.config, trainer.models, trainer.groups, state)
 
     def _records(self, done: int) -> Records:
-        return Records(self.config, self.folder, done) if self.is_writer else NoRecords()
+        decode = self.trainer.tokenizer.decode
+        return Records(self.config, self.folder, decode, done) if self.is_writer else NoRecords()
 
     def _progress(self, done: int) -> Progress:
         mode = self.config.logging.progress if self.is_writer else "none"
@@ -144,15 +147,17 @@ class Run:
 class Records:
     """What a run writes about its steps; the report is made anew every REPORT_EVERY of them."""
 
-    def __init__(self, config: Config, folder: Path, done: int) -> None:
+    def __init__(self, config: Config, folder: Path, decode: Callable[[list[int]], str], done: int) -> None:
         dump(config, folder / "config.yaml")
         self.folder = folder
         self.metrics = MetricsWriter(folder, config.logging, config.name, to_dict(config), done)
         self.rollouts = RolloutsWriter(folder, config.trainer.log_rollouts, done)
+        self.tokens = TokenWriter(folder, decode, done)
 
-    def write(self, step: int, metrics: dict[str, Any], groups: list[RolloutGroup]) -> None:
+    def write(self, step: int, metrics: dict[str, Any], groups: list[RolloutGroup], recording: Recording) -> None:
         self.metrics.write(step, metrics)
         self.rollouts.write(step, groups)
+        self.tokens.write(step, recording)
         if step % REPORT_EVERY == 0:
             build_report(self.folder)
 
@@ -170,7 +175,7 @@ class NoRecords(Records):
     def __init__(self) -> None:
         pass
 
-    def write(self, step: int, metrics: dict[str, Any], groups: list[RolloutGroup]) -> None:
+    def write(self, step: int, metrics: dict[str, Any], groups: list[RolloutGroup], recording: Recording) -> None:
         pass
 
     def __exit__(self, *exception: object) -> None:

@@ -1,7 +1,7 @@
 """The folder of a run: what it holds, whether a run may start or go on in it.
 
-RUN/config.yaml, starts.jsonl, metrics.jsonl, rollouts.jsonl, report.html, summary.json, tensorboard/,
-checkpoints/step_N/, logs/rank_R.log, hf/.
+RUN/config.yaml, starts.jsonl, metrics.jsonl, rollouts.jsonl, tokens/step_N.safetensors, report.html, summary.json,
+tensorboard/, checkpoints/step_N/, logs/rank_R.log, hf/.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ RECORDS = (
     "starts.jsonl",
     "metrics.jsonl",
     "rollouts.jsonl",
+    "tokens",
     "report.html",
     "summary.json",
     "tensorboard",

@@ -18,10 +18,11 @@ PACKAGE = "megatron_rlvr"
 # Module or folder -> floor; a module's own line wins over its folder's.
 FLOORS = {
     0: "config config_reading config_rules platform processes seeds types verdict watchdog",
-    1: "advantages architecture charts environment evaluation losses metrics packing planner progress "
-    "prompt_files prompts records report report_style run_folder templates trackers verifiers weights.initial "
-    "weights.mapping",
-    2: "distributed group_advantages value_targets",
+    1: "advantages architecture charts comparison environment evaluation figures key_figures losses metrics packing "
+    "page planner progress prompt_files prompts records report report_charts report_parts report_script "
+    "report_style rollout_metrics rollout_page rollout_script run_folder run_warnings templates token_records "
+    "trackers verifiers weights.initial weights.mapping",
+    2: "distributed group_advantages recorder value_targets",
     3: "exploration",
     4: "models rollout weights",
     5: "launch preflight run train trainer",

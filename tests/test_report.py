@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import base64
+import hashlib
 import json
 import os
 import re
@@ -15,7 +17,9 @@ import pytest
 
 from megatron_rlvr.charts import Chart, draw, read_lines, running_mean, thin
 from megatron_rlvr.config import Config, dump
-from megatron_rlvr.report import CHARTS, build_report, key_figures
+from megatron_rlvr.key_figures import key_figures
+from megatron_rlvr.report import build_report
+from megatron_rlvr.report_charts import CHARTS
 
 ROOT = Path(__file__).parent.parent
 ATTACK = "</pre><script>alert(1)</script>&amp; <img src=x onerror=y> \x00\x1b 数学"
@@ -27,6 +31,10 @@ def step_row(step: int, **more) -> dict:
     row |= {"lp_reg/share": 0.004, "rollout/log_prob_gap_max": 2e-6, "rollout/log_prob_gap_mean": 3e-7}
     row |= {"critic/explained_variance": 0.1 * step, "critic/head_std": 0.1 / step}
     row |= {"rollout/truncated_share": 0.0, "sync/verified": True, "time/step": 1.0, "time/generate": 0.4}
+    row |= {"lp_reg/survive_share": 0.3, "lp_reg/kept_mass": 0.97, "lp_reg/delta": 0.02, "policy/ratio_max": 1.5}
+    row |= {"cde/bonus": 0.1, "cde/critic_bonus": 0.01, "cde/omega": 1.0, "policy/kl": 1e-3, "policy/ref_kl": 0.02}
+    row |= {"rollout/perplexity_right": 1.5, "rollout/perplexity_wrong": 3.0, "rollout/calibration_gap": 1.5}
+    row |= {"memory/rank_most_gib": 3.0, "memory/rank_least_gib": 2.5}
     row |= {"time/verify": 0.05, "time/log_probs": 0.1, "time/train": 0.3, "time/sync": 0.02}
     return row | more
 
@@ -106,14 +114,17 @@ def test_every_chart_is_there(page):
 
 
 def test_the_page_needs_nothing_else(page, full_run):
-    assert not {"script", "link", "img", "iframe", "object", "image", "foreignobject"} & set(page.tags)
+    assert not {"img", "iframe", "object", "image", "foreignobject"} & set(page.tags)
     html = (full_run / "report.html").read_text(encoding="utf-8")
     assert re.findall(r"https?://[^\"' )<]*", html) == []
     links = [value for _, name, value in page.attributes if name in ("href", "xlink:href", "src")]
-    assert all(link.startswith("#") for link in links)
+    assert all(link.startswith("#") or link == "data:," for link in links)  # the icon, which a browser would ask for
     assert not [name for _, name, _ in page.attributes if name.startswith("on")]
     policy = [value for tag, name, value in page.attributes if tag == "meta" and value.startswith("default-src")]
-    assert policy == ["default-src 'none'; style-src 'unsafe-inline'"]
+    runs = [html[start.end() : html.index("</script>", start.end())] for start in re.finditer("<script>", html)]
+    assert len(runs) == 1  # ours; the other blocks are data, which no browser runs
+    digest = base64.b64encode(hashlib.sha256(runs[0].encode()).digest()).decode()
+    assert policy == [f"default-src 'none'; script-src 'sha256-{digest}'; style-src 'unsafe-inline'; img-src data:"]
 
 
 def test_ids_are_unique_and_every_reference_has_one(page, full_run):
@@ -121,6 +132,7 @@ def test_ids_are_unique_and_every_reference_has_one(page, full_run):
     assert len(ids) == len(set(ids))
     html = (full_run / "report.html").read_text(encoding="utf-8")
     used = set(re.findall(r"url\(#([^)]*)\)", html)) | set(re.findall(r'href="#([^"]*)"', html))
+    used |= {value for _, name, value in page.attributes if name == "data-chart"}
     assert used
     assert used <= set(ids)
 
