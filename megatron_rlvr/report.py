@@ -18,6 +18,7 @@ from megatron_rlvr.rollout_metrics import RIGHT_ABOVE
 from megatron_rlvr.rollout_page import build_rollout_page
 from megatron_rlvr.run_warnings import warnings
 from megatron_rlvr.token_records import page_path, recorded_steps
+from megatron_rlvr.words import some_records, word_rows
 
 EXAMPLES = 4  # right responses, and as many wrong ones
 
@@ -36,6 +37,7 @@ def build_report(run_dir: str | Path) -> Path:
     if steps := recorded_steps(run_dir):
         build_rollout_page(run_dir, steps[-1])
     config = yaml.safe_load(config_text) or {}
+    charted = [*rows, *word_rows(some_records(run_dir))]
     name = config.get("name") or run_dir.resolve().name
     found = [(name, warning) for warning in warnings(rows)]
     body = f"""<header>
@@ -45,7 +47,7 @@ def build_report(run_dir: str | Path) -> Path:
 <main>
 <dl class="figures">{"".join(_figure(*item) for item in key_figures(rows))}</dl>
 <section aria-label="Warnings"><h2>Warnings</h2>{report_parts.warnings(found)}</section>
-<section class="charts" aria-label="Charts">{report_parts.charts(CHARTS, rows)}</section>
+<section class="charts" aria-label="Charts">{report_parts.charts(CHARTS, charted)}</section>
 <p class="note">A bold line over a faint one is the mean of up to {REACH} steps before and after each. Point at a chart,
 or focus it and use the arrow keys, to read it.</p>
 {_examples(rollouts)}

@@ -31,6 +31,12 @@ CHARTS = [
         "smooth",
         {"rollout/perplexity_right": "right", "rollout/perplexity_wrong": "wrong"},
     ),
+    Chart(
+        "Words that explore",
+        "mean probability, in the recorded responses",
+        "smooth",
+        {"words/exploratory": "but, wait, perhaps ...", "words/irrelevant": "cost, fine, balanced ..."},
+    ),
     Chart("Regularised tokens", "share that Lp-Reg protects", "trend", {"lp_reg/share": ""}, percent=True),
     Chart(
         "Survivors of the filter",

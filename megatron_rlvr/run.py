@@ -21,8 +21,10 @@ from megatron_rlvr.distributed import reduce
 from megatron_rlvr.metrics import MetricsWriter, RolloutsWriter
 from megatron_rlvr.models import checkpoint
 from megatron_rlvr.progress import Progress
+from megatron_rlvr.records import read_rows
 from megatron_rlvr.report import build_report
 from megatron_rlvr.run_folder import HANG, checkpoints
+from megatron_rlvr.run_warnings import warnings
 from megatron_rlvr.token_records import Recording, TokenWriter
 from megatron_rlvr.trainer import Trainer
 from megatron_rlvr.types import RolloutGroup
@@ -30,6 +32,7 @@ from megatron_rlvr.weights.convert import save_hf
 
 COLLECTIVE_GRACE = 600.0  # seconds after run.hang_timeout at which a rank that waits for its peers fails by itself
 REPORT_EVERY = 50  # steps
+WARN_EVERY = 10  # steps
 
 
 class Run:
@@ -57,11 +60,12 @@ class Run:
         trainer.push_weights()
         stopped = 0
         with self._records(done) as records, self._progress(done) as progress:
+            trainer.on_phase = progress.phase
             for step in range(done + 1, last + 1):
                 figures = trainer.evaluate() if self._due_before(step) else {}
                 metrics, groups = trainer.step(step)
                 records.write(step, metrics | figures, groups, trainer.recording)
-                progress.step(metrics)
+                progress.step(metrics, records.warning)
                 stopped = self._agreed_stop()
                 if stopped or self._due_after(step):
                     self._save(step)
@@ -153,11 +157,16 @@ class Records:
         self.metrics = MetricsWriter(folder, config.logging, config.name, to_dict(config), done)
         self.rollouts = RolloutsWriter(folder, config.trainer.log_rollouts, done)
         self.tokens = TokenWriter(folder, decode, done)
+        self.rows = read_rows(folder / "metrics.jsonl")  # of the earlier run that this one goes on from
+        self.warning = ""  # the newest
 
     def write(self, step: int, metrics: dict[str, Any], groups: list[RolloutGroup], recording: Recording) -> None:
         self.metrics.write(step, metrics)
         self.rollouts.write(step, groups)
         self.tokens.write(step, recording)
+        self.rows.append({"step": step} | metrics)
+        if step % WARN_EVERY == 0 and (found := warnings(self.rows)):
+            self.warning = f"from step {found[-1].step}: {found[-1].title}, {found[-1].found}"
         if step % REPORT_EVERY == 0:
             build_report(self.folder)
 
@@ -173,7 +182,7 @@ class NoRecords(Records):
     """What every rank but the first writes: nothing."""
 
     def __init__(self) -> None:
-        pass
+        self.warning = ""
 
     def write(self, step: int, metrics: dict[str, Any], groups: list[RolloutGroup], recording: Recording) -> None:
         pass

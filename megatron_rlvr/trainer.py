@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
 from typing import Any
@@ -79,6 +79,7 @@ class Trainer:
         self.seconds: dict[str, float] = {}
         self.recorder = FlightRecorder(config.logging.record_responses, self.groups)
         self.recording = Recording([], {})  # of the last step
+        self.on_phase: Callable[[str], None] = lambda name: None  # told when a phase of the step begins
 
     def _load_prompts(self, path: str) -> PromptSet:
         prompts = load_prompts(path, self.config.data, self.tokenizer, self.config.verifier)
@@ -142,6 +143,7 @@ class Trainer:
         """Prompts, responses, verdicts; goes on sampling while a method turns groups away (DAPO's dynamic sampling)."""
         wanted = self.config.rollout.prompts_per_step
         groups: list[RolloutGroup] = []
+        self.on_phase("generate")
         for attempt in range(MAX_ATTEMPTS):
             prompts = self.prompts.take(
                 self.prompt_position, wanted - len(groups), self.config.seed, self.config.data.shuffle
@@ -265,6 +267,7 @@ class Trainer:
     def phase(self, name: str) -> Iterator[None]:
         started = time.perf_counter()
         watchdog.beat(name)
+        self.on_phase(name)
         yield
         self.seconds[name] = time.perf_counter() - started
 

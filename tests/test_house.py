@@ -21,7 +21,7 @@ FLOORS = {
     1: "advantages architecture charts comparison environment evaluation figures key_figures losses metrics packing "
     "page planner progress prompt_files prompts records report report_charts report_parts report_script "
     "report_style rollout_metrics rollout_page rollout_script run_folder run_warnings templates token_records "
-    "trackers verifiers weights.initial weights.mapping",
+    "trackers verifiers weights.initial weights.mapping words",
     2: "distributed group_advantages recorder value_targets",
     3: "exploration",
     4: "models rollout weights",
