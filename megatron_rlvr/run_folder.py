@@ -26,6 +26,7 @@ RECORDS = (
     "wandb_id",
     "mlflow_id",
     "mlflow.db",
+    "mlflow_files",
     "checkpoints",
     "hf",
     "initial_hf",

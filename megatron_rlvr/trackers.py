@@ -94,9 +94,11 @@ def open_mlflow(run_dir: Path, experiment: str, name: str, config: dict, resume_
     id_file = run_dir / "mlflow_id"
     earlier = id_file.read_text().strip() if resume_step and id_file.exists() else None
     try:
-        client = MlflowClient(os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{run_dir.resolve()}/mlflow.db")
+        server, here = os.environ.get("MLFLOW_TRACKING_URI"), run_dir.resolve()
+        client = MlflowClient(server or f"sqlite:///{here}/mlflow.db")
         known = client.get_experiment_by_name(experiment)
-        home = known.experiment_id if known else client.create_experiment(experiment)
+        files = None if server else str(here / "mlflow_files")
+        home = known.experiment_id if known else client.create_experiment(experiment, files)
         identity = earlier or client.create_run(home, run_name=name or None).info.run_id
         if not earlier:
             client.log_dict(identity, config, "config.yaml")

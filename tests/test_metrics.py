@@ -197,8 +197,8 @@ class FakeMlflow(SimpleNamespace):
     def get_experiment_by_name(self, name):
         return self.experiments.get(name)
 
-    def create_experiment(self, name):
-        self.experiments[name] = SimpleNamespace(experiment_id="7")
+    def create_experiment(self, name, files):
+        self.experiments[name] = SimpleNamespace(experiment_id="7", files=files)
         return "7"
 
     def create_run(self, experiment, run_name):
@@ -229,6 +229,7 @@ def test_mlflow_gets_the_metrics_and_a_resumed_run_goes_on(tmp_path, monkeypatch
         writer.write(2, {"reward/mean": 1.0})
     run = "demo-1 in 7"
     assert client.logged == [(run, "eval/pass_at_1", 0.5, 1), (run, "reward/mean", 1.0, 2)]
+    assert client.experiments["rlvr"].files == f"{tmp_path}/mlflow_files"
     assert client.addresses == [f"sqlite:///{tmp_path}/mlflow.db", "http://here"]
     assert client.configs == [(run, {"seed": 1}, "config.yaml")] and client.ended == [run, run]
 

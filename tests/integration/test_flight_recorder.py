@@ -1,4 +1,4 @@
-"""Every number of the flight recorder, computed again from the step's weights: transformers in fp64, formulas by hand."""
+"""Every number of the flight recorder, anew from the step's weights: transformers in fp64, formulas by hand."""
 
 from __future__ import annotations
 
