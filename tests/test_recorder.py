@@ -12,7 +12,7 @@ from megatron_rlvr.distributed.groups import ParallelGroups
 from megatron_rlvr.distributed.vocab import TokenStatistics
 from megatron_rlvr.packing import pack
 from megatron_rlvr.recorder import FlightRecorder
-from megatron_rlvr.token_records import MOST_TOKENS, TokenWriter, read_record, record_path, recorded_steps
+from megatron_rlvr.token_records import MOST_TOKENS, Recording, TokenWriter, read_record, record_path, recorded_steps
 from megatron_rlvr.types import Batch, RolloutGroup
 from megatron_rlvr.verdict import Verdict
 from tests.ranks import run_ranks
@@ -37,7 +37,9 @@ def code(batch: Batch, column: int) -> torch.Tensor:
     return ((of_response * 64 + batch.position_ids) * 16 + column).float() / 2**15
 
 
-def step(recorder: FlightRecorder, groups: ParallelGroups, old_pass: bool, learns: bool = True):
+def step(
+    recorder: FlightRecorder, groups: ParallelGroups, old_pass: bool, learns: bool = True
+) -> tuple[Recording, list[RolloutGroup]]:
     """A step's passes over a batch whose every value is its own name."""
     rollouts = scored_groups()
     rewards: list[list[float | None]] = [[1.0] * RESPONSES for _ in range(PROMPTS)]
@@ -66,6 +68,10 @@ def step(recorder: FlightRecorder, groups: ParallelGroups, old_pass: bool, learn
                 moved = TokenStatistics(now.log_prob + codes[10][rows], *list(vars(now).values())[1:7])
                 recorder.loss(micro, moved, micro.position_ids % 3 == 0)
     return recorder.collect(batch), rollouts
+
+
+def one_rank(count: int, learns: bool = True) -> tuple[Recording, list[RolloutGroup]]:
+    return step(FlightRecorder(count, ParallelGroups.single()), ParallelGroups.single(), True, learns)
 
 
 def proxy(values: torch.Tensor, batch: Batch) -> torch.Tensor:
@@ -118,14 +124,14 @@ def test_every_value_lands_at_its_own_token(tmp_path, layout, old_pass):
 
 
 def test_a_step_in_which_only_the_critic_learns_is_recorded_without_a_loss(tmp_path):
-    recording, _ = step(FlightRecorder(3, ParallelGroups.single()), ParallelGroups.single(), True, learns=False)
+    recording, _ = one_rank(3, learns=False)
     assert {"log_prob", "advantage", "value_std", "method/amount", "kept"} <= recording.columns.keys()
     assert not {"ratio", "clipped"} & recording.columns.keys()
     assert recording.columns["log_prob"].any()
 
 
 def test_recording_nothing_leaves_no_trace(tmp_path):
-    recording, _ = step(FlightRecorder(0, ParallelGroups.single()), ParallelGroups.single(), True)
+    recording, _ = one_rank(0)
     TokenWriter(tmp_path, str).write(1, recording)
     assert recording.columns == {} and list(tmp_path.iterdir()) == []
 
@@ -133,7 +139,7 @@ def test_recording_nothing_leaves_no_trace(tmp_path):
 def test_the_size_of_a_file_is_bounded(tmp_path, monkeypatch):
     """A long response is recorded as far as its share of MOST_TOKENS goes."""
     monkeypatch.setattr("megatron_rlvr.recorder.MOST_TOKENS", 9)
-    recording, _ = step(FlightRecorder(3, ParallelGroups.single()), ParallelGroups.single(), True)
+    recording, _ = one_rank(3)
     TokenWriter(tmp_path, str).write(5, recording)
     record = read_record(tmp_path, 5)
     assert MOST_TOKENS == 65_536 and len(record.texts) <= 9
@@ -145,7 +151,7 @@ def test_the_size_of_a_file_is_bounded(tmp_path, monkeypatch):
 
 
 def test_a_resumed_run_drops_what_came_after(tmp_path):
-    recording, _ = step(FlightRecorder(1, ParallelGroups.single()), ParallelGroups.single(), True)
+    recording, _ = one_rank(1)
     writer = TokenWriter(tmp_path, str)
     for number in (1, 2, 3):
         writer.write(number, recording)
@@ -156,7 +162,7 @@ def test_a_resumed_run_drops_what_came_after(tmp_path):
 def test_errors_name_the_file_and_what_there_is(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"step_4\.safetensors does not exist: it holds none"):
         read_record(tmp_path, 4)
-    recording, _ = step(FlightRecorder(1, ParallelGroups.single()), ParallelGroups.single(), True)
+    recording, _ = one_rank(1)
     TokenWriter(tmp_path, str).write(3, recording)
     with pytest.raises(FileNotFoundError, match="it holds 1 steps from 3 to 3"):
         read_record(tmp_path, 4)
