@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import yaml
 
@@ -98,17 +98,22 @@ def _charts(runs: list[RunRecord]) -> str:
         for metric, label in _metrics(chart, names).items():
             title = f"{chart.title}: {label}" if label else chart.title
             lines = {f"run {place}": run.name for place, run in enumerate(runs)}
-            kind = "points" if chart.kind == "points" else "lines" if chart.log else "smooth"
-            one = replace(chart, title=title, kind=kind, metrics=lines, whole="")
+            one = replace(chart, title=title, kind=_kind(chart), metrics=lines, whole="")
             drawn.append(report_parts.chart(one, _merged(runs, metric)))
     return "".join(drawn)
+
+
+def _kind(chart: Chart) -> Literal["smooth", "lines", "points"]:
+    if chart.kind == "points":
+        return "points"
+    return "lines" if chart.log else "smooth"
 
 
 def _metrics(chart: Chart, names: list[str]) -> dict[str, str]:
     """Metric -> its label, of those that a chart shows; of the phases of a step, the whole."""
     if chart.whole:
         return {chart.whole: ""}
-    found = {}
+    found: dict[str, str] = {}
     for pattern, label in chart.metrics.items():
         if pattern.endswith("*"):
             found |= {name: name.rpartition("/")[2] for name in names if name.startswith(pattern[:-1])}

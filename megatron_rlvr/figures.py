@@ -69,7 +69,7 @@ def probability_entropy(runs: Sequence[RunData]) -> Figure | None:
         return None
     figure, axes = _new("probability", "entropy, nats")
     for place, (run, points) in enumerate(held):
-        axes.scatter(*points.T, s=7, alpha=0.4, linewidths=0, color=COLOURS[place % 6], label=run.name)
+        axes.scatter(points[:, 0], points[:, 1], s=7, alpha=0.4, linewidths=0, color=COLOURS[place % 6], label=run.name)
     axes.set_xscale("log")
     return _finished(figure, axes, len(held) > 1)
 

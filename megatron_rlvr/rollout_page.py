@@ -34,8 +34,8 @@ COLUMNS = {
     "cde/bonus": ("perplexity bonus", "CDE's, of the whole response", "high"),
     "cde/critic_bonus": ("critic bonus", "CDE's, of the token", "high"),
 }
-META = ("prompt_id", "prompt", "sample", "response", "tokens", "reward", "status", "extracted", "answer")
-META += ("finish_reason", "policy_version", "start", "stop")
+META = ["prompt_id", "prompt", "sample", "tokens", "reward", "status", "extracted", "answer"]
+META += ["finish_reason", "start", "stop"]
 
 
 def build_rollout_page(run_dir: str | Path, step: int) -> Path:
@@ -79,7 +79,6 @@ def _packed(record: TokenRecord) -> dict[str, Any]:
     for row in responses:
         row |= {name: page.visible(row[name]) for name in ("prompt", "extracted") if row[name] is not None}
         row["answer"] = page.visible(page.plain(row["answer"]))
-        row["response"] = None  # its tokens are the response
     return {
         "texts": [page.visible(text) for text in texts],
         "tokens": _base64(np.array([places[text] for text in record.texts], dtype=np.float32)),

@@ -20,6 +20,8 @@ from megatron_rlvr.config import Config, dump
 from megatron_rlvr.key_figures import key_figures
 from megatron_rlvr.report import build_report
 from megatron_rlvr.report_charts import CHARTS
+from megatron_rlvr.token_records import TokenWriter
+from tests.test_recorder import one_rank
 
 ROOT = Path(__file__).parent.parent
 ATTACK = "</pre><script>alert(1)</script>&amp; <img src=x onerror=y> \x00\x1b 数学"
@@ -106,8 +108,9 @@ def page(full_run) -> Page:
 
 
 def test_every_chart_is_there(page):
-    assert page.tags.count("figure") == page.tags.count("svg") == len(CHARTS)
-    assert all(chart.title in page.text for chart in CHARTS)
+    here = [chart for chart in CHARTS if chart.title != "Words that explore"]  # nothing is recorded token by token
+    assert page.tags.count("figure") == page.tags.count("svg") == len(here) == len(CHARTS) - 1
+    assert all(chart.title in page.text for chart in here)
     labels = [value for tag, name, value in page.attributes if (tag, name) == ("svg", "aria-label")]
     assert "Reward, the verifier's, mean over the step's responses: mean from 0.11 to 0.7" in labels
     assert "Held-out prompts, share solved: pass@1 from 0.15 to 0.4; pass@16 from 0.7 to 0.7" in labels
@@ -237,6 +240,27 @@ def test_the_tool_builds_what_it_can_and_fails_for_the_rest(tmp_path):
     assert result.stdout.split() == [str(folder / "report.html")]
     assert result.stderr.startswith("error: ")
     assert len(result.stderr.splitlines()) == 1
+
+
+def test_warnings_say_where_they_began_and_why(tmp_path):
+    rows = [step_row(step, **{"policy/entropy": 0.9 if step < 30 else 0.01}) for step in range(1, 81)]
+    page = Page(build_report(write_run(tmp_path / "run", rows)).read_text())
+    assert "Entropy collapse" in page.text and "Samples of a prompt become alike" in page.text
+    (began,) = [int(value) for tag, name, value in page.attributes if (tag, name) == ("td", "data-value")]
+    assert 30 <= began <= 50
+    assert "No warning" in Page(build_report(write_run(tmp_path / "well", [step_row(1)])).read_text()).text
+
+
+def test_the_report_links_to_the_tokens(tmp_path):
+    folder = write_run(tmp_path / "run", [step_row(1), step_row(2)])
+    recording, _ = one_rank(2)
+    for step in (1, 2):
+        TokenWriter(folder, str, step - 1).write(step, recording)
+    page = Page(build_report(folder).read_text())
+    assert ("a", "href", "tokens/step_2.html") in page.attributes
+    assert (folder / "tokens/step_2.html").exists() and not (folder / "tokens/step_1.html").exists()
+    TokenWriter(folder, str, 1)  # a run that goes on from step 1 takes back what came later
+    assert not (folder / "tokens/step_2.html").exists()
 
 
 def test_running_mean_is_centred():
