@@ -55,7 +55,7 @@ class Chart:
 class Drawing:
     """A chart drawn: inline SVG, its legend as (label, CSS variable), and what is in it for a script to read out.
 
-    One line needs no legend. ``data``: {"x": [first, last step of the picture], "lines": [{label, steps, values}]}.
+    A chart of one metric needs no legend. ``data``: {"x": [first, last step of the picture], "lines": [{label, steps, values}]}.
     """
 
     svg: str
@@ -136,7 +136,7 @@ def _trend(axes: Axes, lines: list[Line], chart: Chart, rows: Sequence[dict]) ->
         smooth = running_mean(line.values, min(REACH, len(line.values) // 10))
         axes.plot(thin(line.steps), thin(line.values), color=line.colour, linewidth=0.9, alpha=faint, clip_on=False)
         axes.plot(thin(line.steps), thin(smooth), color=line.colour, linewidth=1.9, clip_on=False)
-    return _legend([(line.label, line.colour) for line in lines])
+    return _legend(chart, [(line.label, line.colour) for line in lines])
 
 
 def _lines(axes: Axes, lines: list[Line], chart: Chart, rows: Sequence[dict]) -> list[tuple[str, str]]:
@@ -146,7 +146,7 @@ def _lines(axes: Axes, lines: list[Line], chart: Chart, rows: Sequence[dict]) ->
         axes.plot(
             thin(line.steps), values, color=line.colour, linewidth=1.5, marker=marker, markersize=3.5, clip_on=False
         )
-    return _legend([(line.label, line.colour) for line in lines])
+    return _legend(chart, [(line.label, line.colour) for line in lines])
 
 
 def _stack(axes: Axes, lines: list[Line], chart: Chart, rows: Sequence[dict]) -> list[tuple[str, str]]:
@@ -161,14 +161,16 @@ def _stack(axes: Axes, lines: list[Line], chart: Chart, rows: Sequence[dict]) ->
     axes.stackplot(thin(steps), [thin(part) for part in parts], colors=colours, linewidth=0)
     # A first step that warms up can take ten times as long as the rest: it leaves the picture instead of flattening it.
     axes.set_ylim(0, float(np.percentile(np.sum(parts, axis=0), 98)) or 1.0)
-    return _legend(entries)
+    return _legend(chart, entries)
 
 
 _DRAW = {"trend": _trend, "smooth": _trend, "lines": _lines, "points": _lines, "stack": _stack}
 
 
-def _legend(entries: list[tuple[str, str]]) -> list[tuple[str, str]]:
-    return [(label, VARIABLES[colour]) for label, colour in entries] if len(entries) > 1 else []
+def _legend(chart: Chart, entries: list[tuple[str, str]]) -> list[tuple[str, str]]:
+    """None for a line that is alone and cannot be another one."""
+    is_plain = len(entries) == len(chart.metrics) == 1
+    return [] if is_plain else [(label, VARIABLES[colour]) for label, colour in entries]
 
 
 def _style(axes: Axes, chart: Chart) -> None:

@@ -12,7 +12,7 @@ import yaml
 from megatron_rlvr import page, report_parts
 from megatron_rlvr.charts import COLOURS, Chart, is_number
 from megatron_rlvr.key_figures import WINDOW, mean, values
-from megatron_rlvr.report import run_rows
+from megatron_rlvr.report import run_rows, steps_done
 from megatron_rlvr.report_charts import CHARTS
 from megatron_rlvr.report_script import SCRIPT
 from megatron_rlvr.report_style import STYLE
@@ -81,7 +81,7 @@ def _table(runs: list[RunRecord]) -> str:
     columns |= {name: (title, form, WINDOW) for name, (title, form) in COLUMNS.items()}
     table = []
     for run in runs:
-        steps = max(row["step"] for row in run.rows if not row.keys() <= {"step", *held_out})
+        steps = steps_done(run.rows)
         cells: list[object] = [run.name, (f"{steps:,}", steps)]
         for metric, (_, form, window) in columns.items():
             found = values(run.rows, metric)[-window:]

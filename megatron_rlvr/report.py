@@ -75,10 +75,15 @@ def run_rows(run_dir: Path) -> list[dict]:
     return [*rows, {"step": rows[-1]["step"] + 1, **final}] if final else rows
 
 
+def steps_done(rows: list[dict]) -> int:
+    """The last step that was trained; the row of the finished run's held-out figures is none."""
+    trained = [row["step"] for row in rows if not all(name == "step" or name.startswith("eval/") for name in row)]
+    return max(trained, default=rows[-1]["step"])
+
+
 def _setup(rows: list[dict], config: dict) -> list[str]:
     """What the run is, in a line; a config without a key leaves its part out."""
-    done = max((row["step"] for row in rows if "reward/mean" in row), default=rows[-1]["step"])
-    planned = config.get("trainer", {}).get("num_steps")
+    done, planned = steps_done(rows), config.get("trainer", {}).get("num_steps")
     rollout, parallel = config.get("rollout", {}), config.get("parallel", {})
     parts = [f"{done:,} of {planned:,} steps" if planned else f"steps: {done:,}"]
     if {"prompts_per_step", "responses_per_prompt"} <= rollout.keys():

@@ -59,6 +59,7 @@ h3 { margin: 0 0 .6rem; font-size: .95rem; }
 .wide { overflow-x: auto; }
 table { width: 100%; border-collapse: collapse; background: var(--card); font-size: .9rem; }
 th, td { padding: .35rem .6rem; border: 1px solid var(--grid); text-align: left; vertical-align: top; }
+td:first-child { white-space: nowrap; }
 td.number { font-variant-numeric: tabular-nums; white-space: nowrap; }
 th button { all: unset; cursor: pointer; font-weight: 600; }
 th button:focus-visible { outline: 2px solid var(--focus); outline-offset: 2px; }
