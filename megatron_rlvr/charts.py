@@ -55,7 +55,8 @@ class Chart:
 class Drawing:
     """A chart drawn: inline SVG, its legend as (label, CSS variable), and what is in it for a script to read out.
 
-    A chart of one metric needs no legend. ``data``: {"x": [first, last step of the picture], "lines": [{label, steps, values}]}.
+    A chart of one metric needs no legend. ``data``: {"x": [left end, right end], "lines": [{label, steps, values}]}, in
+    steps.
     """
 
     svg: str

@@ -98,7 +98,8 @@ def calibration(runs: Sequence[RunData]) -> Figure | None:
 def head_disagreement(runs: Sequence[RunData]) -> Figure | None:
     """Standard deviation over the critic's heads, by the data that it is measured on."""
     names = sorted({name for run in runs for row in run.rows for name in row if name.endswith("head_std")})
-    labels = {name: "training" if name == "critic/head_std" else name.rpartition("/")[0] for name in names}
+    known = {"critic/head_std": "training", "eval/head_std": "held-out"}
+    labels = {name: known.get(name, name.removesuffix("/head_std").removeprefix("eval/")) for name in names}
     return _curves(runs, labels, "standard deviation over heads")
 
 

@@ -55,7 +55,12 @@ CHARTS = [
     ),
     Chart("CDE weight", "omega, by its schedule", "lines", {"cde/omega": "actor's", "cde/critic_omega": "critic's"}),
     Chart("Explained variance", "of the returns, by the critic", "trend", {"critic/explained_variance": ""}),
-    Chart("Disagreement of the critic's heads", "standard deviation", "trend", {"critic/head_std": ""}),
+    Chart(
+        "Disagreement of the critic's heads",
+        "standard deviation",
+        "smooth",
+        {"critic/head_std": "training", "eval/head_std": "held-out"},
+    ),
     Chart("Time per step", "seconds, by phase; rare slow steps leave the picture", "stack", PHASES, whole="time/step"),
     Chart(
         "Log-prob gap",

@@ -46,6 +46,7 @@ figcaption p { margin: 0; }
 figcaption ul {
   display: flex; flex-wrap: wrap; gap: .1rem .9rem; margin: .25rem 0 0; padding: 0; list-style: none; font-size: .85rem;
 }
+figcaption i, svg { print-color-adjust: exact; }
 figcaption i { display: inline-block; width: .7rem; height: .7rem; margin-right: .35rem; border-radius: .2rem; }
 svg { display: block; width: 100%; height: auto; margin-top: .6rem; overflow: visible; }
 svg text { font-family: inherit !important; }

@@ -22,7 +22,7 @@ COLUMNS = {
     "log_prob_gap": ("log-prob gap", "|train - rollout|, nats", "high"),
     "entropy": ("entropy", "of the policy before the token, nats", "high"),
     "rank": ("rank", "1: the most probable token", "high"),
-    "kept": ("kept by the proxy", "no: below the threshold, filtered", "off"),
+    "kept": ("kept by the proxy", "of the old policy; no: below its threshold, filtered", "off"),
     "kept_mass": ("kept mass", "probability of all kept tokens", "low"),
     "ratio": ("ratio", "p / old p when the token was trained on", "ratio"),
     "clipped": ("clipped", "the loss's clip acts on it", "high"),

@@ -19,6 +19,7 @@ ROLLOUT_STYLE = """
   margin: .5rem 0 0; padding: .2rem; white-space: pre-wrap; overflow-wrap: anywhere;
   font: .9rem/1.9 ui-monospace, SFMono-Regular, Menlo, Consolas, "DejaVu Sans Mono", monospace;
 }
+.ramp, .tokens span { print-color-adjust: exact; }
 .tokens span { unicode-bidi: isolate; border-radius: .2rem; padding: .12rem 0; cursor: default; }
 .tokens span.dim { opacity: .28; }
 .tokens span.now { outline: 2px solid var(--focus); outline-offset: -1px; }

@@ -31,7 +31,7 @@ def step_row(step: int, **more) -> dict:
     row = {"step": step, "reward/mean": 0.1 + step / 100, "reward/std": 0.3, "policy/entropy": 0.9 - step / 100}
     row |= {"policy/grad_norm": 0.5, "policy/clip_share": 0.01, "tokens/response_mean": 5.5, "tokens/per_second": 900.0}
     row |= {"lp_reg/share": 0.004, "rollout/log_prob_gap_max": 2e-6, "rollout/log_prob_gap_mean": 3e-7}
-    row |= {"critic/explained_variance": 0.1 * step, "critic/head_std": 0.1 / step}
+    row |= {"eval/head_std": 0.2 / step, "critic/explained_variance": 0.1 * step, "critic/head_std": 0.1 / step}
     row |= {"rollout/truncated_share": 0.0, "sync/verified": True, "time/step": 1.0, "time/generate": 0.4}
     row |= {"lp_reg/survive_share": 0.3, "lp_reg/kept_mass": 0.97, "lp_reg/delta": 0.02, "policy/ratio_max": 1.5}
     row |= {"cde/bonus": 0.1, "cde/critic_bonus": 0.01, "cde/omega": 1.0, "policy/kl": 1e-3, "policy/ref_kl": 0.02}

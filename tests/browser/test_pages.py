@@ -7,9 +7,10 @@ from pathlib import Path
 import pytest
 
 from megatron_rlvr.comparison import build_comparison
-from megatron_rlvr.report import build_report
+from megatron_rlvr.report import build_report, run_rows
 from megatron_rlvr.report_charts import CHARTS
 from megatron_rlvr.rollout_page import build_rollout_page
+from megatron_rlvr.run_warnings import warnings
 from megatron_rlvr.token_records import TokenWriter, read_record
 from tests.browser.conftest import Browser
 from tests.browser.pages import ATTACKS, attacking_record, long_run, real_runs
@@ -40,6 +41,7 @@ def fits(browser: Browser) -> bool:
 
 def test_the_report_of_a_run(browser, runs):
     for folder in runs:
+        assert warnings(run_rows(folder)) == []
         path = build_report(folder)
         browser.open(path)
         assert drawn(browser) >= 15
