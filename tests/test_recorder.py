@@ -142,7 +142,7 @@ def test_the_size_of_a_file_is_bounded(tmp_path, monkeypatch):
     recording, _ = one_rank(3)
     TokenWriter(tmp_path, str).write(5, recording)
     record = read_record(tmp_path, 5)
-    assert MOST_TOKENS == 65_536 and len(record.texts) <= 9
+    assert MOST_TOKENS == 32_768 and len(record.texts) <= 9
     for row in record.responses:
         assert row["stop"] - row["start"] == min(3, row["tokens"])
     columns = len(record.columns)

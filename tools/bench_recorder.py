@@ -1,8 +1,8 @@
 """What the flight recorder costs: python tools/bench_recorder.py [--steps 20] [key=value ...]
 
 First a real run of the countdown example on one rank, with the time of every call of the recorder and its writer held
-against the time of the steps. Then the largest record there can be, 65,536 tokens in 8 microbatches with the columns of
-Lp-Reg and CDE. One JSON line each.
+against the time of the steps. Then the largest record there can be, 32,768 tokens in 8 microbatches with the columns of
+Lp-Reg and CDE, and its page. One JSON line each.
 """
 
 from __future__ import annotations
@@ -28,6 +28,7 @@ from megatron_rlvr.launch.local import run_ranks
 from megatron_rlvr.packing import pack
 from megatron_rlvr.recorder import FlightRecorder
 from megatron_rlvr.records import read_rows
+from megatron_rlvr.rollout_page import build_rollout_page
 from megatron_rlvr.token_records import MOST_TOKENS, TokenWriter, read_record, record_path, recorded_steps
 from megatron_rlvr.types import Prompt, Rollout, RolloutGroup
 from megatron_rlvr.verdict import Verdict
@@ -116,9 +117,10 @@ def largest_record(folder: Path, tokens: int) -> dict[str, Any]:
     gathered = time.perf_counter()
     writer.write(1, recording)
     written = time.perf_counter()
+    page = build_rollout_page(folder, 1).stat().st_size
     size, columns = record_path(folder, 1).stat().st_size, len(recording.columns)
     line = {"case": "largest", "tokens": length * RESPONSES, "columns": columns, "record_seconds": gathered - started}
-    return line | {"write_seconds": written - gathered, "file_bytes": size, "bytes_per_token": size / tokens}
+    return line | {"write_seconds": written - gathered, "file_bytes": size, "page_bytes": page}
 
 
 if __name__ == "__main__":
