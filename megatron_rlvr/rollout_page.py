@@ -63,6 +63,7 @@ Point at a token, or focus a response and use the arrow keys, to read all of the
 <p id="legend" class="note" aria-live="polite"></p>
 <section id="token" aria-live="polite" aria-label="The token"></section>
 <section id="responses" aria-label="Responses"></section>
+<details id="scatter"><summary>All tokens by probability and entropy</summary></details>
 </main>
 {page.data("record", _packed(record))}"""
 

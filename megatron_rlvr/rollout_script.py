@@ -1,4 +1,4 @@
-"""What makes a page of tokens answer: colouring, filters, order, and the numbers of one token."""
+"""What makes a page of tokens answer: colouring, filters, order, the numbers of one token, and a picture of all."""
 
 from __future__ import annotations
 
@@ -23,6 +23,12 @@ ROLLOUT_STYLE = """
 .tokens span { unicode-bidi: isolate; border-radius: .2rem; padding: .12rem 0; cursor: default; }
 .tokens span.dim { opacity: .28; }
 .tokens span.now { outline: 2px solid var(--focus); outline-offset: -1px; }
+#scatter svg { max-width: 44rem; margin: 0; }
+#scatter text { fill: var(--muted); font-size: 11px; }
+#scatter line { stroke: var(--grid); }
+#scatter circle { fill: var(--c1); fill-opacity: .6; }
+#scatter circle.dim { fill: var(--muted); fill-opacity: .2; }
+#scatter circle.now { fill: var(--c2); fill-opacity: 1; }
 @media print { #controls, #token { display: none; } }
 """
 
@@ -119,6 +125,47 @@ const articles = record.responses.map((row, index) => {
 });
 const log_prob = named('log_prob');
 
+// every token by probability and entropy; of very many, evenly chosen ones
+const shape = (tag, parts, text) => {
+  const made = document.createElementNS('http://www.w3.org/2000/svg', tag);
+  for (const [name, value] of Object.entries(parts)) made.setAttribute(name, value);
+  if (text !== undefined) made.textContent = text;
+  return made;
+};
+const circles = new Map(), spans = new Map();
+for (const item of articles) for (const span of item.line.children) spans.set(+span.dataset.token, span);
+const entropies = named('entropy');
+if (entropies) {
+  const size = {left: 46, right: 690, top: 12, bottom: 262};
+  const picture = shape('svg', {viewBox: '0 0 700 300', role: 'img',
+    'aria-label': 'Each token by its probability and the entropy before it'});
+  const most = entropies.values.filter(Number.isFinite).reduce((high, value) => Math.max(high, value), .1);
+  const x = p => size.right + (size.right - size.left) * Math.max(-5, Math.log10(p)) / 5;
+  const y = value => size.bottom - (size.bottom - size.top) * value / most;
+  for (const power of [-5, -4, -3, -2, -1, 0]) {
+    const at = x(10 ** power);
+    picture.append(shape('line', {x1: at, x2: at, y1: size.top, y2: size.bottom}),
+      shape('text', {x: at, y: 278, 'text-anchor': 'middle'}, power ? `1e${power}` : '1'));
+  }
+  for (const share of [0, .5, 1]) {
+    const at = y(share * most);
+    picture.append(shape('line', {x1: size.left, x2: size.right, y1: at, y2: at}),
+      shape('text', {x: 40, y: at + 4, 'text-anchor': 'end'}, (share * most).toFixed(2)));
+  }
+  picture.append(shape('text', {x: 368, y: 296, 'text-anchor': 'middle'}, 'probability'),
+    shape('text', {x: 50, y: 10}, 'entropy, nats'));
+  const all = [...spans.keys()], every = Math.ceil(all.length / 5000);
+  for (const token of all.filter((_, place) => place % every === 0)) {
+    const circle = shape('circle', {cx: x(Math.exp(log_prob.values[token])), cy: y(entropies.values[token]), r: 3.5});
+    circle.dataset.token = token;
+    circles.set(token, circle);
+    picture.append(circle);
+  }
+  picture.addEventListener('pointerover', event => focus(spans.get(+event.target.dataset.token)));
+  picture.addEventListener('click', event => spans.get(+event.target.dataset.token)?.scrollIntoView({block: 'center'}));
+  document.getElementById('scatter').append(picture);
+}
+
 function draw() {
   const column = named(colour.value), {of, ends} = scale(column);
   const [flag, wanted] = method.value.split('='), marked = flag && named(flag);
@@ -131,6 +178,7 @@ function draw() {
       span.style.background = mix(...of(column.values[token]));
       const match = (!marked || column_flag(marked, token) === wanted) && log_prob.values[token] <= most;
       span.className = match ? '' : 'dim';
+      circles.get(token)?.setAttribute('class', span.className);
       item.matches += match;
       item.least = Math.min(item.least, log_prob.values[token]);
     }
@@ -164,9 +212,9 @@ const panel = document.getElementById('token');
 let now = null;
 function focus(span) {
   if (!span || span === now) return;
-  if (now) now.classList.remove('now');
+  if (now) for (const old of [now, circles.get(+now.dataset.token)]) old?.classList.remove('now');
   now = span;
-  now.classList.add('now');
+  for (const one of [now, circles.get(+now.dataset.token)]) one?.classList.add('now');
   const token = +span.dataset.token, facts = make('dl');
   const fact = (name, value, note) => {
     const whole = make('div', undefined, {title: note});

@@ -109,6 +109,12 @@ def test_the_tokens_of_a_step(browser, runs):
     least = [min(record.of(row, "log_prob")) for row in record.responses]
     first = browser.find("article p")[0].text
     assert f"prompt {record.responses[least.index(min(least))]['prompt_id']}," in first
+    browser.find("#scatter summary")[0].click()
+    circles = browser.find("#scatter circle")
+    assert len(circles) == len(spans)
+    token = int(circles[3].get_attribute("data-token"))
+    browser.run("arguments[0].dispatchEvent(new PointerEvent('pointerover', {bubbles: true}))", circles[3])
+    assert browser.run("return document.querySelector('.tokens .now').dataset.token") == str(token)
     colours = []
     for name in ("log_prob", "entropy", "lp_reg/selected"):
         choose(browser, "colour", name)
