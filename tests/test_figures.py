@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import runpy
+import sys
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
@@ -12,6 +16,7 @@ from megatron_rlvr.words import MOST_RECORDS, some_records, word_rows
 from tests.test_recorder import one_rank
 from tests.test_report import step_row, write_run
 
+ROOT = Path(__file__).parent.parent
 METRICS = {"survivors": "lp_reg/survive_share", "delta": "lp_reg/delta", "entropy": "policy/entropy"}
 METRICS |= {"calibration": "rollout/perplexity_right", "head_disagreement": "critic/head_std", "bonus": "cde/bonus"}
 METRICS |= {"omega": "cde/omega"}
@@ -79,6 +84,23 @@ def test_files_are_written_and_what_lacks_says_so(tmp_path):
     assert (tmp_path / "figures/entropy.svg").read_text().startswith("<?xml")
     assert (tmp_path / "figures/entropy.png").read_bytes().startswith(b"\x89PNG")
     assert {path.name.partition(".")[0] for path in (tmp_path / "figures").iterdir()} == set(METRICS)
+
+
+def test_the_tool_says_what_it_wrote_and_what_lacks(tmp_path, monkeypatch, capsys):
+    folder = write_run(tmp_path / "run", [step_row(step) for step in range(1, 4)])
+
+    def call(*runs: object) -> int:
+        monkeypatch.setattr(sys, "argv", ["figures.py", *map(str, runs)])
+        with pytest.raises(SystemExit) as ended:
+            runpy.run_path(str(ROOT / "tools/figures.py"), run_name="__main__")
+        return ended.value.code
+
+    assert call(folder) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert f"{folder}/figures/entropy.svg {folder}/figures/entropy.png" in lines
+    assert "word_probability: no run has what it shows" in lines and len(lines) == len(FIGURES)
+    assert call(tmp_path / "absent") == 1
+    assert capsys.readouterr().err.startswith("error: ")
 
 
 def test_a_long_run_is_read_in_part(tmp_path):

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import base64
 import json
-import os
 import re
-import subprocess
+import runpy
 import sys
 from pathlib import Path
 
@@ -67,14 +66,15 @@ def test_a_gap_between_policy_and_engine_is_shown_where_both_are_known(tmp_path)
     assert np.allclose(gaps, 0.5)
 
 
-def test_the_tool_makes_a_page_or_says_why_not(run):
-    command = [sys.executable, str(ROOT / "tools" / "show_rollouts.py"), str(run)]
-    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+def test_the_tool_makes_a_page_or_says_why_not(run, monkeypatch, capsys):
+    def call(*more: str) -> int:
+        monkeypatch.setattr(sys, "argv", ["show_rollouts.py", str(run), *more])
+        with pytest.raises(SystemExit) as ended:
+            runpy.run_path(str(ROOT / "tools/show_rollouts.py"), run_name="__main__")
+        return ended.value.code
 
-    def call(*more: str) -> subprocess.CompletedProcess:
-        return subprocess.run([*command, *more], capture_output=True, text=True, timeout=120, env=environment)
-
-    done, missing = call(), call("--step", "4")
-    assert done.stdout.strip() == str(run / "tokens" / "step_3.html") and done.returncode == 0
-    assert missing.returncode == 1 and missing.stderr.startswith("error: ")
-    assert "it holds 1 steps from 3 to 3" in missing.stderr and len(missing.stderr.splitlines()) == 1
+    assert call() == 0
+    assert capsys.readouterr().out.strip() == str(run / "tokens" / "step_3.html")
+    assert call("--step", "4") == 1
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("error: ") and "it holds 1 steps from 3 to 3" in line
