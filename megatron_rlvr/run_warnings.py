@@ -22,6 +22,7 @@ ACTIVITY = {
     "clip_cov/share": "",
     "high_entropy/share": "",
     "stapo/share": "",
+    "sim_hash/bonus": "",
     "cde/bonus": "cde/omega",
     "cde/critic_bonus": "cde/critic_omega",
 }

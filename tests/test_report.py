@@ -5,9 +5,8 @@ from __future__ import annotations
 import base64
 import hashlib
 import json
-import os
 import re
-import subprocess
+import runpy
 import sys
 from html.parser import HTMLParser
 from pathlib import Path
@@ -231,15 +230,22 @@ def test_errors_name_the_file(tmp_path):
         build_report(tmp_path / "empty")
 
 
-def test_the_tool_builds_what_it_can_and_fails_for_the_rest(tmp_path):
-    folder = write_run(tmp_path / "run", [step_row(1), step_row(2)])
-    command = [sys.executable, str(ROOT / "tools" / "report.py"), str(tmp_path / "absent"), str(folder)]
-    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    result = subprocess.run(command, capture_output=True, text=True, timeout=120, env=environment, check=False)
-    assert result.returncode == 1
-    assert result.stdout.split() == [str(folder / "report.html")]
-    assert result.stderr.startswith("error: ")
-    assert len(result.stderr.splitlines()) == 1
+def test_the_tool_builds_what_it_can_and_fails_for_the_rest(tmp_path, monkeypatch, capsys):
+    folders = [write_run(tmp_path / name, [step_row(1), step_row(2)]) for name in ("one", "two")]
+
+    def call(*runs: Path) -> int:
+        monkeypatch.setattr(sys, "argv", ["report.py", *map(str, runs)])
+        with pytest.raises(SystemExit) as ended:
+            runpy.run_path(str(ROOT / "tools" / "report.py"), run_name="__main__")
+        return ended.value.code
+
+    assert call(tmp_path / "absent", folders[0]) == 1
+    shown = capsys.readouterr()
+    assert shown.out.split() == [str(folders[0] / "report.html")]
+    assert shown.err.startswith("error: ") and len(shown.err.splitlines()) == 1
+    assert call(*folders) == 0
+    pages = [str(folder / "report.html") for folder in folders]
+    assert capsys.readouterr().out.split() == [*pages, str(tmp_path / "comparison.html")]
 
 
 def test_warnings_say_where_they_began_and_why(tmp_path):
