@@ -17,6 +17,7 @@ from tests.test_report import response, step_row, write_run
 
 ATTACKS = ["<script>window.attacked=1</script>", "</textarea>", "</script><script>window.attacked=2</script>"]
 ATTACKS += ["<img src=x onerror=window.attacked=3>", "&lt;b&gt;", "数学 ✓"]
+LAST = 12  # steps of a real run
 RUNS = {
     "lp_reg": (CONFIG, []),
     "grpo": (CONFIG, ["exploration=null"]),
@@ -25,9 +26,9 @@ RUNS = {
 
 
 def real_runs(folder: Path) -> list[Path]:
-    """Twelve steps of each method, with a held-out measurement before and after."""
+    """A short run of each method, with a held-out measurement before and after."""
     for name, (config, overrides) in RUNS.items():
-        common = [f"name={name}", f"run.dir={folder / name}", "trainer.num_steps=12", "trainer.eval_every=6"]
+        common = [f"name={name}", f"run.dir={folder / name}", f"trainer.num_steps={LAST}", "trainer.eval_every=6"]
         common += ["trainer.eval_responses=2", "logging.tensorboard=false"]
         command = [sys.executable, "-m", "megatron_rlvr.train", config, *common, *overrides]
         environment = os.environ | {"OMP_NUM_THREADS": "1"}

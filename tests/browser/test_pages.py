@@ -13,7 +13,7 @@ from megatron_rlvr.rollout_page import build_rollout_page
 from megatron_rlvr.run_warnings import warnings
 from megatron_rlvr.token_records import TokenWriter, read_record
 from tests.browser.conftest import Browser
-from tests.browser.pages import ATTACKS, attacking_record, long_run, real_runs
+from tests.browser.pages import ATTACKS, LAST, attacking_record, long_run, real_runs
 
 pytestmark = pytest.mark.browser
 LARGEST = 5_000_000  # bytes of a page
@@ -49,17 +49,17 @@ def test_the_report_of_a_run(browser, runs):
     plot = browser.find("figure .plot")[0]
     plot.send_keys("")  # focus, as the tab key gives it
     output = browser.find("figure output")[0]
-    assert output.text.startswith("step 12: ")
+    assert output.text.startswith(f"step {LAST}: ")
     plot.send_keys("\ue012")  # left arrow
-    assert output.text.startswith("step 11: ")
+    assert output.text.startswith(f"step {LAST - 1}: ")
     (search,) = browser.find(".filter input")
     everything = len(browser.shown(".examples article"))
     search.send_keys("reward 1 ")
     right = browser.shown(".examples article")
     assert 0 < len(right) < everything and all("reward 1 " in item.text for item in right)
     assert browser.find(".filter output")[0].text == f"{len(right)} of {everything}"
-    browser.find("a[href^='tokens/']")[0].click()
-    assert browser.driver.title.endswith("step 12 · tokens")
+    browser.find("a[href^='tokens/']")[-1].click()
+    assert browser.driver.title.endswith(f"step {LAST} · tokens")
 
 
 def test_the_comparison_of_three_runs(browser, runs, tmp_path):
@@ -85,8 +85,8 @@ def test_the_comparison_of_three_runs(browser, runs, tmp_path):
 
 def test_the_tokens_of_a_step(browser, runs):
     folder = runs[0]
-    browser.open(build_rollout_page(folder, 12))
-    record = read_record(folder, 12)
+    browser.open(build_rollout_page(folder, LAST))
+    record = read_record(folder, LAST)
     spans = browser.find(".tokens span")
     assert len(spans) == len(record.texts) and [span.text for span in spans] == record.texts
     browser.find(".tokens")[0].send_keys("\ue014")  # right arrow: the second token
@@ -138,7 +138,7 @@ def test_dark_phone_and_print(browser, runs, tmp_path, page):
     pages = {
         "report": lambda: build_report(runs[0]),
         "comparison": lambda: build_comparison(runs, tmp_path / "comparison.html"),
-        "tokens": lambda: build_rollout_page(runs[0], 12),
+        "tokens": lambda: build_rollout_page(runs[0], LAST),
     }
     path = pages[page]()
     browser.open(path)
