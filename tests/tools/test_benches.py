@@ -71,3 +71,9 @@ def test_plan() -> None:
     for row in rows:
         assert row["predicted / measured"] == pytest.approx(1, abs=0.1) and row["state_share"] >= 0.5, row
     assert worst["worst"] in [row["predicted / measured"] for row in rows]
+def test_recorder() -> None:
+    training, largest = run("bench_recorder", steps=1, tokens=64)
+    assert training["columns"] > 10 and training["file_bytes"] > 1000 and 0 < training["overhead"] < 1
+    assert (
+        largest["tokens"] == 64 and largest["columns"] == 16 and largest["page_bytes"] > largest["file_bytes"] > 64 * 60
+    )
