@@ -64,7 +64,7 @@ test-gpu: ## tests that need a CUDA device, in the active environment (python)
 test-slurm: $(STAMP) ## tests that submit to a real Slurm on this machine: Debian's, installed as root and started by them
 	$(RUN) -m pytest -m slurm
 
-test-browser: $(STAMP) ## tests that open a report in a headless browser
+test-browser: $(VENV)/.browser ## tests that open a report in a headless browser
 	$(RUN) -m pytest -m browser
 
 test-real-data: $(STAMP) ## tests on the published data sets under MEGATRON_RLVR_DATA
@@ -80,8 +80,8 @@ lint: $(STAMP) ## ruff and mypy
 bench: $(VENV)/.bench ## steps per second, beside TRL on the same task
 	$(RUN) tools/bench_step.py
 
-$(VENV)/.bench: $(STAMP)
-	$(PIP) --no-build-isolation -e '.[bench]'
+$(VENV)/.bench $(VENV)/.browser: $(VENV)/.%: $(STAMP)
+	$(PIP) --no-build-isolation -e '.[$*]'
 	@touch $@
 
 launcher: .venv-launcher/.installed ## .venv-launcher with NeMo-Run, for submitting jobs from a login node

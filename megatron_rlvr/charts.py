@@ -23,6 +23,7 @@ from matplotlib.ticker import FuncFormatter, MaxNLocator
 REACH = 10  # steps before and after that the bold line averages; fewer in a short run
 MOST_POINTS = 400  # per line; longer runs are drawn as the means of as many equal spans
 COLOURS = [f"#f0000{place}" for place in range(1, 7)]  # placeholders of --c1 .. --c6
+FRAME = (0.125, 0.185, 0.855, 0.775)  # of the axes: equal in every chart, so that columns of charts align
 GRID, TEXT = "#f00007", "#f00008"
 VARIABLES = dict(
     zip([*COLOURS, GRID, TEXT], ["--c1", "--c2", "--c3", "--c4", "--c5", "--c6", "--grid", "--muted"], strict=True)
@@ -37,13 +38,13 @@ class Chart:
     Chart("Held-out answers", "share of right answers", "points", {"eval/pass@*": ""}, percent=True): every metric that
     matches a pattern, oldest name first; an empty label stands for the metric's name after the slash.
 
-    trend: one metric, each step faint and its running mean bold; lines: metrics by step; points: metrics that only
-    some steps have; stack: metrics that add up, what is missing to the ``whole`` on top.
+    trend: one metric, each step faint and its running mean bold; smooth: the same of several; lines: metrics by step;
+    points: metrics that only some steps have; stack: metrics that add up, what is missing to the ``whole`` on top.
     """
 
     title: str
     note: str
-    kind: Literal["trend", "lines", "points", "stack"]
+    kind: Literal["trend", "smooth", "lines", "points", "stack"]
     metrics: dict[str, str]
     percent: bool = False
     log: bool = False
@@ -52,10 +53,15 @@ class Chart:
 
 @dataclass(frozen=True)
 class Drawing:
-    """A chart drawn: inline SVG, and its legend as (label, CSS variable); one line needs no legend."""
+    """A chart drawn: inline SVG, its legend as (label, CSS variable), and what is in it for a script to read out.
+
+    A chart of one metric needs no legend. ``data``: {"x": [left end, right end], "lines": [{label, steps, values}]}, in
+    steps.
+    """
 
     svg: str
     legend: list[tuple[str, str]]
+    data: dict[str, Any]
 
 
 @dataclass(frozen=True)
@@ -76,12 +82,20 @@ def draw(chart: Chart, rows: Sequence[dict]) -> Drawing | None:
         return None
     with rc_context(RC):
         figure = Figure(figsize=(4.8, 2.5))
-        axes = figure.add_axes((0.125, 0.185, 0.855, 0.775))  # equal in every chart, so that columns of charts align
+        axes = figure.add_axes(FRAME)
         legend = _DRAW[chart.kind](axes, lines, chart, rows)
         _style(axes, chart)
         buffer = io.StringIO()
         figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None})
-    return Drawing(_embed(buffer.getvalue(), chart, lines), legend)
+    return Drawing(_embed(buffer.getvalue(), chart, lines), legend, _data(lines, axes))
+
+
+def _data(lines: list[Line], axes: Axes) -> dict[str, Any]:
+    def plain(values: np.ndarray) -> list[float]:
+        return [float(f"{value:.5g}") for value in thin(values)]
+
+    series = [{"label": line.label, "steps": plain(line.steps), "values": plain(line.values)} for line in lines]
+    return {"x": [float(end) for end in axes.get_xlim()], "lines": series}
 
 
 def read_lines(chart: Chart, rows: Sequence[dict]) -> list[Line]:
@@ -118,11 +132,12 @@ def thin(values: np.ndarray, reduce: Callable[[np.ndarray], float] = np.mean, mo
 
 
 def _trend(axes: Axes, lines: list[Line], chart: Chart, rows: Sequence[dict]) -> list[tuple[str, str]]:
-    steps, values = lines[0].steps, lines[0].values
-    smooth = running_mean(values, min(REACH, len(values) // 10))
-    axes.plot(thin(steps), thin(values), color=lines[0].colour, linewidth=0.9, alpha=0.45, clip_on=False)
-    axes.plot(thin(steps), thin(smooth), color=lines[0].colour, linewidth=1.9, clip_on=False)
-    return []
+    faint = 0.45 if len(lines) == 1 else 0.2
+    for line in lines:
+        smooth = running_mean(line.values, min(REACH, len(line.values) // 10))
+        axes.plot(thin(line.steps), thin(line.values), color=line.colour, linewidth=0.9, alpha=faint, clip_on=False)
+        axes.plot(thin(line.steps), thin(smooth), color=line.colour, linewidth=1.9, clip_on=False)
+    return _legend(chart, [(line.label, line.colour) for line in lines])
 
 
 def _lines(axes: Axes, lines: list[Line], chart: Chart, rows: Sequence[dict]) -> list[tuple[str, str]]:
@@ -132,7 +147,7 @@ def _lines(axes: Axes, lines: list[Line], chart: Chart, rows: Sequence[dict]) ->
         axes.plot(
             thin(line.steps), values, color=line.colour, linewidth=1.5, marker=marker, markersize=3.5, clip_on=False
         )
-    return _legend([(line.label, line.colour) for line in lines])
+    return _legend(chart, [(line.label, line.colour) for line in lines])
 
 
 def _stack(axes: Axes, lines: list[Line], chart: Chart, rows: Sequence[dict]) -> list[tuple[str, str]]:
@@ -147,14 +162,16 @@ def _stack(axes: Axes, lines: list[Line], chart: Chart, rows: Sequence[dict]) ->
     axes.stackplot(thin(steps), [thin(part) for part in parts], colors=colours, linewidth=0)
     # A first step that warms up can take ten times as long as the rest: it leaves the picture instead of flattening it.
     axes.set_ylim(0, float(np.percentile(np.sum(parts, axis=0), 98)) or 1.0)
-    return _legend(entries)
+    return _legend(chart, entries)
 
 
-_DRAW = {"trend": _trend, "lines": _lines, "points": _lines, "stack": _stack}
+_DRAW = {"trend": _trend, "smooth": _trend, "lines": _lines, "points": _lines, "stack": _stack}
 
 
-def _legend(entries: list[tuple[str, str]]) -> list[tuple[str, str]]:
-    return [(label, VARIABLES[colour]) for label, colour in entries] if len(entries) > 1 else []
+def _legend(chart: Chart, entries: list[tuple[str, str]]) -> list[tuple[str, str]]:
+    """None for a line that is alone and cannot be another one."""
+    is_plain = len(entries) == len(chart.metrics) == 1
+    return [] if is_plain else [(label, VARIABLES[colour]) for label, colour in entries]
 
 
 def _style(axes: Axes, chart: Chart) -> None:

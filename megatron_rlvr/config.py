@@ -193,6 +193,8 @@ class RunConfig:
 class LoggingConfig:
     tensorboard: bool = True
     wandb_project: str = ""  # empty: off
+    mlflow_experiment: str = ""  # empty: off; where to is MLflow's own MLFLOW_TRACKING_URI, else RUN/mlflow.db
+    record_responses: int = 8  # per step, whose every token is recorded under RUN/tokens; 0: none
     progress: Literal["auto", "bar", "lines", "none"] = "auto"
 
 

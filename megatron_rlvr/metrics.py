@@ -16,7 +16,7 @@ from torch import Tensor
 
 from megatron_rlvr.config import LoggingConfig
 from megatron_rlvr.records import JsonLines
-from megatron_rlvr.trackers import Tracker, open_tensorboard, open_wandb
+from megatron_rlvr.trackers import Tracker, open_trackers
 from megatron_rlvr.types import Prompt, Rollout, RolloutGroup
 
 Number = Tensor | float
@@ -114,11 +114,7 @@ class MetricsWriter:
     ) -> None:
         self._lines = JsonLines(run_dir / "metrics.jsonl", resume_step)
         self._non_finite: set[str] = set()
-        self._trackers: list[Tracker] = []
-        if settings.tensorboard:
-            self._trackers.append(open_tensorboard(run_dir, resume_step))
-        if settings.wandb_project:
-            self._trackers.append(open_wandb(run_dir, settings.wandb_project, name, config or {}, resume_step))
+        self._trackers = open_trackers(run_dir, settings, name, config or {}, resume_step)
 
     def write(self, step: int, values: Mapping[str, Any]) -> None:
         """Log one step. NaN and infinity, which JSON lacks, are written as null and named in a warning once."""

@@ -12,6 +12,7 @@ import functools
 import glob
 import importlib.util
 import os
+import resource
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -53,6 +54,14 @@ def has_triton() -> bool:
 def interprets_triton() -> bool:
     """Whether Triton kernels run on the CPU, by its interpreter: slowly, for tests. Triton asks when it is imported."""
     return os.environ.get("TRITON_INTERPRET") == "1" and importlib.util.find_spec("triton") is not None
+
+
+def memory_in_use() -> int:
+    """Bytes: what this rank's GPU holds, everybody's on it; without one, the most that this process has held."""
+    if has_gpu():
+        free, total = torch.cuda.mem_get_info()
+        return total - free
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
 def block_elements() -> int:

@@ -1,32 +1,37 @@
-"""Where a run stands, for the person who watches it: a bar on a terminal, plain lines in a log file."""
+"""Where a run stands, for the person who watches it: a live view on a terminal, plain lines in a log file."""
 
 from __future__ import annotations
 
 import math
 import time
 from collections import deque
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from types import TracebackType
 from typing import Any, Literal, Self
 
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, TextColumn
-from rich.progress import Progress as RichBar
+from rich.console import Console, Group
+from rich.live import Live
+from rich.progress_bar import ProgressBar
+from rich.table import Table
+from rich.text import Text
 
 SECONDS_BETWEEN_LINES = 10.0
 WINDOW = 20  # steps: of the reward's mean, and of the pace that the time left is reckoned from
+SPARKS = "▁▂▃▄▅▆▇█"
 
 
 class Progress:
-    """Step and phase, reward with its mean of 20 steps, entropy, tokens per second and the time left.
+    """Step and phase, reward with its mean of 20 steps, entropy, tokens per second, memory, time left, last warning.
 
     with Progress(total=300, mode=config.logging.progress, start=120) as progress:
         progress.phase("generate")
-        progress.step({"reward/mean": 0.21, "policy/entropy": 0.6, "tokens/per_second": 1800.0})
+        progress.step({"reward/mean": 0.21, "policy/entropy": 0.6, "tokens/per_second": 1800.0}, warning="")
 
-    ``mode`` auto takes the bar where standard output is a terminal and lines where it is not; none prints nothing and
-    is what every rank but the first takes. ``start``: steps done by an earlier run that this one resumes.
-    Lines come at most every 10 seconds, and for the first and the last step. A metric that a step lacks is left out.
+    ``mode`` auto takes the bar, a live view that has the rewards as a sparkline too, where standard output is a
+    terminal, and lines where it is not; none prints nothing and is what every rank but the first takes. ``start``:
+    steps done by an earlier run that this one resumes.
+    Lines come at most every 10 seconds, for the first and the last step, and for a new warning. A metric that a step
+    lacks is left out.
     """
 
     def __init__(
@@ -42,37 +47,39 @@ class Progress:
         self._rewards: deque[float] = deque(maxlen=WINDOW)
         self._ends = deque([time.monotonic()], maxlen=WINDOW + 1)  # when each step ended
         self._printed: float | None = None  # when the last line was
-        self._summary = ""
-        self._bar: RichBar | None = None
+        self._summary, self._memory, self._warning, self._phase = "", "", "", "starting"
+        self._live: Live | None = None
 
     def __enter__(self) -> Self:
         if self._mode == "bar":
-            columns = (MofNCompleteColumn(), BarColumn(bar_width=20), TextColumn("{task.description}", markup=False))
             # No refresh thread: the run forks processes, which would inherit its locks. Each call redraws instead.
-            self._bar = RichBar(*columns, console=self._console, auto_refresh=False)
-            self._task = self._bar.add_task("starting", total=self._total, completed=self._done)
-            self._bar.start()
+            self._live = Live(self._view(), console=self._console, auto_refresh=False)
+            self._live.start()
         self._ends[-1] = time.monotonic()
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if self._bar:
-            self._bar.stop()
+        if self._live:
+            self._live.stop()
 
     def phase(self, name: str) -> None:
         """Say what the step is doing now; only the bar shows it."""
         self._redraw(name)
 
-    def step(self, metrics: Mapping[str, Any]) -> None:
-        """One step is done, with these metrics."""
+    def step(self, metrics: Mapping[str, Any], warning: str = "") -> None:
+        """One step is done, with these metrics; ``warning``: the newest of the run, empty for none."""
         self._done += 1
+        is_news, self._warning = warning not in ("", self._warning), warning
         self._ends.append(time.monotonic())
         if _known(metrics.get("reward/mean")):
             self._rewards.append(float(metrics["reward/mean"]))
         self._summary = self._summarise(metrics)
+        self._memory = _memory(metrics)
         self._redraw("done" if self._done == self._total else "")
+        if self._mode == "lines" and is_news:
+            self._console.print(f"warning: {warning}", markup=False, highlight=False, soft_wrap=True)
         if self._mode == "lines" and self._line_due():
             self._printed = self._ends[-1]
             self._console.print(
@@ -80,9 +87,18 @@ class Progress:
             )
 
     def _redraw(self, phase: str) -> None:
-        if self._bar:
-            text = "  ".join(part for part in (self._summary, phase) if part)
-            self._bar.update(self._task, completed=self._done, description=text, refresh=True)
+        self._phase = phase
+        if self._live:
+            self._live.update(self._view(), refresh=True)
+
+    def _view(self) -> Group:
+        """Three lines at most: where the run is, what it reaches, what to worry about."""
+        bar = Table.grid(padding=(0, 1))
+        done = ProgressBar(total=self._total, completed=self._done, width=20)
+        bar.add_row(f"{self._done}/{self._total}", done, Text(self._phase))
+        seen = "  ".join(part for part in (self._summary, sparkline(self._rewards), self._memory) if part)
+        lines: list[Table | Text] = [bar, Text(seen)]
+        return Group(*lines, *([Text(f"warning: {self._warning}", style="yellow")] if self._warning else []))
 
     def _line_due(self) -> bool:
         last = self._done == self._total
@@ -103,6 +119,19 @@ class Progress:
             seconds = (self._ends[-1] - self._ends[0]) / (len(self._ends) - 1)
             parts.append(f"{duration(seconds * (self._total - self._done))} left")
         return "  ".join(parts)
+
+
+def sparkline(values: Iterable[float]) -> str:
+    """One character per value, from the lowest to the highest: [0, 1, 0.5] -> "▁█▅"; all alike are in the middle."""
+    numbers = list(values)
+    low, span = min(numbers, default=0.0), max(numbers, default=0.0) - min(numbers, default=0.0)
+    shares = [(value - low) / span if span else 0.5 for value in numbers]
+    return "".join(SPARKS[round(share * (len(SPARKS) - 1))] for share in shares)
+
+
+def _memory(metrics: Mapping[str, Any]) -> str:
+    least, most = metrics.get("memory/rank_least_gib"), metrics.get("memory/rank_most_gib")
+    return f"{least:.1f} to {most:.1f} GiB per rank" if _known(least) and _known(most) else ""
 
 
 def duration(seconds: float) -> str:

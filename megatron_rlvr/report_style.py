@@ -46,10 +46,35 @@ figcaption p { margin: 0; }
 figcaption ul {
   display: flex; flex-wrap: wrap; gap: .1rem .9rem; margin: .25rem 0 0; padding: 0; list-style: none; font-size: .85rem;
 }
+figcaption i, svg { print-color-adjust: exact; }
 figcaption i { display: inline-block; width: .7rem; height: .7rem; margin-right: .35rem; border-radius: .2rem; }
 svg { display: block; width: 100%; height: auto; margin-top: .6rem; overflow: visible; }
 svg text { font-family: inherit !important; }
 h3 { margin: 0 0 .6rem; font-size: .95rem; }
+.plot { position: relative; }
+.cursor { position: absolute; top: 4%; bottom: 18%; width: 1px; background: var(--muted); pointer-events: none; }
+.plot output {
+  position: absolute; right: 0; bottom: -.3rem; padding-left: .5rem; background: var(--card);
+  font-size: .85rem; font-variant-numeric: tabular-nums;
+}
+.wide { overflow-x: auto; }
+table { width: 100%; border-collapse: collapse; background: var(--card); font-size: .9rem; }
+th, td { padding: .35rem .6rem; border: 1px solid var(--grid); text-align: left; vertical-align: top; }
+td:first-child { white-space: nowrap; }
+td.number { font-variant-numeric: tabular-nums; white-space: nowrap; }
+th button { all: unset; cursor: pointer; font-weight: 600; }
+th button:focus-visible { outline: 2px solid var(--focus); outline-offset: 2px; }
+th[aria-sort="ascending"] button::after { content: " ▲"; }
+th[aria-sort="descending"] button::after { content: " ▼"; }
+.filter { display: flex; flex-wrap: wrap; gap: .6rem 1rem; align-items: baseline; margin: 0 0 .75rem; }
+.filter label { color: var(--muted); font-size: .85rem; }
+input, select {
+  margin-left: .5rem; padding: .3rem .45rem; border: 1px solid var(--grid); border-radius: .35rem;
+  background: var(--card); color: var(--ink); font: inherit;
+}
+a { color: var(--focus); }
+code { font-family: ui-monospace, SFMono-Regular, Menlo, Consolas, "DejaVu Sans Mono", monospace; font-size: .9em; }
+[hidden] { display: none !important; }
 .note { margin: .75rem 0 0; color: var(--muted); font-size: .85rem; }
 .right { color: var(--right); }
 .wrong { color: var(--wrong); }
@@ -71,5 +96,11 @@ summary { cursor: pointer; font-weight: 600; }
   .figures > div { padding: .6rem .7rem; }
   .figures strong { font-size: 1rem; }
 }
-@media print { pre { max-height: none; } }
+@media print {
+  body { background: none; font-size: 11px; }
+  pre { max-height: none; }
+  .filter, .plot output { display: none; }
+  .charts { grid-template-columns: repeat(3, 1fr); gap: .5rem; }
+  figure, article, .figures > div, tr { break-inside: avoid; }
+}
 """

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import random
 import signal
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -22,14 +23,18 @@ from megatron_rlvr.models.checkpoint import load, newest_usable
 from megatron_rlvr.models.checkpoint_writer import CheckpointWriter
 from megatron_rlvr.processes import StopRequest
 from megatron_rlvr.progress import Progress
+from megatron_rlvr.records import read_rows
 from megatron_rlvr.report import build_report
 from megatron_rlvr.run_folder import HANG
+from megatron_rlvr.run_warnings import warnings
+from megatron_rlvr.token_records import Recording, TokenWriter
 from megatron_rlvr.trainer import Trainer
 from megatron_rlvr.types import RolloutGroup
 from megatron_rlvr.weights.convert import save_hf
 
 COLLECTIVE_GRACE = 600.0  # seconds after run.hang_timeout at which a rank that waits for its peers fails by itself
 REPORT_EVERY = 50  # steps
+WARN_EVERY = 10  # steps
 
 
 class Run:
@@ -54,11 +59,12 @@ class Run:
         trainer.push_weights()
         stopped = 0
         with self._records(done) as records, self._progress(done) as progress:
+            trainer.on_phase = progress.phase
             for step in range(done + 1, last + 1):
                 figures = trainer.evaluate() if self._due_before(step) else {}
                 metrics, groups = trainer.step(step)
-                records.write(step, metrics | figures, groups)
-                progress.step(metrics)
+                records.write(step, metrics | figures, groups, trainer.recording)
+                progress.step(metrics, records.warning)
                 stopped = self._agreed_stop()
                 if stopped or self._due_after(step):
                     self._save(step)
@@ -121,7 +127,8 @@ class Run:
         self.checkpoints.save(state)
 
     def _records(self, done: int) -> Records:
-        return Records(self.config, self.folder, done) if self.is_writer else NoRecords()
+        decode = self.trainer.tokenizer.decode
+        return Records(self.config, self.folder, decode, done) if self.is_writer else NoRecords()
 
     def _progress(self, done: int) -> Progress:
         mode = self.config.logging.progress if self.is_writer else "none"
@@ -156,15 +163,22 @@ class Run:
 class Records:
     """What a run writes about its steps; the report is made anew every REPORT_EVERY of them."""
 
-    def __init__(self, config: Config, folder: Path, done: int) -> None:
+    def __init__(self, config: Config, folder: Path, decode: Callable[[list[int]], str], done: int) -> None:
         dump(config, folder / "config.yaml")
         self.folder = folder
         self.metrics = MetricsWriter(folder, config.logging, config.name, to_dict(config), done)
         self.rollouts = RolloutsWriter(folder, config.trainer.log_rollouts, done)
+        self.tokens = TokenWriter(folder, decode, done)
+        self.rows = read_rows(folder / "metrics.jsonl")  # of the earlier run that this one goes on from
+        self.warning = ""  # the newest
 
-    def write(self, step: int, metrics: dict[str, Any], groups: list[RolloutGroup]) -> None:
+    def write(self, step: int, metrics: dict[str, Any], groups: list[RolloutGroup], recording: Recording) -> None:
         self.metrics.write(step, metrics)
         self.rollouts.write(step, groups)
+        self.tokens.write(step, recording)
+        self.rows.append({"step": step} | metrics)
+        if step % WARN_EVERY == 0 and (found := warnings(self.rows)):
+            self.warning = f"from step {found[-1].step}: {found[-1].title}, {found[-1].found}"
         if step % REPORT_EVERY == 0:
             build_report(self.folder)
 
@@ -180,9 +194,9 @@ class NoRecords(Records):
     """What every rank but the first writes: nothing."""
 
     def __init__(self) -> None:
-        pass
+        self.warning = ""
 
-    def write(self, step: int, metrics: dict[str, Any], groups: list[RolloutGroup]) -> None:
+    def write(self, step: int, metrics: dict[str, Any], groups: list[RolloutGroup], recording: Recording) -> None:
         pass
 
     def __exit__(self, *exception: object) -> None:

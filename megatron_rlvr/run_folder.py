@@ -1,7 +1,7 @@
 """The folder of a run: what it holds, whether a run may start or go on in it.
 
-RUN/config.yaml, starts.jsonl, metrics.jsonl, rollouts.jsonl, report.html, summary.json, tensorboard/,
-checkpoints/step_N/, logs/rank_R.log, hf/.
+RUN/config.yaml, starts.jsonl, metrics.jsonl, rollouts.jsonl, tokens/step_N.safetensors, report.html, summary.json,
+tensorboard/, checkpoints/step_N/, logs/rank_R.log, hf/.
 """
 
 from __future__ import annotations
@@ -20,9 +20,15 @@ RECORDS = (
     "starts.jsonl",
     "metrics.jsonl",
     "rollouts.jsonl",
+    "tokens",
+    "figures",
     "report.html",
     "summary.json",
     "tensorboard",
+    "wandb_id",
+    "mlflow_id",
+    "mlflow.db",
+    "mlflow_files",
     "checkpoints",
     "hf",
     INITIAL,

@@ -1,12 +1,14 @@
-"""The trackers that repeat metrics.jsonl elsewhere: TensorBoard, and W&B where the config names a project."""
+"""The trackers that repeat metrics.jsonl elsewhere: TensorBoard, and W&B and MLflow where the config asks for them."""
 
 from __future__ import annotations
 
+import os
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from megatron_rlvr.config import ConfigError
+from megatron_rlvr.config import ConfigError, LoggingConfig
 
 
 @dataclass(frozen=True)
@@ -16,6 +18,18 @@ class Tracker:
     name: str
     log: Callable[[int, dict[str, float]], None]
     close: Callable[[], None]
+
+
+def open_trackers(run_dir: Path, settings: LoggingConfig, name: str, config: dict, resume_step: int) -> list[Tracker]:
+    """Those that the config asks for. Raises ConfigError: one is not installed, or does not start."""
+    trackers = []
+    if settings.tensorboard:
+        trackers.append(open_tensorboard(run_dir, resume_step))
+    if settings.wandb_project:
+        trackers.append(open_wandb(run_dir, settings.wandb_project, name, config, resume_step))
+    if settings.mlflow_experiment:
+        trackers.append(open_mlflow(run_dir, settings.mlflow_experiment, name, config, resume_step))
+    return trackers
 
 
 def open_tensorboard(run_dir: Path, resume_step: int) -> Tracker:
@@ -66,3 +80,40 @@ def open_wandb(run_dir: Path, project: str, name: str, config: dict, resume_step
     # W&B refuses steps that it has seen, which a resumed run sends again: `step` is a metric and the x axis instead.
     run.define_metric("*", step_metric="step")
     return Tracker("W&B", lambda step, values: run.log({"step": step} | values), run.finish)
+
+
+def open_mlflow(run_dir: Path, experiment: str, name: str, config: dict, resume_step: int) -> Tracker:
+    """An MLflow run where MLFLOW_TRACKING_URI says, or in RUN/mlflow.db; a resumed run goes on in the same one."""
+    try:
+        from mlflow import MlflowClient
+    except ImportError as error:
+        raise ConfigError(
+            f"logging.mlflow_experiment={experiment!r} but mlflow cannot be imported ({error}): "
+            "pip install mlflow, or set logging.mlflow_experiment=''"
+        ) from error
+    id_file = run_dir / "mlflow_id"
+    earlier = id_file.read_text().strip() if resume_step and id_file.exists() else None
+    try:
+        server, here = os.environ.get("MLFLOW_TRACKING_URI"), run_dir.resolve()
+        client = MlflowClient(server or f"sqlite:///{here}/mlflow.db")
+        known = client.get_experiment_by_name(experiment)
+        files = None if server else str(here / "mlflow_files")
+        home = known.experiment_id if known else client.create_experiment(experiment, files)
+        identity = earlier or client.create_run(home, run_name=name or None).info.run_id
+        if not earlier:
+            client.log_dict(identity, config, "config.yaml")
+    except Exception as error:
+        raise ConfigError(
+            f"MLflow does not start for logging.mlflow_experiment={experiment!r}: {str(error).rstrip('.')}; "
+            "set MLFLOW_TRACKING_URI to a server that answers, or unset it, or set logging.mlflow_experiment=''"
+        ) from error
+    id_file.write_text(identity)
+
+    def log_step(step: int, values: dict[str, float]) -> None:
+        from mlflow.entities import Metric
+
+        now = int(time.time() * 1000)
+        metrics = [Metric(metric.replace("@", "_at_"), value, now, step) for metric, value in values.items()]
+        client.log_batch(identity, metrics=metrics)
+
+    return Tracker("MLflow", log_step, lambda: client.set_terminated(identity))

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
 from typing import Any
@@ -34,8 +34,11 @@ from megatron_rlvr.models.critic import Critic
 from megatron_rlvr.models.policy import Policy, Reference
 from megatron_rlvr.packing import pack
 from megatron_rlvr.prompts import PromptSet, load_prompts
+from megatron_rlvr.recorder import FlightRecorder
 from megatron_rlvr.rollout.collect import RolloutCollector
 from megatron_rlvr.rollout.vllm_engine import VllmEngine
+from megatron_rlvr.rollout_metrics import rollout_metrics
+from megatron_rlvr.token_records import Recording
 from megatron_rlvr.types import Batch, Microbatch, RolloutGroup, Update
 from megatron_rlvr.value_targets import fill_targets
 from megatron_rlvr.verifiers.pool import VerifierPool
@@ -74,6 +77,9 @@ class Trainer:
         self.prompt_position = 0  # prompts consumed so far
         self.policy_version = 0  # optimizer updates that the engine's weights have seen
         self.seconds: dict[str, float] = {}
+        self.recorder = FlightRecorder(config.logging.record_responses, self.groups)
+        self.recording = Recording([], {})  # of the last step
+        self.on_phase: Callable[[str], None] = lambda name: None  # told when a phase of the step begins
 
     def _load_prompts(self, sources: list[SourceConfig]) -> PromptSet:
         prompts = load_prompts(sources, self.config.data, self.tokenizer, self.config.verifier)
@@ -91,6 +97,7 @@ class Trainer:
         started, self.seconds, meter = time.perf_counter(), {}, Meter()
         groups = self.rollout(step)
         batch = self.pack(groups, self.config.trainer.updates_per_rollout)
+        self.recorder.start(batch, groups)
         policy_learns = step > self.config.critic_warmup  # the critic goes ahead
         reference = None
         if self.reference:
@@ -101,6 +108,7 @@ class Trainer:
                 old = self.policy.fill_log_probs(batch, self.statistics)
             batch.extras.update(self.exploration.annotate(batch, old, reference))
             measure_old_policy(batch, meter)
+            self.recorder.old_policy(batch, old)
         if self.states:
             with self.phase("states"):
                 self.policy.fill_states(batch, self.states)
@@ -120,10 +128,11 @@ class Trainer:
                 self.exploration.prepare_update(batch, update, self.groups)
                 updates.merge(self.policy.update(batch, update, partial(self.loss, update), self.statistics))
                 self.policy_version += 1
+        self.recording = self.recorder.collect(batch)
         with self.phase("sync"):
             sync = self.push_weights()
         metrics = {
-            **self._rollout_metrics(groups),
+            **rollout_metrics(groups),
             **reduce.reduce_meter(meter, self.groups).means(),
             **updates.means(),
         }
@@ -134,6 +143,7 @@ class Trainer:
         """Prompts, responses, verdicts; goes on sampling while a method turns groups away (DAPO's dynamic sampling)."""
         wanted = self.config.rollout.prompts_per_step
         groups: list[RolloutGroup] = []
+        self.on_phase("generate")
         for attempt in range(MAX_ATTEMPTS):
             prompts = self.prompts.take(
                 self.prompt_position, wanted - len(groups), self.config.seed, self.config.data.shuffle
@@ -201,9 +211,11 @@ class Trainer:
         if not self.old_policy_pass:
             micro.old_log_probs, micro.entropy = current.log_prob.detach(), current.entropy.detach()
             measure_old_policy(micro, meter)
+            self.recorder.old_policy(micro, current)
         losses, clipped = LOSSES[algorithm.loss](current.log_prob, micro, clip)
         record(micro, current.log_prob, clipped, meter)
         losses = self.exploration.policy_loss(losses, micro, current, meter)
+        self.recorder.loss(micro, current, clipped)
         if algorithm.kl.coefficient > 0 and algorithm.kl.where == "loss":
             losses = losses + kl_penalty(micro, current.log_prob, algorithm.kl, meter)
         weights = reduction_weights(micro, update, algorithm.reduction, self.config.rollout.max_response_length)
@@ -255,27 +267,17 @@ class Trainer:
     def phase(self, name: str) -> Iterator[None]:
         started = time.perf_counter()
         watchdog.beat(name)
+        self.on_phase(name)
         yield
         self.seconds[name] = time.perf_counter() - started
-
-    def _rollout_metrics(self, groups: list[RolloutGroup]) -> dict[str, float]:
-        rollouts = [rollout for group in groups for rollout in group.rollouts]
-        rewards = torch.tensor([rollout.verdict.reward for rollout in rollouts if verifiers.is_scored(rollout.verdict)])
-        lengths = torch.tensor([float(len(rollout.response_ids)) for rollout in rollouts])
-        statuses = verifiers.count_statuses([rollout.verdict for rollout in rollouts])
-        return {
-            "reward/mean": float(rewards.mean()) if rewards.numel() else float("nan"),
-            "reward/std": float(rewards.std(correction=0)) if rewards.numel() else float("nan"),
-            "tokens/response_mean": float(lengths.mean()),
-            "tokens/response_max": float(lengths.max()),
-            "rollout/truncated_share": sum(rollout.finish_reason == "length" for rollout in rollouts) / len(rollouts),
-            **{f"verifier/{status}_share": count / len(rollouts) for status, count in statuses.items()},
-        }
 
     def _times(self, total: float, batch: Batch) -> dict[str, float]:
         times = {f"time/{phase}": seconds for phase, seconds in self.seconds.items()}
         tokens = float(reduce.all_sum(torch.tensor(float(batch.num_tokens)), self.groups.dp))
-        return times | {"time/step": total, "tokens/per_second": tokens / total}
+        used = torch.tensor(float(platform.memory_in_use()), device=platform.device()) / 2**30
+        most, least = reduce.all_max(torch.stack([used, -used]), self.groups.world).tolist()
+        memory = {"memory/rank_most_gib": most, "memory/rank_least_gib": -least}
+        return times | {"time/step": total, "tokens/per_second": tokens / total} | memory
 
 
 def measure_old_policy(tokens: Microbatch, meter: Meter) -> None:

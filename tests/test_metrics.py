@@ -184,6 +184,56 @@ def test_wandb_gets_the_metrics_and_a_resumed_run_goes_on(tmp_path, monkeypatch)
     assert (second["id"], second["resume"]) == ("abc123", "allow")
 
 
+class FakeMlflow(SimpleNamespace):
+    """MLflow's client as far as it is used."""
+
+    def __init__(self) -> None:
+        super().__init__(experiments={}, logged=[], runs=0, ended=[], addresses=[], configs=[])
+
+    def __call__(self, address):
+        self.addresses.append(address)
+        return self
+
+    def get_experiment_by_name(self, name):
+        return self.experiments.get(name)
+
+    def create_experiment(self, name, files):
+        self.experiments[name] = SimpleNamespace(experiment_id="7", files=files)
+        return "7"
+
+    def create_run(self, experiment, run_name):
+        self.runs += 1
+        return SimpleNamespace(info=SimpleNamespace(run_id=f"{run_name}-{self.runs} in {experiment}"))
+
+    def log_dict(self, run, values, file):
+        self.configs.append((run, values, file))
+
+    def log_batch(self, run, metrics):
+        self.logged += [(run, metric.key, metric.value, metric.step) for metric in metrics]
+
+    def set_terminated(self, run):
+        self.ended.append(run)
+
+
+def test_mlflow_gets_the_metrics_and_a_resumed_run_goes_on(tmp_path, monkeypatch):
+    client = FakeMlflow()
+    metric = lambda key, value, timestamp, step: SimpleNamespace(key=key, value=value, step=step)  # noqa: E731
+    monkeypatch.setitem(sys.modules, "mlflow", SimpleNamespace(MlflowClient=client))
+    monkeypatch.setitem(sys.modules, "mlflow.entities", SimpleNamespace(Metric=metric))
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    settings = LoggingConfig(tensorboard=False, mlflow_experiment="rlvr")
+    with MetricsWriter(tmp_path, settings, "demo", {"seed": 1}) as writer:
+        writer.write(1, {"eval/pass@1": 0.5, "policy/loss": math.nan})
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://here")
+    with MetricsWriter(tmp_path, settings, "demo", {"seed": 1}, resume_step=1) as writer:
+        writer.write(2, {"reward/mean": 1.0})
+    run = "demo-1 in 7"
+    assert client.logged == [(run, "eval/pass_at_1", 0.5, 1), (run, "reward/mean", 1.0, 2)]
+    assert client.experiments["rlvr"].files == f"{tmp_path}/mlflow_files"
+    assert client.addresses == [f"sqlite:///{tmp_path}/mlflow.db", "http://here"]
+    assert client.configs == [(run, {"seed": 1}, "config.yaml")] and client.ended == [run, run]
+
+
 def test_a_tracker_that_fails_never_stops_the_run(tmp_path, monkeypatch, caplog):
     wandb = FakeWandb()
     monkeypatch.setitem(sys.modules, "wandb", wandb)
@@ -202,6 +252,7 @@ def test_a_tracker_that_fails_never_stops_the_run(tmp_path, monkeypatch, caplog)
     ("module", "settings"),
     [
         ("wandb", LoggingConfig(tensorboard=False, wandb_project="rlvr")),
+        ("mlflow", LoggingConfig(tensorboard=False, mlflow_experiment="rlvr")),
         ("torch.utils.tensorboard", LoggingConfig(tensorboard=True)),
     ],
 )

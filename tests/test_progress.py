@@ -9,7 +9,7 @@ import pytest
 from rich.console import Console
 
 from megatron_rlvr import progress as module
-from megatron_rlvr.progress import Progress, duration
+from megatron_rlvr.progress import Progress, duration, sparkline
 
 METRICS = {"reward/mean": 0.25, "policy/entropy": 0.6543, "tokens/per_second": 1834.4}
 
@@ -88,6 +88,29 @@ def test_auto_takes_the_bar_only_on_a_terminal(clock):
     assert "generate" in bar
     assert "reward 0.000" in bar
     assert "step 1/3" not in bar
+
+
+def test_a_new_warning_is_printed_once_and_stays_in_the_view(clock):
+    warned = [METRICS | {"memory/rank_least_gib": 1.0, "memory/rank_most_gib": 1.26}] * 4
+    for mode in ("lines", "bar"):
+        output = io.StringIO()
+        with Progress(9, mode, console=Console(file=output, width=120, force_terminal=mode == "bar")) as progress:
+            for number, metrics in enumerate(warned):
+                clock.now += 1
+                progress.step(metrics | {"reward/mean": number / 3}, "from step 12: Entropy collapse" if number else "")
+        text = output.getvalue()
+        if mode == "lines":
+            assert text.splitlines()[1] == "warning: from step 12: Entropy collapse"
+            assert text.count("warning") == 1
+        else:
+            assert "▁▃▆█" in text and "1.0 to 1.3 GiB per rank" in text
+            assert text.count("warning: from step 12: Entropy collapse") >= 3
+
+
+def test_sparkline():
+    assert sparkline([0.0, 1.0, 0.5]) == "▁█▅"
+    assert sparkline([2.0, 2.0]) == "▅▅"
+    assert sparkline([]) == ""
 
 
 def test_the_bar_starts_no_thread_that_a_fork_would_inherit(clock):

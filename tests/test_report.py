@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import base64
+import hashlib
 import json
-import os
 import re
-import subprocess
+import runpy
 import sys
 from html.parser import HTMLParser
 from pathlib import Path
@@ -15,7 +16,11 @@ import pytest
 
 from megatron_rlvr.charts import Chart, draw, read_lines, running_mean, thin
 from megatron_rlvr.config import Config, dump
-from megatron_rlvr.report import CHARTS, build_report, key_figures
+from megatron_rlvr.key_figures import key_figures
+from megatron_rlvr.report import build_report
+from megatron_rlvr.report_charts import CHARTS
+from megatron_rlvr.token_records import TokenWriter
+from tests.test_recorder import one_rank
 
 ROOT = Path(__file__).parent.parent
 ATTACK = "</pre><script>alert(1)</script>&amp; <img src=x onerror=y> \x00\x1b 数学"
@@ -25,8 +30,12 @@ def step_row(step: int, **more) -> dict:
     row = {"step": step, "reward/mean": 0.1 + step / 100, "reward/std": 0.3, "policy/entropy": 0.9 - step / 100}
     row |= {"policy/grad_norm": 0.5, "policy/clip_share": 0.01, "tokens/response_mean": 5.5, "tokens/per_second": 900.0}
     row |= {"lp_reg/share": 0.004, "rollout/log_prob_gap_max": 2e-6, "rollout/log_prob_gap_mean": 3e-7}
-    row |= {"critic/explained_variance": 0.1 * step, "critic/head_std": 0.1 / step}
+    row |= {"eval/head_std": 0.2 / step, "critic/explained_variance": 0.1 * step, "critic/head_std": 0.1 / step}
     row |= {"rollout/truncated_share": 0.0, "sync/verified": True, "time/step": 1.0, "time/generate": 0.4}
+    row |= {"lp_reg/survive_share": 0.3, "lp_reg/kept_mass": 0.97, "lp_reg/delta": 0.02, "policy/ratio_max": 1.5}
+    row |= {"cde/bonus": 0.1, "cde/critic_bonus": 0.01, "cde/omega": 1.0, "policy/kl": 1e-3, "policy/ref_kl": 0.02}
+    row |= {"rollout/perplexity_right": 1.5, "rollout/perplexity_wrong": 3.0, "rollout/calibration_gap": 1.5}
+    row |= {"memory/rank_most_gib": 3.0, "memory/rank_least_gib": 2.5}
     row |= {"time/verify": 0.05, "time/log_probs": 0.1, "time/train": 0.3, "time/sync": 0.02}
     return row | more
 
@@ -98,22 +107,26 @@ def page(full_run) -> Page:
 
 
 def test_every_chart_is_there(page):
-    assert page.tags.count("figure") == page.tags.count("svg") == len(CHARTS)
-    assert all(chart.title in page.text for chart in CHARTS)
+    here = [chart for chart in CHARTS if chart.title != "Words that explore"]  # nothing is recorded token by token
+    assert page.tags.count("figure") == page.tags.count("svg") == len(here) == len(CHARTS) - 1
+    assert all(chart.title in page.text for chart in here)
     labels = [value for tag, name, value in page.attributes if (tag, name) == ("svg", "aria-label")]
     assert "Reward, the verifier's, mean over the step's responses: mean from 0.11 to 0.7" in labels
     assert "Held-out prompts, share solved: pass@1 from 0.15 to 0.4; pass@16 from 0.7 to 0.7" in labels
 
 
 def test_the_page_needs_nothing_else(page, full_run):
-    assert not {"script", "link", "img", "iframe", "object", "image", "foreignobject"} & set(page.tags)
+    assert not {"img", "iframe", "object", "image", "foreignobject"} & set(page.tags)
     html = (full_run / "report.html").read_text(encoding="utf-8")
     assert re.findall(r"https?://[^\"' )<]*", html) == []
     links = [value for _, name, value in page.attributes if name in ("href", "xlink:href", "src")]
-    assert all(link.startswith("#") for link in links)
+    assert all(link.startswith("#") or link == "data:," for link in links)  # the icon, which a browser would ask for
     assert not [name for _, name, _ in page.attributes if name.startswith("on")]
     policy = [value for tag, name, value in page.attributes if tag == "meta" and value.startswith("default-src")]
-    assert policy == ["default-src 'none'; style-src 'unsafe-inline'"]
+    runs = [html[start.end() : html.index("</script>", start.end())] for start in re.finditer("<script>", html)]
+    assert len(runs) == 1  # ours; the other blocks are data, which no browser runs
+    digest = base64.b64encode(hashlib.sha256(runs[0].encode()).digest()).decode()
+    assert policy == [f"default-src 'none'; script-src 'sha256-{digest}'; style-src 'unsafe-inline'; img-src data:"]
 
 
 def test_ids_are_unique_and_every_reference_has_one(page, full_run):
@@ -121,6 +134,7 @@ def test_ids_are_unique_and_every_reference_has_one(page, full_run):
     assert len(ids) == len(set(ids))
     html = (full_run / "report.html").read_text(encoding="utf-8")
     used = set(re.findall(r"url\(#([^)]*)\)", html)) | set(re.findall(r'href="#([^"]*)"', html))
+    used |= {value for _, name, value in page.attributes if name == "data-chart"}
     assert used
     assert used <= set(ids)
 
@@ -216,15 +230,43 @@ def test_errors_name_the_file(tmp_path):
         build_report(tmp_path / "empty")
 
 
-def test_the_tool_builds_what_it_can_and_fails_for_the_rest(tmp_path):
+def test_the_tool_builds_what_it_can_and_fails_for_the_rest(tmp_path, monkeypatch, capsys):
+    folders = [write_run(tmp_path / name, [step_row(1), step_row(2)]) for name in ("one", "two")]
+
+    def call(*runs: Path) -> int:
+        monkeypatch.setattr(sys, "argv", ["report.py", *map(str, runs)])
+        with pytest.raises(SystemExit) as ended:
+            runpy.run_path(str(ROOT / "tools" / "report.py"), run_name="__main__")
+        return ended.value.code
+
+    assert call(tmp_path / "absent", folders[0]) == 1
+    shown = capsys.readouterr()
+    assert shown.out.split() == [str(folders[0] / "report.html")]
+    assert shown.err.startswith("error: ") and len(shown.err.splitlines()) == 1
+    assert call(*folders) == 0
+    pages = [str(folder / "report.html") for folder in folders]
+    assert capsys.readouterr().out.split() == [*pages, str(tmp_path / "comparison.html")]
+
+
+def test_warnings_say_where_they_began_and_why(tmp_path):
+    rows = [step_row(step, **{"policy/entropy": 0.9 if step < 30 else 0.01}) for step in range(1, 81)]
+    page = Page(build_report(write_run(tmp_path / "run", rows)).read_text())
+    assert "Entropy collapse" in page.text and "Samples of a prompt become alike" in page.text
+    (began,) = [int(value) for tag, name, value in page.attributes if (tag, name) == ("td", "data-value")]
+    assert 30 <= began <= 50
+    assert "No warning" in Page(build_report(write_run(tmp_path / "well", [step_row(1)])).read_text()).text
+
+
+def test_the_report_links_to_the_tokens(tmp_path):
     folder = write_run(tmp_path / "run", [step_row(1), step_row(2)])
-    command = [sys.executable, str(ROOT / "tools" / "report.py"), str(tmp_path / "absent"), str(folder)]
-    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    result = subprocess.run(command, capture_output=True, text=True, timeout=120, env=environment, check=False)
-    assert result.returncode == 1
-    assert result.stdout.split() == [str(folder / "report.html")]
-    assert result.stderr.startswith("error: ")
-    assert len(result.stderr.splitlines()) == 1
+    recording, _ = one_rank(2)
+    for step in (1, 2):
+        TokenWriter(folder, str, step - 1).write(step, recording)
+    page = Page(build_report(folder).read_text())
+    assert ("a", "href", "tokens/step_2.html") in page.attributes
+    assert (folder / "tokens/step_2.html").exists() and not (folder / "tokens/step_1.html").exists()
+    TokenWriter(folder, str, 1)  # a run that goes on from step 1 takes back what came later
+    assert not (folder / "tokens/step_2.html").exists()
 
 
 def test_running_mean_is_centred():

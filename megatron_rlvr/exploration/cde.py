@@ -135,6 +135,7 @@ class Cde(Exploration):
         bonus = actor.of(rewards, surprise, step)
         if not actor.bonus_in_degenerate_groups:
             bonus = torch.where(in_degenerate_group(batch, groups), 0.0, bonus)
+        batch.extras["cde/bonus"] = batch.per_token(bonus)
         meter.add("cde/omega", actor.omega(step))
         meter.add("cde/bonus", bonus.sum(), bonus.numel())
         self._record(rewards, surprise.exp(), groups, meter)
@@ -152,6 +153,7 @@ class Cde(Exploration):
         if critic is None or critic.order != order:
             return batch.advantages
         bonus = torch.where(mask, critic.of(batch.advantages, disagreement_after(batch.values), step), 0.0)
+        batch.extras["cde/critic_bonus"] = bonus
         meter.add("cde/critic_omega", critic.omega(step))
         meter.add("cde/critic_bonus", bonus.sum(), mask.sum())
         return batch.advantages + bonus

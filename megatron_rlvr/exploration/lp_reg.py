@@ -244,6 +244,7 @@ class LpReg(Exploration):
         divergence, slope = DIVERGENCES[str(self.config.divergence)](current, target, self.config.k3_clamp or 0.0)
         unclipped = -micro.advantages * policy_losses.ratio(current.log_prob, micro.old_log_probs)
 
+        micro.extras["lp_reg/selected"] = selected
         beta = self._beta(micro)
         net = unclipped + beta * slope
         self._record(micro, candidates, kept, selected, meter)

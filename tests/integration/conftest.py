@@ -16,7 +16,7 @@ from megatron_rlvr.processes import free_port
 ROOT = Path(__file__).parents[2]
 CONFIG = "examples/countdown_cpu/config.yaml"
 QUICK = ["logging.tensorboard=false", "data.eval_path="]  # a last evaluation takes longer than three steps
-TIMES = ("time/", "tokens/per_second", "sync/seconds", "sync/proof_seconds")
+TIMES = ("time/", "memory/", "tokens/per_second", "sync/seconds", "sync/proof_seconds")
 DEADLINE = 600.0  # seconds; a run of a few steps takes 20 to 60 on two idle cores, several times that on busy ones
 
 

@@ -6,6 +6,9 @@ import json
 import math
 from pathlib import Path
 
+import torch
+
+from megatron_rlvr.token_records import TokenRecord, read_record
 from tests.integration.conftest import metrics, rollouts
 
 EQUAL = ["policy/loss", "policy/grad_norm", "policy/entropy", "reward/mean", "tokens/response_mean", "lp_reg/share"]
@@ -28,6 +31,7 @@ def test_layouts_give_the_same_rollouts_losses_and_gradients(train, tmp_path: Pa
             "trainer.log_rollouts=256",
             f"run.dir={folders[name]}",
         )
+    check_recordings(*(read_record(folders[name], 1) for name in folders))
     one, four = metrics(folders["one"]), metrics(folders["four"])
     assert [row["step"] for row in one] == [row["step"] for row in four] == [1, 2, 3]
     sampled = [
@@ -42,6 +46,14 @@ def test_layouts_give_the_same_rollouts_losses_and_gradients(train, tmp_path: Pa
             assert row["sync/verified"] is True
             assert row["rollout/log_prob_gap_max"] < 1e-4
             assert row["policy/grad_norm"] > 0
+
+
+def check_recordings(one: TokenRecord, four: TokenRecord) -> None:
+    """The flight recorder kept the same of the same step, whatever the ranks were."""
+    assert one.texts == four.texts and len(one.responses) == 8
+    assert {"lp_reg/selected", "kept_mass", "ratio", "advantage", "rank"} <= one.columns.keys() == four.columns.keys()
+    for name, column in one.columns.items():
+        assert torch.allclose(column.double(), four.columns[name].double(), atol=1e-4, rtol=1e-4), name
 
 
 def test_one_update_per_rollout_with_and_without_a_pass_of_the_old_policy(train, tmp_path: Path) -> None:

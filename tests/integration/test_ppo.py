@@ -9,6 +9,7 @@ import json
 import math
 from pathlib import Path
 
+from megatron_rlvr.token_records import read_record
 from tests.integration.conftest import metrics
 
 PPO = "examples/countdown_cpu/ppo.yaml"
@@ -26,6 +27,7 @@ def test_three_steps(train, countdown: Path, tmp_path: Path) -> None:
         "exploration.lp_reg={proxy_source: rollout, divergence: k3_sampled, rho: 0.3}",
         f"data.eval_path={held_out}",
         "trainer.eval_every=2",
+        "logging.record_responses=256",
         f"run.dir={folder}",
     ]
     train(*overrides, config=PPO)
@@ -45,3 +47,14 @@ def test_three_steps(train, countdown: Path, tmp_path: Path) -> None:
     for row in rows[1:]:
         assert row["policy/grad_norm"] > 0
         assert row["lp_reg/candidates"] > 0 and row["lp_reg/cut_share"] == 0  # the engine gave its whole vocabulary
+    assert all(recorded_means(folder, row["step"], row) < 1e-5 for row in rows)
+    first, second = read_record(folder, 1).columns, read_record(folder, 2).columns
+    assert "ratio" not in first and "ratio" in second  # a step of warm-up takes no loss of the policy
+
+
+def recorded_means(folder: Path, step: int, row: dict) -> float:
+    """The largest difference between a metric and the mean of its column, where every response is recorded."""
+    record = read_record(folder, step)
+    assert len(record.responses) == 256
+    metrics_of = {"value_std": "critic/head_std", "cde/critic_bonus": "cde/critic_bonus", "entropy": "policy/entropy"}
+    return max(abs(float(record.columns[name].mean()) - row[metric]) for name, metric in metrics_of.items())

@@ -105,3 +105,11 @@ def test_verify() -> None:
     assert labelled["cases"] == 40 and labelled["math"]["false_positives"] == 0
     assert set(labelled) >= {"math", "math_verify_alone", "dapo"}
     assert integers["rows"] == 200 and integers["rows_per_cpu_second"] > 0 and mixed["rows"] == 50
+
+
+def test_recorder() -> None:
+    training, largest = run("bench_recorder", steps=1, tokens=64)
+    assert training["columns"] > 10 and training["file_bytes"] > 1000 and 0 < training["overhead"] < 1
+    assert (
+        largest["tokens"] == 64 and largest["columns"] == 16 and largest["page_bytes"] > largest["file_bytes"] > 64 * 60
+    )

@@ -1,0 +1,91 @@
+"""Which charts a report has, in its order; a comparison of runs draws each of their metrics with a line per run."""
+
+from __future__ import annotations
+
+from megatron_rlvr.charts import Chart
+
+PHASES = {
+    "time/generate": "generate",
+    "time/verify": "verify",
+    "time/log_probs": "log-probs",
+    "time/values": "values",
+    "time/critic": "train critic",
+    "time/train": "train",
+    "time/sync": "weight sync",
+}
+
+CHARTS = [
+    Chart("Reward", "the verifier's, mean over the step's responses", "trend", {"reward/mean": ""}),
+    Chart("Held-out prompts", "share solved", "points", {"eval/pass@*": ""}, percent=True),
+    Chart("Entropy", "of the policy, nats per token", "trend", {"policy/entropy": ""}),
+    Chart(
+        "Distinct answers",
+        "per held-out prompt",
+        "points",
+        {"eval/distinct": "different", "eval/distinct_right": "and right"},
+    ),
+    Chart("Response length", "tokens, mean over the step's responses", "trend", {"tokens/response_mean": ""}),
+    Chart(
+        "Calibration",
+        "perplexity of right and wrong responses; as one, it has collapsed",
+        "smooth",
+        {"rollout/perplexity_right": "right", "rollout/perplexity_wrong": "wrong"},
+    ),
+    Chart(
+        "Words that explore",
+        "mean probability, in the recorded responses",
+        "smooth",
+        {"words/exploratory": "but, wait, perhaps ...", "words/irrelevant": "cost, fine, balanced ..."},
+    ),
+    Chart("Regularised tokens", "share that Lp-Reg protects", "trend", {"lp_reg/share": ""}, percent=True),
+    Chart(
+        "Survivors of the filter",
+        "share of the least probable tokens that Lp-Reg's proxy keeps",
+        "trend",
+        {"lp_reg/survive_share": ""},
+        percent=True,
+    ),
+    Chart("Kept mass", "probability that the proxy keeps, at regularised tokens", "trend", {"lp_reg/kept_mass": ""}),
+    Chart("Delta", "probability below which Lp-Reg calls a token improbable", "trend", {"lp_reg/delta": ""}),
+    Chart(
+        "CDE bonus",
+        "mean over responses (actor) and tokens (critic)",
+        "smooth",
+        {"cde/bonus": "actor", "cde/critic_bonus": "critic"},
+    ),
+    Chart("CDE weight", "omega, by its schedule", "lines", {"cde/omega": "actor's", "cde/critic_omega": "critic's"}),
+    Chart("Explained variance", "of the returns, by the critic", "trend", {"critic/explained_variance": ""}),
+    Chart(
+        "Disagreement of the critic's heads",
+        "standard deviation",
+        "smooth",
+        {"critic/head_std": "training", "eval/head_std": "held-out"},
+    ),
+    Chart("Time per step", "seconds, by phase; rare slow steps leave the picture", "stack", PHASES, whole="time/step"),
+    Chart(
+        "Log-prob gap",
+        "between policy and engine, log scale",
+        "lines",
+        {"rollout/log_prob_gap_mean": "mean", "rollout/log_prob_gap_max": "largest"},
+        log=True,
+    ),
+    Chart("Gradient norm", "before clipping", "trend", {"policy/grad_norm": ""}),
+    Chart("Clipped tokens", "share whose ratio met a clip", "trend", {"policy/clip_share": ""}, percent=True),
+    Chart("Largest ratio", "p / old p of any token in the step", "trend", {"policy/ratio_max": ""}),
+    Chart(
+        "KL",
+        "nats per token, estimated",
+        "smooth",
+        {"policy/kl": "from the policy that sampled", "policy/ref_kl": "from the reference"},
+    ),
+    Chart("Speed", "response tokens per second of a step", "trend", {"tokens/per_second": ""}),
+    Chart(
+        "Truncated responses", "share that met the length limit", "trend", {"rollout/truncated_share": ""}, percent=True
+    ),
+    Chart(
+        "Memory",
+        "GiB per rank; without a GPU the most that the process has held",
+        "lines",
+        {"memory/rank_most_gib": "fullest rank", "memory/rank_least_gib": "emptiest"},
+    ),
+]

@@ -1,0 +1,53 @@
+"""What a step's responses and verdicts come to, before anything is trained on them."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+
+from megatron_rlvr import verifiers
+from megatron_rlvr.types import Rollout, RolloutGroup
+
+RIGHT_ABOVE = 0.5  # reward of a response that counts as right
+
+
+def rollout_metrics(groups: list[RolloutGroup]) -> dict[str, float]:
+    """reward/*, tokens/*, verifier/* and rollout/*, over every response of the step.
+
+    Rewards are as the verifier gives them. rollout/perplexity_right and _wrong are means over responses of
+    exp(-mean_t ln p(o_t)), as sampled; rollout/calibration_gap is wrong less right (CDE, arXiv 2509.09675v1, Fig 9).
+    Each is left out where there is no such response.
+    """
+    rollouts = [rollout for group in groups for rollout in group.rollouts]
+    scored = [rollout for rollout in rollouts if verifiers.is_scored(rollout.verdict)]
+    rewards = torch.tensor([rollout.verdict.reward for rollout in scored])
+    lengths = torch.tensor([float(len(rollout.response_ids)) for rollout in rollouts])
+    statuses = verifiers.count_statuses([rollout.verdict for rollout in rollouts])
+    return {
+        "reward/mean": float(rewards.mean()) if rewards.numel() else float("nan"),
+        "reward/std": float(rewards.std(correction=0)) if rewards.numel() else float("nan"),
+        "tokens/response_mean": float(lengths.mean()),
+        "tokens/response_max": float(lengths.max()),
+        "rollout/truncated_share": sum(rollout.finish_reason == "length" for rollout in rollouts) / len(rollouts),
+        **{f"verifier/{status}_share": count / len(rollouts) for status, count in statuses.items()},
+        **_calibration(scored),
+    }
+
+
+def _calibration(scored: list[Rollout]) -> dict[str, float]:
+    right = [perplexity(rollout) for rollout in scored if rollout.verdict.reward > RIGHT_ABOVE]
+    wrong = [perplexity(rollout) for rollout in scored if rollout.verdict.reward <= RIGHT_ABOVE]
+    figures = {}
+    if right:
+        figures["rollout/perplexity_right"] = sum(right) / len(right)
+    if wrong:
+        figures["rollout/perplexity_wrong"] = sum(wrong) / len(wrong)
+    if right and wrong:
+        figures["rollout/calibration_gap"] = figures["rollout/perplexity_wrong"] - figures["rollout/perplexity_right"]
+    return figures
+
+
+def perplexity(rollout: Rollout) -> float:
+    """exp of the mean negative log-prob of its tokens; 1 for a response without any."""
+    return math.exp(-sum(rollout.rollout_log_probs) / max(1, len(rollout.response_ids)))

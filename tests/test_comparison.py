@@ -1,0 +1,72 @@
+"""Several runs on one page: figures, a line per run, and what their configs differ in."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+
+from megatron_rlvr.comparison import build_comparison
+from megatron_rlvr.config import Config, dump
+from tests.test_report import Page, step_row, write_run
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory) -> list[Path]:
+    folder, made = tmp_path_factory.mktemp("runs"), []
+    for place, name in enumerate(("grpo", "lp_reg", "evil<b>")):
+        rows = [step_row(step, **{"reward/mean": 0.1 * (place + 1), "eval/pass@1": 0.2}) for step in range(1, 31)]
+        if place == 2:
+            rows = [row | {"policy/entropy": 0.9 if row["step"] < 12 else 0.01} for row in rows]
+            rows += [row | {"step": row["step"] + 15} for row in rows[15:]]
+        made.append(write_run(folder / name, rows))
+        config = Config(name=name, seed=place, exploration={"lp_reg": {"rho": 0.05}} if place == 1 else {})
+        dump(config, made[-1] / "config.yaml")
+    return made
+
+
+@pytest.fixture(scope="module")
+def page(runs, tmp_path_factory) -> Page:
+    target = build_comparison(runs, tmp_path_factory.mktemp("page") / "comparison.html")
+    return Page(target.read_text(encoding="utf-8"))
+
+
+def test_every_metric_has_a_line_per_run(page):
+    labels = [value for tag, name, value in page.attributes if (tag, name) == ("svg", "aria-label")]
+    (reward,) = [label for label in labels if label.startswith("Reward, ")]
+    assert "grpo from 0.1 to 0.1; lp_reg from 0.2 to 0.2; evil<b> from 0.3 to 0.3" in reward
+    assert len(labels) == page.tags.count("figure") > 20
+    assert sum(label.startswith("Held-out prompts: pass@1") for label in labels) == 1
+    assert sum(label.startswith("Calibration: right") for label in labels) == 1
+
+
+def test_the_table_has_means_of_the_last_steps(page):
+    text = re.sub(r"\s+", " ", page.text)
+    assert "Run" in text and "evil<b>" in text
+    values = [float(value) for _, name, value in page.attributes if name == "data-value" and value]
+    assert 0.1 in [round(value, 6) for value in values] and 0.2 in [round(value, 6) for value in values]
+
+
+def test_differences_and_warnings_are_named_by_run(page):
+    assert "exploration.lp_reg.rho" in page.text and "seed" in page.text
+    assert "trainer.num_steps" not in page.text  # the same in all
+    assert "Entropy collapse" in page.text
+
+
+def test_runs_of_the_same_name_are_told_apart(tmp_path):
+    folders = [write_run(_made(tmp_path / above / "run"), [step_row(1), step_row(2)]) for above in ("a", "b")]
+    text = build_comparison(folders, tmp_path / "c.html").read_text()
+    assert str(folders[0]) in text and str(folders[1]) in text
+    assert "Nothing." in text
+
+
+def test_too_many_or_too_few_runs_are_refused(tmp_path):
+    for count in (1, 7):
+        with pytest.raises(ValueError, match=f"2 to 6 runs, not {count}"):
+            build_comparison([tmp_path] * count, tmp_path / "c.html")
+
+
+def _made(folder: Path) -> Path:
+    folder.parent.mkdir(parents=True)
+    return folder

@@ -1,0 +1,113 @@
+"""Each warning fires on a run made to have its fault, at the step where it begins; a healthy run raises none."""
+
+from __future__ import annotations
+
+import random
+from pathlib import Path
+
+import pytest
+
+from megatron_rlvr import run_warnings
+from megatron_rlvr.records import read_rows
+from megatron_rlvr.run_warnings import CHECKS, WINDOW, warnings
+
+STEPS, FAULT = 200, 80  # the fault begins at this step
+
+
+def healthy(seed: int = 0) -> list[dict]:
+    """Rows as those of a run that learns: reward up, entropy down by half, everything noisy, one bad step in ten."""
+    draw = random.Random(seed)
+    rows = []
+    for step in range(1, STEPS + 1):
+        done, noise = step / STEPS, draw.gauss(0, 1)
+        row = {"step": step, "reward/mean": 0.12 + 0.2 * done + 0.04 * noise, "reward/std": 0.3}
+        row |= {"policy/entropy": 0.7 - 0.35 * done + 0.03 * noise, "tokens/response_mean": 6 + 0.1 * noise}
+        row |= {"rollout/calibration_gap": 2.0 - done + abs(0.5 * noise), "rollout/truncated_share": 0.01}
+        row |= {"rollout/log_prob_gap_mean": 3e-7 * (1 + abs(noise)), "lp_reg/share": 0.05 * abs(noise)}
+        row |= {"verifier/ok_share": 0.98, "verifier/error_share": 0.0, "verifier/timeout_share": 0.0}
+        row |= {"cde/bonus": 0.1 * (1 - done), "cde/omega": 1 - done, "cde/critic_bonus": 0.01, "cde/critic_omega": 0.5}
+        if step % 10 == 0:
+            row |= {"reward/std": 0.0, "lp_reg/share": 0.0, "verifier/timeout_share": 0.02}
+            row |= {"policy/entropy": 0.05, "rollout/log_prob_gap_mean": 1e-3}
+        if step % 40 == 1:
+            row["eval/pass@1"] = 0.1 + 0.2 * done
+        rows.append(row)
+    return rows
+
+
+def broken(change, seed: int = 0) -> list[dict]:
+    """The same run with ``change(row, how far the fault has gone, 0 .. 1)`` from FAULT on."""
+    rows = healthy(seed)
+    for row in rows:
+        if row["step"] >= FAULT:
+            row |= change(row, (row["step"] - FAULT) / (STEPS - FAULT))
+    return rows
+
+
+FAULTS = {
+    "entropy_collapse": lambda row, far: {"policy/entropy": 0.02},
+    "entropy_explosion": lambda row, far: {"policy/entropy": 4.0},
+    "calibration_collapse": lambda row, far: {"rollout/calibration_gap": -0.01},
+    "length_without_reward": lambda row, far: {"tokens/response_mean": 15.0, "reward/mean": 0.12},
+    "format_hacking": lambda row, far: {"reward/mean": 0.5, "verifier/ok_share": 0.98},
+    "reward_hacking": lambda row, far: (
+        {"reward/mean": 0.6} | ({"eval/pass@1": 0.05 - 0.03 * far} if "eval/pass@1" in row else {})
+    ),
+    "truncation": lambda row, far: {"rollout/truncated_share": 0.6},
+    "log_prob_gap": lambda row, far: {"rollout/log_prob_gap_mean": 0.02 + 0.1 * far},
+    "verifier_errors": lambda row, far: {"verifier/error_share": 0.05},
+    "dead_method": lambda row, far: {"lp_reg/share": 0.0},
+    "no_signal": lambda row, far: {"reward/std": 0.0},
+}
+
+
+def test_every_check_has_a_fault():
+    assert {check.__name__ for check in CHECKS} == set(FAULTS)
+
+
+@pytest.mark.parametrize("name", FAULTS)
+@pytest.mark.parametrize("seed", [0, 1])
+def test_a_fault_is_found_where_it_begins(name, seed):
+    rows = broken(FAULTS[name], seed)
+    if name == "format_hacking":  # half of the answers could not be read at first, and just as many of the others
+        for row in rows[: FAULT - 1]:
+            row |= {"reward/mean": 0.25, "verifier/ok_share": 0.49}
+    check = getattr(run_warnings, name)
+    assert check(rows[: FAULT - 1]) is None
+    found = check(rows)
+    assert found is not None
+    # a mean over the last WINDOW steps crosses its limit at most so many steps later; held-out figures are rare
+    latest = FAULT + (80 if name == "reward_hacking" else WINDOW)
+    assert FAULT <= found.step <= latest, found
+    assert found.found and found.why.endswith(".")
+    assert found in warnings(rows)
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_a_healthy_run_raises_none(seed):
+    assert warnings(healthy(seed)) == []
+
+
+def test_a_real_run_raises_none():
+    """Sixty steps of the countdown demo: reward .12 to .17, entropy .64 to .42 nats, held-out pass@1 .11 to .21."""
+    rows = read_rows(Path(__file__).with_name("countdown_metrics.jsonl"))
+    assert len(rows) == 60 and rows[0].keys() >= {"reward/mean", "policy/entropy", "lp_reg/share", "eval/pass@1"}
+    assert warnings(rows) == []
+
+
+def test_what_switched_off_by_its_schedule_is_not_dead():
+    rows = [row | {"cde/omega": 0.0, "cde/bonus": 0.0} if row["step"] > 50 else row for row in healthy()]
+    assert warnings(rows) == []
+
+
+def test_a_method_that_never_lived_and_a_verifier_that_always_failed_are_found_from_the_start():
+    rows = [row | {"lp_reg/share": 0.0, "verifier/error_share": 0.08} for row in healthy()[:15]]
+    assert [(found.step, found.title) for found in warnings(rows)] == [
+        (1, "Verifier errors"),
+        (1, "lp_reg does nothing"),
+    ]
+
+
+def test_short_runs_and_missing_metrics_raise_nothing():
+    assert warnings([]) == warnings([{"step": 1}]) == warnings(healthy()[:5]) == []
+    assert warnings([{"step": row["step"], "policy/entropy": None} for row in healthy()]) == []
