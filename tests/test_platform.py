@@ -17,8 +17,8 @@ pytestmark = pytest.mark.skipif(platform.has_gpu(), reason="on a GPU there is no
 
 
 def _state() -> list[tuple[bool, Any]]:
-    """(own attribute, value) of everything that is ever replaced."""
-    return [(name in vars(owner), getattr(owner, name)) for owner, name, _ in platform._cpu_answers()]
+    """(own attribute, value or None) of everything that is ever replaced; a name may not be there at all."""
+    return [(name in vars(owner), getattr(owner, name, None)) for owner, name, _ in platform._cpu_answers()]
 
 
 def _answers_are_in_force() -> bool:
