@@ -71,6 +71,14 @@ def test_an_experiment_asks_for_64_gpus_and_shows_its_config(login_node: dict[st
     assert command.startswith("sbatch ") and f"slurm/{script}.sh --dry-run" in command
 
 
+def test_the_plan_comes_first_and_may_say_no(login_node: dict[str, str]) -> None:
+    yes = dry_run(login_node, "slurm/lpreg_qwen32b.sh --dry-run")
+    assert yes.index("predicted memory") < yes.index("name: qwen2.5_32b_lp_reg_on") < yes.index("sbatch --parsable")
+    no = dry_run(login_node, "slurm/lpreg_qwen32b.sh --dry-run parallel.tp=2 parallel.dp=32", code=2)
+    assert "REFUSED" in no and "fix: parallel." in no and "sbatch" not in no
+    assert no.splitlines()[-1].startswith("error: the plan says no to examples/lp_reg/qwen2.5_32b/lp_reg_on.yaml")
+
+
 def test_every_door_resolves_the_same_config(login_node: dict[str, str]) -> None:
     """The job's config is what torchrun's rank would write for the same arguments, byte for byte."""
     output = dry_run(login_node, f"slurm/train.sh {COUNTDOWN} parallel.dp=2 --dry-run --no-plan")

@@ -80,6 +80,25 @@ def test_a_killed_rank_ends_the_job_and_is_named_on_top(cluster: Cluster, submit
     assert log.read_text().count("saved") == 3, "the others were told to stop, and did"
 
 
+def test_a_plan_that_says_no_ends_the_job_at_once(cluster: Cluster, tmp_path: Path) -> None:
+    """The bare sbatch of 64 GPUs, with a layout that does not fit them."""
+    log = tmp_path / "job.log"
+    job = cluster.shell(
+        f"sbatch --parsable -o {log} slurm/lpreg_qwen32b.sh parallel.tp=2 parallel.dp=32 run.dir={tmp_path}/run",
+        SITE=str(planning_site(cluster, tmp_path)),
+    ).strip()
+    assert cluster.wait(job, deadline=60)["JobState"] == "FAILED"
+    assert "REFUSED" in log.read_text() and "error: the plan says no" in log.read_text()
+    assert not (tmp_path / "run").exists(), "no rank was started"
+
+
+def planning_site(cluster: Cluster, folder: Path) -> Path:
+    """The site's file with a GPU to plan for."""
+    site = folder / "site.sh"
+    site.write_text((cluster.folder / "site.sh").read_text().replace("=cpu", "=h100"))
+    return site
+
+
 def test_a_cancelled_job_stays_cancelled(cluster: Cluster, submit) -> None:
     job, log = submit()
     cluster.shell(f"scancel {job}")
