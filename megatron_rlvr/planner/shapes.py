@@ -79,5 +79,7 @@ def find_architecture(config: Config, path: str, key: str) -> tuple[Architecture
                 f"{key}={path!r} is neither a folder with a config.json nor ends in a name whose public shape is known "
                 f"here ({', '.join(SHAPES)}): give a model folder; its config.json is enough to plan"
             )
-        return Architecture.from_folder(path, key), f"{path}/config.json"
+        architecture = Architecture.from_folder(path, key)
+        architecture.check_trains(key)
+        return architecture, f"{path}/config.json"
     return SHAPES[name], f"the public shape of {name}; {path} is not on this machine"
