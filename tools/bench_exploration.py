@@ -76,6 +76,7 @@ def build(folder: str, options: argparse.Namespace) -> tuple[dict[str, Any], Any
     from megatron_rlvr.models.build import initialize_parallel
     from megatron_rlvr.models.critic import Critic
     from megatron_rlvr.models.policy import Policy
+    from megatron_rlvr.recorder import FlightRecorder
     from megatron_rlvr.trainer import Trainer
     from megatron_rlvr.weights.initial import write_initial
 
@@ -88,7 +89,7 @@ def build(folder: str, options: argparse.Namespace) -> tuple[dict[str, Any], Any
             self.statistics = self.exploration.needs().statistics(config.rollout.temperature)
             self.states, self.old_policy_pass = "", config.trainer.updates_per_rollout > 1
             self.critic = Critic(config, groups) if config.has_critic else None
-            self.reference = None
+            self.reference, self.recorder, self.on_phase = None, FlightRecorder(0, groups), lambda name: None
 
         def rollout(self, step: int) -> list:
             return responses

@@ -51,6 +51,7 @@ def test_weight_sync() -> None:
     assert medians["sync_seconds"] > 0 and medians["gib"] == round(4 * medians["parameters"] / 2**30, 3)
 
 
+@pytest.mark.slow
 def test_exploration() -> None:
     sizes = {"layers": 1, "hidden": 128, "ffn": 64, "vocab": 64, "length": 4, "microbatch_tokens": 32}
     *rows, ratios = run("bench_exploration", rounds=1, **sizes)
@@ -82,6 +83,7 @@ def test_checkpoint() -> None:
     assert medians == {"tp": 1} | row
 
 
+@pytest.mark.slow
 def test_convert(tmp_path: Path) -> None:
     rows = {row["phase"]: row for row in run("bench_convert", folder=tmp_path / "bench", layers=2)}
     assert list(rows) == ["copy", "import", "export", "compare"] and not (tmp_path / "bench").exists()
@@ -107,6 +109,7 @@ def test_verify() -> None:
     assert integers["rows"] == 200 and integers["rows_per_cpu_second"] > 0 and mixed["rows"] == 50
 
 
+@pytest.mark.slow
 def test_recorder() -> None:
     training, largest = run("bench_recorder", steps=1, tokens=64)
     assert training["columns"] > 10 and training["file_bytes"] > 1000 and 0 < training["overhead"] < 1
