@@ -24,6 +24,8 @@ from megatron_rlvr.models import random_streams, sharded_state
 from megatron_rlvr.models.checkpoint import Models, layout_of, shapes_of, tensors_of, write_tensors
 from megatron_rlvr.models.trainable import Trainable
 from megatron_rlvr.records import read_rows
+from megatron_rlvr.weights.megatron_folder import FORMAT
+from megatron_rlvr.weights.partial_folder import copy_companions
 
 log = logging.getLogger(__name__)
 
@@ -110,7 +112,7 @@ class CheckpointWriter:
         checkpoint_folder.clear_leftovers(self.run)
         for name, model in self.models.items():
             (folder / name).mkdir(parents=True)
-            _copy_companions(Path(model.path), folder / name)
+            copy_companions(Path(model.path), folder / name, state["shapes"][name]["dtype"], leave_out=(FORMAT,))
         (folder / "rng").mkdir()
         (folder / "run.json").write_text(json.dumps(state))
 
@@ -157,10 +159,3 @@ def _scores(run: Path) -> dict[int, float]:
     path = run / "metrics.jsonl"
     rows = read_rows(path) if path.exists() else []
     return {row["step"] - 1: row[SCORE] for row in rows if row.get(SCORE) is not None}
-
-
-def _copy_companions(source: Path, folder: Path) -> None:
-    """Config and tokenizer, so that the folder is a model of its own."""
-    for file in source.iterdir():
-        if file.suffix in {".json", ".txt", ".jinja", ".model"} and not file.name.endswith(".index.json"):
-            shutil.copyfile(file, folder / file.name)
