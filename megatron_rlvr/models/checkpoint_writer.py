@@ -50,6 +50,7 @@ class CheckpointWriter:
         self._thread: threading.Thread | None = None
         self._problem = ""
         self.stalled = 0.0  # seconds that the last save kept the step waiting
+        self.written = 0.0  # seconds from then on until it was whole
 
     def save(self, state: dict[str, Any]) -> None:
         """Begin RUN/checkpoints/step_N, N = state["step"]; ``state`` is plain values, the same on every rank."""
@@ -85,8 +86,8 @@ class CheckpointWriter:
             entries = self._together(bind(self._end, folder, streams))
             self._together(bind(self._publish, folder, {key: item for part in entries for key, item in part.items()}))
             self._problem = ""
-            seconds = time.perf_counter() - started
-            log.info("step_%d: the run stood still for %.2f s, written in %.1f s", step, self.stalled, seconds)
+            self.written = time.perf_counter() - started
+            log.info("step_%d: the run stood still for %.2f s, written in %.1f s", step, self.stalled, self.written)
         except Exception as error:  # whatever it is, the step goes on: the checkpoints before are untouched
             self._problem = f"{error}; {shutil.disk_usage(self.run).free >> 20} MiB are free"
             if self.groups.rank == 0:
