@@ -143,10 +143,10 @@ def import_everything() -> None:
     import torch
 
     from megatron_rlvr import platform, run  # noqa: F401 (run imports Megatron)
-    from megatron_rlvr.rollout import vllm_engine
+    from megatron_rlvr.rollout import vllm_settings
 
     torch.set_num_threads(1)
-    os.environ.update(vllm_engine._SETTINGS)
+    vllm_settings.set_environment()
     platform.spare_vllm_small_compiles()
     from vllm import LLM  # noqa: F401
 
