@@ -75,12 +75,14 @@ def measure(folder: Path, config: Any, groups: Any, options: argparse.Namespace)
     rows = []
     for step in range(1, options.saves + 1):
         alone = seconds(update)
-        stall = seconds(partial(writer.save, {"step": step}))
-        started, beside = time.perf_counter(), []
+        writer.save({"step": step})
+        assert writer.wait() == ""
+        quiet = writer.stalled + writer.written
+        writer.save({"step": step})
+        beside = []
         while writer.busy:
             beside.append(seconds(update))
         assert writer.wait() == ""
-        written = time.perf_counter() - started
         check = seconds(partial(newest_usable, folder, models, groups))
         path = folder / "checkpoints" / f"step_{step}"
         read = seconds(partial(load, path, models, groups))
@@ -89,10 +91,11 @@ def measure(folder: Path, config: Any, groups: Any, options: argparse.Namespace)
         row = {
             "mib": round(size, 1),
             "update_seconds": round(alone, 4),
-            "stall_seconds": round(stall, 4),
-            "stall_share": round(stall / alone, 4),
+            "stall_seconds": round(writer.stalled, 4),
+            "stall_share": round(writer.stalled / alone, 4),
             "update_beside_ratio": round(median(beside) / alone, 3) if beside else 1.0,
-            "save_mib_per_second": round(size / (stall + written), 1),
+            "save_mib_per_second": round(size / quiet, 1),
+            "save_beside_mib_per_second": round(size / (writer.stalled + writer.written), 1),
             "check_and_load_mib_per_second": round(size / (check + read), 1),
             "load_mib_per_second": round(size / read, 1),
             "copy_mib_per_second": round(size / copy, 1),

@@ -3,7 +3,7 @@
 The countdown demo on two ranks, shortened, with a checkpoint after every step. Both ranks get SIGKILL at a random point
 of generation, verification, update, weight sync or save, in turn. Then the run is resumed. In the end
 metrics (times aside), rollouts, weights and optimizer state must equal those of a run that nobody disturbed, byte for
-byte. One JSON line per kill; the last one says whether they do, and so does the exit code.
+byte. One JSON line per kill and one per run; the last one says whether all do, and so does the exit code.
 
 Ranks are forked from a process that has imported everything, which saves two thirds of each start.
 """
@@ -70,7 +70,9 @@ def disturb(folder: Path, whole: Path, options: argparse.Namespace) -> bool:
             print(json.dumps({"kill": done, "run": runs, "moment": moment, "steps": steps_done(run)}), flush=True)
             attempt = Attempt(run, options.steps)
         code = attempt.finish()
-        differences += [f"run {runs} ended with {code}: {last_words(run)}"] if code else difference(run, whole)
+        found = [f"run {runs} ended with {code}: {last_words(run)}"] if code else difference(run, whole)
+        print(json.dumps({"run": runs, "equal": not found}), flush=True)
+        differences += found
         shutil.rmtree(run)
     seconds = round(time.perf_counter() - began)
     print(
@@ -141,10 +143,10 @@ def import_everything() -> None:
     import torch
 
     from megatron_rlvr import platform, run  # noqa: F401 (run imports Megatron)
-    from megatron_rlvr.rollout import vllm_engine
+    from megatron_rlvr.rollout import vllm_settings
 
     torch.set_num_threads(1)
-    os.environ.update(vllm_engine._SETTINGS)
+    vllm_settings.set_environment()
     platform.spare_vllm_small_compiles()
     from vllm import LLM  # noqa: F401
 

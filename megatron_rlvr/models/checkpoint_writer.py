@@ -24,6 +24,8 @@ from megatron_rlvr.models import random_streams, sharded_state
 from megatron_rlvr.models.checkpoint import Models, layout_of, shapes_of, tensors_of, write_tensors
 from megatron_rlvr.models.trainable import Trainable
 from megatron_rlvr.records import read_rows
+from megatron_rlvr.weights.megatron_folder import FORMAT
+from megatron_rlvr.weights.partial_folder import copy_companions
 
 log = logging.getLogger(__name__)
 
@@ -48,6 +50,7 @@ class CheckpointWriter:
         self._thread: threading.Thread | None = None
         self._problem = ""
         self.stalled = 0.0  # seconds that the last save kept the step waiting
+        self.written = 0.0  # seconds from then on until it was whole
 
     def save(self, state: dict[str, Any]) -> None:
         """Begin RUN/checkpoints/step_N, N = state["step"]; ``state`` is plain values, the same on every rank."""
@@ -83,8 +86,8 @@ class CheckpointWriter:
             entries = self._together(bind(self._end, folder, streams))
             self._together(bind(self._publish, folder, {key: item for part in entries for key, item in part.items()}))
             self._problem = ""
-            seconds = time.perf_counter() - started
-            log.info("step_%d: the run stood still for %.2f s, written in %.1f s", step, self.stalled, seconds)
+            self.written = time.perf_counter() - started
+            log.info("step_%d: the run stood still for %.2f s, written in %.1f s", step, self.stalled, self.written)
         except Exception as error:  # whatever it is, the step goes on: the checkpoints before are untouched
             self._problem = f"{error}; {shutil.disk_usage(self.run).free >> 20} MiB are free"
             if self.groups.rank == 0:
@@ -110,7 +113,7 @@ class CheckpointWriter:
         checkpoint_folder.clear_leftovers(self.run)
         for name, model in self.models.items():
             (folder / name).mkdir(parents=True)
-            _copy_companions(Path(model.path), folder / name)
+            copy_companions(Path(model.path), folder / name, state["shapes"][name]["dtype"], leave_out=(FORMAT,))
         (folder / "rng").mkdir()
         (folder / "run.json").write_text(json.dumps(state))
 
@@ -157,10 +160,3 @@ def _scores(run: Path) -> dict[int, float]:
     path = run / "metrics.jsonl"
     rows = read_rows(path) if path.exists() else []
     return {row["step"] - 1: row[SCORE] for row in rows if row.get(SCORE) is not None}
-
-
-def _copy_companions(source: Path, folder: Path) -> None:
-    """Config and tokenizer, so that the folder is a model of its own."""
-    for file in source.iterdir():
-        if file.suffix in {".json", ".txt", ".jinja", ".model"} and not file.name.endswith(".index.json"):
-            shutil.copyfile(file, folder / file.name)
