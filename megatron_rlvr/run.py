@@ -21,10 +21,10 @@ from megatron_rlvr.distributed import reduce
 from megatron_rlvr.metrics import MetricsWriter, RolloutsWriter
 from megatron_rlvr.models.checkpoint import load, newest_usable
 from megatron_rlvr.models.checkpoint_writer import CheckpointWriter
+from megatron_rlvr.pages.report import build_report
 from megatron_rlvr.processes import StopRequest
 from megatron_rlvr.progress import Progress
 from megatron_rlvr.records import read_rows
-from megatron_rlvr.report import build_report
 from megatron_rlvr.run_folder import HANG
 from megatron_rlvr.run_warnings import warnings
 from megatron_rlvr.token_records import Recording, TokenWriter

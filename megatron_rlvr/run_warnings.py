@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from megatron_rlvr.charts import is_number
+from megatron_rlvr.pages.charts import is_number
 
 WINDOW = 20  # steps of a mean, of the first ones and of the last ones up to a step
 SUSTAINED = 10  # steps that a fault must last

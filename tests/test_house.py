@@ -18,12 +18,10 @@ PACKAGE = "megatron_rlvr"
 # Module or folder -> floor; a module's own line wins over its folder's.
 FLOORS = {
     0: "config config_reading config_rules platform processes seeds types verdict watchdog",
-    1: "advantages architecture benchmarks charts checkpoint_folder comparison config_changes decontamination "
-    "environment evaluation evaluation_settings figures key_figures losses metrics packing page planner "
-    "progress prompt_files prompt_order prompt_report prompt_rows prompts records report report_charts "
-    "report_parts report_script report_style rollout_metrics rollout_page rollout_script run_folder "
-    "run_warnings sample_store templates token_records trackers verifiers verify_file weights.initial "
-    "weights.mapping words",
+    1: "advantages architecture benchmarks checkpoint_folder config_changes decontamination environment "
+    "evaluation evaluation_settings losses metrics packing pages planner progress prompt_files prompt_order "
+    "prompt_report prompt_rows prompts records rollout_metrics run_folder run_warnings sample_store templates "
+    "token_records trackers verifiers verify_file weights.initial weights.mapping",
     2: "distributed group_advantages recorder value_targets",
     3: "exploration",
     4: "models rollout weights",

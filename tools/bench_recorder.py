@@ -34,8 +34,8 @@ from megatron_rlvr.exploration.base import Exploration, build
 from megatron_rlvr.losses import Clip, clipped_surrogate, reduction_weights
 from megatron_rlvr.metrics import Meter
 from megatron_rlvr.packing import pack
+from megatron_rlvr.pages.rollout_page import build_rollout_page
 from megatron_rlvr.recorder import FlightRecorder
-from megatron_rlvr.rollout_page import build_rollout_page
 from megatron_rlvr.token_records import MOST_TOKENS, TokenWriter, record_path
 from megatron_rlvr.types import Microbatch, Prompt, Rollout, RolloutGroup, Update
 from megatron_rlvr.verdict import Verdict

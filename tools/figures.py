@@ -6,7 +6,7 @@ import argparse
 import sys
 from pathlib import Path
 
-from megatron_rlvr.figures import FIGURES, write_figures
+from megatron_rlvr.pages.figures import FIGURES, write_figures
 
 
 def main() -> int:

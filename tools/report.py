@@ -7,8 +7,8 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
-from megatron_rlvr.comparison import build_comparison
-from megatron_rlvr.report import build_report
+from megatron_rlvr.pages.comparison import build_comparison
+from megatron_rlvr.pages.report import build_report
 
 
 def main() -> int:

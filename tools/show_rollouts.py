@@ -6,7 +6,7 @@ import argparse
 import sys
 from pathlib import Path
 
-from megatron_rlvr.rollout_page import build_rollout_page
+from megatron_rlvr.pages.rollout_page import build_rollout_page
 from megatron_rlvr.token_records import recorded_steps
 
 

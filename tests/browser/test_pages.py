@@ -6,10 +6,10 @@ from pathlib import Path
 
 import pytest
 
-from megatron_rlvr.comparison import build_comparison
-from megatron_rlvr.report import build_report, run_rows
-from megatron_rlvr.report_charts import CHARTS
-from megatron_rlvr.rollout_page import build_rollout_page
+from megatron_rlvr.pages.comparison import build_comparison
+from megatron_rlvr.pages.report import build_report, run_rows
+from megatron_rlvr.pages.report_charts import CHARTS
+from megatron_rlvr.pages.rollout_page import build_rollout_page
 from megatron_rlvr.run_warnings import warnings
 from megatron_rlvr.token_records import TokenWriter, read_record
 from tests.browser.conftest import Browser

@@ -9,9 +9,9 @@ from typing import Any
 import numpy as np
 import torch
 
-from megatron_rlvr import page
-from megatron_rlvr.report_style import STYLE
-from megatron_rlvr.rollout_script import ROLLOUT_STYLE, SCRIPT
+from megatron_rlvr.pages import page
+from megatron_rlvr.pages.report_style import STYLE
+from megatron_rlvr.pages.rollout_script import ROLLOUT_STYLE, SCRIPT
 from megatron_rlvr.token_records import TokenRecord, page_path, read_record
 
 # (name in the words of the page, what it is, how it is coloured): low marks small values, high large ones, sign both

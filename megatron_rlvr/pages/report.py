@@ -7,18 +7,18 @@ from pathlib import Path
 
 import yaml
 
-from megatron_rlvr import page, report_parts
-from megatron_rlvr.charts import REACH, is_number
-from megatron_rlvr.key_figures import key_figures
+from megatron_rlvr.pages import page, report_parts
+from megatron_rlvr.pages.charts import REACH, is_number
+from megatron_rlvr.pages.key_figures import key_figures
+from megatron_rlvr.pages.report_charts import CHARTS
+from megatron_rlvr.pages.report_script import SCRIPT
+from megatron_rlvr.pages.report_style import STYLE
+from megatron_rlvr.pages.rollout_page import build_rollout_page
+from megatron_rlvr.pages.words import some_records, word_rows
 from megatron_rlvr.records import read_rows
-from megatron_rlvr.report_charts import CHARTS
-from megatron_rlvr.report_script import SCRIPT
-from megatron_rlvr.report_style import STYLE
 from megatron_rlvr.rollout_metrics import RIGHT_ABOVE
-from megatron_rlvr.rollout_page import build_rollout_page
 from megatron_rlvr.run_warnings import warnings
 from megatron_rlvr.token_records import page_path, recorded_steps
-from megatron_rlvr.words import some_records, word_rows
 
 EXAMPLES = 4  # right responses, and as many wrong ones
 

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from megatron_rlvr.comparison import build_comparison
 from megatron_rlvr.config import Config, dump
+from megatron_rlvr.pages.comparison import build_comparison
 from tests.test_report import Page, step_row, write_run
 
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Sequence
 
-from megatron_rlvr import page
-from megatron_rlvr.charts import Chart, draw
+from megatron_rlvr.pages import page
+from megatron_rlvr.pages.charts import Chart, draw
 from megatron_rlvr.run_warnings import RunWarning
 
 

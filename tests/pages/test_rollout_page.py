@@ -12,11 +12,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from megatron_rlvr.rollout_page import build_rollout_page
+from megatron_rlvr.pages.rollout_page import build_rollout_page
 from megatron_rlvr.token_records import TokenWriter, read_record
 from tests.browser.pages import ATTACKS, attacking_record
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture(scope="module")

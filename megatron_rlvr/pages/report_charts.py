@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from megatron_rlvr.charts import Chart
+from megatron_rlvr.pages.charts import Chart
 
 PHASES = {
     "time/generate": "generate",

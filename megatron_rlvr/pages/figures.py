@@ -20,10 +20,10 @@ from matplotlib import rc_context
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from megatron_rlvr.charts import REACH, Chart, Line, read_lines, running_mean
-from megatron_rlvr.report import run_rows
+from megatron_rlvr.pages.charts import REACH, Chart, Line, read_lines, running_mean
+from megatron_rlvr.pages.report import run_rows
+from megatron_rlvr.pages.words import EXPLORATORY, IRRELEVANT, some_records, word_rows
 from megatron_rlvr.token_records import TokenRecord
-from megatron_rlvr.words import EXPLORATORY, IRRELEVANT, some_records, word_rows
 
 COLOURS = ("#2a6fdb", "#e08a1e", "#2f9e73", "#8a5bd1", "#d1477a", "#5c6875")
 DASHES = ("-", "--", ":")

@@ -14,15 +14,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from megatron_rlvr.charts import Chart, draw, read_lines, running_mean, thin
 from megatron_rlvr.config import Config, dump
-from megatron_rlvr.key_figures import key_figures
-from megatron_rlvr.report import build_report
-from megatron_rlvr.report_charts import CHARTS
+from megatron_rlvr.pages.charts import Chart, draw, read_lines, running_mean, thin
+from megatron_rlvr.pages.key_figures import key_figures
+from megatron_rlvr.pages.report import build_report
+from megatron_rlvr.pages.report_charts import CHARTS
 from megatron_rlvr.token_records import TokenWriter
 from tests.test_recorder import one_rank
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 ATTACK = "</pre><script>alert(1)</script>&amp; <img src=x onerror=y> \x00\x1b 数学"
 
 

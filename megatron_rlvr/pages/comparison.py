@@ -9,13 +9,13 @@ from typing import Any, Literal
 
 import yaml
 
-from megatron_rlvr import page, report_parts
-from megatron_rlvr.charts import COLOURS, Chart, is_number
-from megatron_rlvr.key_figures import WINDOW, mean, values
-from megatron_rlvr.report import run_rows, steps_done
-from megatron_rlvr.report_charts import CHARTS
-from megatron_rlvr.report_script import SCRIPT
-from megatron_rlvr.report_style import STYLE
+from megatron_rlvr.pages import page, report_parts
+from megatron_rlvr.pages.charts import COLOURS, Chart, is_number
+from megatron_rlvr.pages.key_figures import WINDOW, mean, values
+from megatron_rlvr.pages.report import run_rows, steps_done
+from megatron_rlvr.pages.report_charts import CHARTS
+from megatron_rlvr.pages.report_script import SCRIPT
+from megatron_rlvr.pages.report_style import STYLE
 from megatron_rlvr.run_warnings import warnings
 
 # Metric -> (title, format): the columns of the table, means over the last WINDOW steps; eval/* the last measured one.

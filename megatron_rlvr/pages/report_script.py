@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from megatron_rlvr.charts import FRAME
+from megatron_rlvr.pages.charts import FRAME
 
 SCRIPT = """
 'use strict';

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from megatron_rlvr.charts import is_number
+from megatron_rlvr.pages.charts import is_number
 from megatron_rlvr.progress import duration
 
 WINDOW = 20  # steps at either end that the key figures compare
