@@ -179,5 +179,5 @@ def _table(results: dict[str, dict[str, Any]]) -> Table:
 
 def _cell(figure: Any) -> str:
     if isinstance(figure, dict):
-        return f"{figure['value']:.1%}\n{figure['low']:.1%}-{figure['high']:.1%}"
+        return f"{figure['value']:.1%}\n{100 * figure['low']:.0f}-{100 * figure['high']:.0f}"
     return "-" if figure is None else f"{figure:.3g}" if abs(figure) < 1000 else f"{figure:.0f}"
