@@ -69,7 +69,7 @@ def test_all_seven_files_from_one_command(model: Path, tmp_path: Path) -> None:
 @pytest.mark.real_data
 @pytest.mark.slow
 def test_samples_do_not_depend_on_the_batch(model: Path, tmp_path: Path) -> None:
-    """One at a time, a few, all together: the same tokens. Log-probs of 32 tokens in bfloat16 differ by 0.02 at most."""
+    """One at a time, a few, all together: the same tokens; the log-probs of a response in bfloat16 differ by 0.02."""
     found = []
     for batch, running in ((7, 1), (10, 4), (1000, 128)):
         output = tmp_path / str(batch)
