@@ -72,8 +72,8 @@ def model_folder(name: str) -> Path:
         return folder / "hf"
     rule(
         not (folder / "checkpoints").exists(),
-        f"{folder} is a run without hf/, which it writes at its end: finish it with run.resume=must, or export one of "
-        f"its checkpoints to a Hugging Face folder",
+        f"{folder} is a run without hf/, which it writes at its end: finish it with run.resume=must, or make a Hugging "
+        f"Face folder of a checkpoint with tools/convert_hf.py export --megatron {folder}/checkpoints/step_N",
     )
     rule((folder / "config.json").exists(), f"{folder} is no Hugging Face folder (config.json) and no run (hf/)")
     return folder
@@ -179,5 +179,5 @@ def _table(results: dict[str, dict[str, Any]]) -> Table:
 
 def _cell(figure: Any) -> str:
     if isinstance(figure, dict):
-        return f"{figure['value']:.1%}\n{figure['low']:.1%}-{figure['high']:.1%}"
+        return f"{figure['value']:.1%}\n{100 * figure['low']:.0f}-{100 * figure['high']:.0f}"
     return "-" if figure is None else f"{figure:.3g}" if abs(figure) < 1000 else f"{figure:.0f}"

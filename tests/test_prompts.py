@@ -322,7 +322,7 @@ def test_chat_does_not_wrap_the_whole_prompt_of_a_base_model(tmp_path, chat_toke
 def test_gpqa_rows_become_four_choices(tmp_path, tokenizer):
     wrong = {f"Incorrect Answer {index}": f"wrong {index}" for index in (1, 2, 3)}
     rows = [{"Question": f"q{index}?", "Correct Answer": "right", **wrong, "Record ID": "x"} for index in range(40)]
-    prompts = load(write(tmp_path / "a.jsonl", rows), DataConfig(template="raw"), tokenizer, "math").prompts
+    prompts = load(write(tmp_path / "a.jsonl", rows), DataConfig(template="raw"), tokenizer, "choice").prompts
     for prompt in prompts:
         lines = prompt.text.splitlines()
         assert sorted(line[3:] for line in lines[-4:]) == ["right", "wrong 1", "wrong 2", "wrong 3"]

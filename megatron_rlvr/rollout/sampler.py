@@ -48,6 +48,10 @@ class Sampler:
             tensor_parallel_size=tp,
             max_model_len=max_length,
             max_num_seqs=max_running,
+            # Prompts go in whole on a CPU: a seeded request whose prompt is cut ends vLLM there, because a CPU's random
+            # generator has no offset to set back (v1/worker/gpu_model_runner.py:3502).
+            enable_chunked_prefill=platform.has_gpu(),
+            max_num_batched_tokens=None if platform.has_gpu() else max(max_length, 4096),
             # Those of the model itself: perplexities do not depend on the temperature that was sampled with.
             logprobs_mode="raw_logprobs",
             generation_config="vllm",  # no sampling defaults that hide in the model's folder
