@@ -12,7 +12,14 @@ from typing import Any
 from megatron_rlvr import platform
 from megatron_rlvr.architecture import Architecture
 from megatron_rlvr.rollout.engine import Request, Sample, stop_token_ids
-from megatron_rlvr.rollout.vllm_settings import check_head_dim, memory_settings, read_sample, sampling, set_environment
+from megatron_rlvr.rollout.vllm_settings import (
+    check_head_dim,
+    memory_settings,
+    prompt_settings,
+    read_sample,
+    sampling,
+    set_environment,
+)
 
 
 class Sampler:
@@ -48,16 +55,13 @@ class Sampler:
             tensor_parallel_size=tp,
             max_model_len=max_length,
             max_num_seqs=max_running,
-            # Prompts go in whole on a CPU: a seeded request whose prompt is cut ends vLLM there, because a CPU's random
-            # generator has no offset to set back (v1/worker/gpu_model_runner.py:3502).
-            enable_chunked_prefill=platform.has_gpu(),
-            max_num_batched_tokens=None if platform.has_gpu() else max(max_length, 4096),
             # Those of the model itself: perplexities do not depend on the temperature that was sampled with.
             logprobs_mode="raw_logprobs",
             generation_config="vllm",  # no sampling defaults that hide in the model's folder
             skip_tokenizer_init=True,
             enforce_eager=not platform.has_gpu(),  # compiling takes longer than a small evaluation
             seed=0,
+            **prompt_settings(max_length),
             **memory_settings(kv_cache_mib, gpu_memory_utilization),
         )
 

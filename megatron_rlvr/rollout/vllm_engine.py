@@ -23,7 +23,14 @@ from megatron_rlvr.config import Config
 from megatron_rlvr.distributed.groups import ParallelGroups
 from megatron_rlvr.distributed.reduce import broadcast_object
 from megatron_rlvr.rollout.engine import EngineNotReady, Request, Sample, stop_token_ids
-from megatron_rlvr.rollout.vllm_settings import check_head_dim, memory_settings, read_sample, sampling, set_environment
+from megatron_rlvr.rollout.vllm_settings import (
+    check_head_dim,
+    memory_settings,
+    prompt_settings,
+    read_sample,
+    sampling,
+    set_environment,
+)
 
 log = logging.getLogger(__name__)
 
@@ -142,6 +149,7 @@ def _start(config: Config, length: int, most_log_probs: int) -> Any:
         enforce_eager=not platform.has_gpu(),  # compiling takes longer than a small run
         enable_sleep_mode=current_platform.is_sleep_mode_available(),
         seed=0,
+        **prompt_settings(length),
         **memory_settings(config.rollout.kv_cache_mib, config.rollout.gpu_memory_utilization),
     )
 

@@ -43,6 +43,17 @@ def memory_settings(kv_cache_mib: int, gpu_memory_utilization: float) -> dict[st
     return {"kv_cache_memory_bytes": kv_cache_mib << 20}
 
 
+def prompt_settings(max_length: int) -> dict[str, Any]:
+    """Prompts of up to ``max_length`` tokens go in whole on a CPU.
+
+    A seeded request whose prompt is cut ends vLLM there, because a CPU's random generator has no offset to set back
+    (v1/worker/gpu_model_runner.py:3502).
+    """
+    if platform.has_gpu():
+        return {}
+    return {"enable_chunked_prefill": False, "max_num_batched_tokens": max(max_length, 4096)}
+
+
 def sampling(request: Request, stop_ids: list[int], vocab_size: int) -> Any:
     """A request in vLLM's words."""
     from vllm import SamplingParams

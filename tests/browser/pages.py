@@ -13,7 +13,7 @@ from megatron_rlvr.token_records import Recorded, Recording
 from megatron_rlvr.types import Prompt, Rollout
 from megatron_rlvr.verdict import Verdict
 from tests.integration.conftest import CONFIG, DEADLINE, ROOT
-from tests.test_report import response, step_row, write_run
+from tests.pages.test_report import response, step_row, write_run
 
 ATTACKS = ["<script>window.attacked=1</script>", "</textarea>", "</script><script>window.attacked=2</script>"]
 ATTACKS += ["<img src=x onerror=window.attacked=3>", "&lt;b&gt;", "数学 ✓"]

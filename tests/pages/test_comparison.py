@@ -9,7 +9,7 @@ import pytest
 
 from megatron_rlvr.config import Config, dump
 from megatron_rlvr.pages.comparison import build_comparison
-from tests.test_report import Page, step_row, write_run
+from tests.pages.test_report import Page, step_row, write_run
 
 
 @pytest.fixture(scope="module")

@@ -13,8 +13,8 @@ import torch
 from megatron_rlvr.pages.figures import FIGURES, RunData, write_figures
 from megatron_rlvr.pages.words import MOST_RECORDS, some_records, word_rows
 from megatron_rlvr.token_records import TokenRecord, TokenWriter
+from tests.pages.test_report import step_row, write_run
 from tests.test_recorder import one_rank
-from tests.test_report import step_row, write_run
 
 ROOT = Path(__file__).parents[2]
 METRICS = {"survivors": "lp_reg/survive_share", "delta": "lp_reg/delta", "entropy": "policy/entropy"}
