@@ -12,6 +12,7 @@ import resource
 import signal
 import sys
 from dataclasses import asdict
+from pathlib import Path
 
 from megatron_rlvr.processes import die_with_parent
 from megatron_rlvr.verifiers import judge, load
@@ -37,8 +38,16 @@ def main(name: str, deadline: float) -> None:
         signal.setitimer(signal.ITIMER_PROF, deadline)
         verdict = judge(verifier, response, answer)
         signal.setitimer(signal.ITIMER_PROF, 0.0)
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss >> 10
-        print(json.dumps([asdict(verdict), peak]), file=replies, flush=True)
+        print(json.dumps([asdict(verdict), peak_memory()]), file=replies, flush=True)
+
+
+def peak_memory() -> int:
+    """MiB of resident memory that this program has used at most.
+
+    Not getrusage's: that counts what the parent held when it started this process, which is gigabytes in a trainer.
+    """
+    status = Path("/proc/self/status").read_text()
+    return int(status.partition("VmHWM:")[2].split()[0]) >> 10
 
 
 if __name__ == "__main__":

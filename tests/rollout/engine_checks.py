@@ -111,6 +111,12 @@ class Checks:
         for temperature in (1.0, 0.7):
             assert self.differs_from_transformers(self.generate(temperature), temperature) < 3e-5
 
+    def check_prompts_that_do_not_fit_one_step(self) -> None:
+        """More tokens than vLLM takes at a time: on a CPU, a prompt that is cut would end it."""
+        requests = [Request(PROMPTS[0] * 6, seed, 1, 1.0) for seed in range(300)]
+        samples = self.engine.generate(requests)
+        assert [samples[0], samples[-1]] == self.engine.generate([requests[0], requests[-1]])
+
     def check_the_most_probable_tokens_come_with_the_sampled_ones(self) -> None:
         """Their log-probs at the sampling temperature, the sampled token's among them where it is not one of them."""
         requests = [Request(prompt, 7, 12, 0.7, top) for prompt, top in zip(PROMPTS, (0, 3, 5), strict=True)]

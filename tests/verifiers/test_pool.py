@@ -13,7 +13,7 @@ import psutil
 import pytest
 
 from megatron_rlvr.verifiers import VerifierError
-from megatron_rlvr.verifiers.pool import AHEAD, VerifierPool
+from megatron_rlvr.verifiers.pool import AHEAD, RECYCLE, VerifierPool
 
 OWN = """
 import os, subprocess, sys, time
@@ -132,6 +132,14 @@ def test_a_worker_that_grows_is_replaced_between_two_answers(own):
         assert [verdict.status for verdict in pool.score([("grow", str(index)) for index in range(4)])] == ["ok"] * 4
         assert workers() != first and len(workers()) == 1
         assert pool.score([("2", "2")])[0].reward == 1.0
+
+
+def test_a_worker_is_not_taken_for_as_large_as_its_parent(own):
+    held = bytearray(os.urandom(1)) * (RECYCLE + 200 << 20)  # a trainer holds gigabytes
+    with VerifierPool(own, workers=1, deadline=5.0) as pool:
+        first = pool._workers[0].process.pid
+        assert all(verdict.reward == 1.0 for verdict in pool.score([(text, text) for text in "abc"]))
+        assert pool._workers[0].process.pid == first and len(held) > RECYCLE << 20
 
 
 def test_a_message_of_thousands_of_large_rows_comes_through(own):
