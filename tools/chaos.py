@@ -34,7 +34,7 @@ SHORT = [
 ]
 MOMENTS = ["generation", "verification", "update", "weight sync", "save"]
 DEADLINE = 240.0  # seconds until a moment must have come, or a run must have ended
-TIMES = ("time/", "tokens/per_second", "sync/seconds", "sync/proof_seconds")
+TIMES = ("time/", "memory/", "tokens/per_second", "sync/seconds", "sync/proof_seconds")
 
 _context = multiprocessing.get_context("fork")
 
