@@ -39,7 +39,7 @@ def of_engine(folders: list[str]) -> list[list[list[int]]]:
     from megatron_rlvr.rollout.engine import Request
     from megatron_rlvr.rollout.vllm_engine import VllmEngine
 
-    os.environ.update(RANK="0", WORLD_SIZE="1", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(free_port()))
+    os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(free_port()))
     platform.start_rank()
     groups.init(platform.backend(), timeout_seconds=60)
     config = Config(
