@@ -108,7 +108,8 @@ def estimate(values: Sequence[float]) -> Estimate:
     size = len(values) * (max(1.0, widest / variance) if variance > 1e-12 else 1.0)
     centre = (average + _Z**2 / (2 * size)) / (1 + _Z**2 / size)
     half = _Z * sqrt(widest / size + _Z**2 / (4 * size**2)) / (1 + _Z**2 / size)
-    return Estimate(average, max(0.0, centre - half), min(1.0, centre + half))
+    # Within [0, 1], and around the mean, which rounding may miss where every value is 0 or 1.
+    return Estimate(average, min(average, max(0.0, centre - half)), max(average, min(1.0, centre + half)))
 
 
 def mean(values: Sequence[float]) -> float:
