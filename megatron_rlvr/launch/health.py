@@ -50,7 +50,7 @@ def main() -> int:
     if rank == 0:
         token.unlink()
         print(*[f"unfit: {fault}" for fault in faults] or [f"{ranks} ranks are fit to train"], sep="\n", flush=True)
-    return 1 if faults else 0
+    return 1 if faults and rank == 0 else 0  # another rank that failed sooner would end this one before it has spoken
 
 
 def look(folder: Path) -> dict[str, Any]:

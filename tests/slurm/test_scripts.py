@@ -118,7 +118,9 @@ def test_a_job_waits_for_the_one_before_it(cluster: Cluster, countdown: Path, tm
     train = cluster.submit(f"bash slurm/train.sh {COUNTDOWN} {QUICK} trainer.num_steps=1 run.dir={tmp_path} --no-plan")
     report = cluster.submit(f"bash slurm/tool.sh tools/report.py {tmp_path} -- --dependency=afterok:{train}")
     assert cluster.job(report)["JobState"] == "PENDING"
-    again = cluster.submit(f"bash slurm/train.sh {COUNTDOWN} {QUICK} run.dir={tmp_path} --no-plan")
+    again = cluster.submit(
+        f"bash slurm/train.sh {COUNTDOWN} {QUICK} run.dir={tmp_path} --no-plan -- --dependency=afterany:{train}"
+    )
     never = cluster.submit(
         f"bash slurm/tool.sh tools/report.py {tmp_path} -- --dependency=afterok:{again} --kill-on-invalid-dep=yes"
     )
