@@ -46,8 +46,8 @@ BENCHMARKS = {
 }
 
 
-def find(name: str) -> Benchmark:
-    """The benchmark called ``name``, or the file of your own problems at that path, judged by the math verifier.
+def find(name: str, verifier: str = "math") -> Benchmark:
+    """The benchmark called ``name``, or the file of your own problems at that path, judged by ``verifier``.
 
     Raises ConfigError: neither (with the closest name).
     """
@@ -55,7 +55,7 @@ def find(name: str) -> Benchmark:
         return BENCHMARKS[name]
     path = Path(name)
     if path.exists():
-        return Benchmark(path.name.partition(".")[0], path.name, str(path.resolve()), "")
+        return Benchmark(path.name.partition(".")[0], path.name, str(path.resolve()), "", verifier)
     closest = difflib.get_close_matches(name, BENCHMARKS, n=1, cutoff=0.0)[0]
     raise ConfigError(
         f"unknown benchmark {name!r}; did you mean {closest!r}? There are {', '.join(BENCHMARKS)}, or give the path of "

@@ -67,6 +67,7 @@ class DataConfig:
     path: str = ""
     sources: list[SourceConfig] = field(default_factory=list)  # instead of `path`: several
     eval_path: str = ""  # held-out prompts; empty: no evaluation
+    eval_sources: list[SourceConfig] = field(default_factory=list)  # instead of `eval_path`: several, each with figures
     prompt_field: str = ""  # empty: detected from the first row
     answer_field: str = ""
     # chat: the tokenizer's own; boxed, dapo: Qwen's and DAPO's request for an answer inside that; r1_zero:
@@ -83,8 +84,8 @@ class DataConfig:
         return self.sources or [SourceConfig(self.path)]
 
     @property
-    def eval_sources(self) -> list[SourceConfig]:
-        return [SourceConfig(self.eval_path)] if self.eval_path else []
+    def held_out_sources(self) -> list[SourceConfig]:
+        return self.eval_sources or ([SourceConfig(self.eval_path)] if self.eval_path else [])
 
 
 @dataclass

@@ -15,7 +15,7 @@ from megatron_rlvr.types import Prompt
 
 # Keys, or sections of them, that never reach a weight. The longest name that fits a key counts.
 FREE = [
-    *("name", "prepare", "logging", "data.path", "data.eval_path", "data.strict"),
+    *("name", "prepare", "logging", "data.path", "data.eval_path", "data.eval_sources", "data.strict"),
     *("reward.workers", "reward.deadline", "rollout.kv_cache_mib", "rollout.gpu_memory_utilization"),
     *("trainer.num_steps", "trainer.eval_every", "trainer.eval_responses", "trainer.log_rollouts"),
     *("trainer.save_every", "trainer.keep_last", "trainer.keep_best"),

@@ -39,10 +39,10 @@ def check(config: Config) -> None:
         "model.path is not set: give a Hugging Face folder (config.json, tokenizer, safetensors)",
     )
     _check_data(config.data)
-    trainer = config.trainer
+    trainer, held_out = config.trainer, bool(config.data.held_out_sources)
     rule(
         trainer.keep_best == 0
-        or (bool(config.data.eval_path) and trainer.eval_every > 0 and trainer.save_every % trainer.eval_every == 0),
+        or (held_out and trainer.eval_every > 0 and trainer.save_every % trainer.eval_every == 0),
         f"trainer.keep_best={trainer.keep_best} needs held-out figures of every checkpoint: set data.eval_path, and "
         f"trainer.eval_every (now {trainer.eval_every}) so that it divides trainer.save_every ({trainer.save_every})",
     )
@@ -50,16 +50,22 @@ def check(config: Config) -> None:
 
 def _check_data(data: DataConfig) -> None:
     rule(bool(data.path or data.sources), "data.path is not set: give the file that holds the prompts")
-    rule(
-        not (data.path and data.sources),
-        f"data.path={data.path} and data.sources are both set: list the file in data.sources, or drop them",
-    )
-    for index, source in enumerate(data.sources):
-        rule(bool(source.path), f"data.sources[{index}] has no path: give the file that holds its prompts")
+    for one, several in (("path", "sources"), ("eval_path", "eval_sources")):
+        path, sources = getattr(data, one), getattr(data, several)
         rule(
-            source.weight > 0,
-            f"data.sources[{index}].weight must be above 0, not {source.weight}: drop the source to leave it out",
+            not (path and sources),
+            f"data.{one}={path} and data.{several} are both set: list the file in data.{several}, or drop them",
         )
+        for index, source in enumerate(sources):
+            rule(bool(source.path), f"data.{several}[{index}] has no path: give the file that holds its prompts")
+            rule(
+                source.weight > 0,
+                f"data.{several}[{index}].weight must be above 0, not {source.weight}: drop the source to leave it out",
+            )
+            rule(
+                source.weight == 1 or several == "sources",
+                f"data.{several}[{index}].weight={source.weight}: an evaluation takes each prompt once",
+            )
 
 
 def _check_ranges(config: Config) -> None:

@@ -7,6 +7,7 @@ that was killed goes on where it stopped.
 from __future__ import annotations
 
 import json
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack, closing
 from hashlib import blake2b
 from pathlib import Path
@@ -16,8 +17,9 @@ from rich.console import Console
 from rich.table import Table
 
 from megatron_rlvr.benchmarks import Benchmark, find, read
-from megatron_rlvr.config import rule
 from megatron_rlvr.evaluation import Estimate, figures, mean
+from megatron_rlvr.evaluation_critic import EvaluationCritic
+from megatron_rlvr.evaluation_models import find_critic, find_model, hugging_face, identity
 from megatron_rlvr.evaluation_settings import Settings
 from megatron_rlvr.rollout.engine import Request, Sample
 from megatron_rlvr.rollout.sampler import Sampler
@@ -26,6 +28,9 @@ from megatron_rlvr.seeds import stable_seed
 from megatron_rlvr.types import Prompt
 from megatron_rlvr.verdict import Verdict
 from megatron_rlvr.verifiers.pool import VerifierPool
+
+# Prompt and response, token ids -> how far a critic's heads disagree on the response.
+Spread = Callable[[Sequence[int], Sequence[int]], float]
 
 
 class Job(NamedTuple):
@@ -42,12 +47,15 @@ def evaluate(settings: Settings, console: Console) -> dict[str, Any]:
     Raises ConfigError: settings, a model, a benchmark or an output folder that cannot be used.
     """
     settings.check()
-    model, benchmarks = model_folder(settings.model), [find(name) for name in settings.benchmarks]
+    model, benchmarks = find_model(settings.model), [find(name, settings.verifier) for name in settings.benchmarks]
+    critic = find_critic(settings.critic) if settings.critic else None
     from transformers import AutoTokenizer  # an import of seconds, which no mistake above waits for
 
     tokenizer = AutoTokenizer.from_pretrained(model)
     problems = [(item, _problems(item, settings, tokenizer, console)) for item in benchmarks]
-    store = SampleStore(Path(settings.output), settings.identity(model))
+    output = Path(settings.output)
+    sampled = settings.identity() | {"model": identity(model), "critic": identity(critic) if critic else None}
+    store = SampleStore(output, sampled)
     jobs = [
         Job(benchmark, prompt, sample)
         for benchmark, prompts in problems
@@ -57,26 +65,14 @@ def evaluate(settings: Settings, console: Console) -> dict[str, Any]:
         if (prompt.id, sample) not in there
     ]
     if jobs:
-        _sample(jobs, settings, model, tokenizer, store, console)
+        folder = hugging_face(model, output / "model")
+        spread = EvaluationCritic(hugging_face(critic, output / "critic")).head_std if critic else None
+        _sample(jobs, settings, folder, tokenizer, spread, store, console)
     results = {item.name: _results(item, prompts, settings.samples, store) for item, prompts in problems}
-    written = {"settings": settings.identity(model) | {"samples": settings.samples}, "benchmarks": results}
-    (Path(settings.output) / "results.json").write_text(json.dumps(written, indent=1) + "\n")
+    written = {"settings": sampled | {"samples": settings.samples}, "benchmarks": results}
+    (output / "results.json").write_text(json.dumps(written, indent=1) + "\n")
     console.print(_table(results))
     return written
-
-
-def model_folder(name: str) -> Path:
-    """A Hugging Face folder, or the hf/ of a training run's folder. Raises ConfigError."""
-    folder = Path(name)
-    if (folder / "hf" / "config.json").exists():
-        return folder / "hf"
-    rule(
-        not (folder / "checkpoints").exists(),
-        f"{folder} is a run without hf/, which it writes at its end: finish it with run.resume=must, or make a Hugging "
-        f"Face folder of a checkpoint with tools/convert_hf.py export --megatron {folder}/checkpoints/step_N",
-    )
-    rule((folder / "config.json").exists(), f"{folder} is no Hugging Face folder (config.json) and no run (hf/)")
-    return folder
 
 
 def _problems(benchmark: Benchmark, settings: Settings, tokenizer: Any, console: Console) -> list[Prompt]:
@@ -87,9 +83,15 @@ def _problems(benchmark: Benchmark, settings: Settings, tokenizer: Any, console:
 
 
 def _sample(
-    jobs: list[Job], settings: Settings, model: Path, tokenizer: Any, store: SampleStore, console: Console
+    jobs: list[Job],
+    settings: Settings,
+    model: Path,
+    tokenizer: Any,
+    spread: Spread | None,
+    store: SampleStore,
+    console: Console,
 ) -> None:
-    """Batch by batch: sampled, judged, written."""
+    """Batch by batch: sampled, judged, written; ``spread`` is a critic's, of a prompt and its response."""
     longest = max(len(job.prompt.token_ids) for job in jobs)
     with ExitStack() as stack:
         names = sorted({job.prompt.verifier for job in jobs})
@@ -101,6 +103,7 @@ def _sample(
             tp=settings.tp,
             max_running=settings.max_running,
             kv_cache_mib=settings.kv_cache_mib,
+            gpu_memory_utilization=settings.gpu_memory,
         )
         stack.enter_context(closing(sampler))
         for start in range(0, len(jobs), settings.batch):
@@ -109,8 +112,12 @@ def _sample(
             # As in training: without the end token, but with any other special one, which a verifier must see.
             texts = [tokenizer.decode(said(sample)) for sample in samples]
             verdicts = _judge(batch, texts, pools)
+            spreads = [
+                spread(job.prompt.token_ids, sample.response_ids) if spread else None
+                for job, sample in zip(batch, samples, strict=True)
+            ]
             for name in sorted({job.benchmark.name for job in batch}):
-                rows = zip(batch, samples, texts, verdicts, strict=True)
+                rows = zip(batch, samples, texts, verdicts, spreads, strict=True)
                 store.append(name, [_stored(*row) for row in rows if row[0].benchmark.name == name])
             console.print(f"{start + len(batch)} of {len(jobs)} responses", highlight=False)
 
@@ -138,7 +145,7 @@ def _judge(batch: list[Job], texts: list[str], pools: dict[str, VerifierPool]) -
     return [verdicts[index] for index in range(len(batch))]
 
 
-def _stored(job: Job, sample: Sample, text: str, verdict: Verdict) -> StoredSample:
+def _stored(job: Job, sample: Sample, text: str, verdict: Verdict, head_std: float | None) -> StoredSample:
     return StoredSample(
         id=job.prompt.id,
         sample=job.sample,
@@ -149,17 +156,22 @@ def _stored(job: Job, sample: Sample, text: str, verdict: Verdict) -> StoredSamp
         finish_reason=sample.finish_reason,
         log_prob=sum(sample.log_probs),
         text=text if job.benchmark.shown else blake2b(text.encode(), digest_size=16).hexdigest(),
+        head_std=head_std,
     )
 
 
 def _results(benchmark: Benchmark, prompts: list[Prompt], samples: int, store: SampleStore) -> dict[str, Any]:
     """The figures of the first ``samples`` samples of each problem, as JSON."""
     there = store.read(benchmark.name)
-    outcomes = [[there[prompt.id, sample].outcome for sample in range(samples)] for prompt in prompts]
+    stored = [[there[prompt.id, sample] for sample in range(samples)] for prompt in prompts]
+    outcomes = [[item.outcome for item in of] for of in stored]
     found = {
         name: figure._asdict() if isinstance(figure, Estimate) else None if figure != figure else figure
         for name, figure in figures(outcomes).items()
     }
+    spreads = [(item.head_std, item.tokens) for of in stored for item in of if item.head_std is not None]
+    if spreads:  # of a token, as in training
+        found["head_std"] = sum(std * tokens for std, tokens in spreads) / sum(tokens for _, tokens in spreads)
     return {"title": benchmark.title, "problems": len(prompts), "samples": samples, **found}
 
 
@@ -167,7 +179,8 @@ def _table(results: dict[str, dict[str, Any]]) -> Table:
     """A row per benchmark, and their mean where there are several; results.json holds what has no column."""
     rows = list(results.values())
     largest = f"pass@{rows[0]['samples']}"
-    names = [name for name in rows[0] if name.startswith(("avg@", largest, "maj@", "length", "truncated", "ppl_"))]
+    shown = ("avg@", largest, "maj@", "length", "truncated", "ppl_", "head_std")
+    names = [name for name in rows[0] if name.startswith(shown)]
     table = Table("benchmark", "problems", *names)
     for row in rows:
         table.add_row(row["title"], str(row["problems"]), *(_cell(row[name]) for name in names))

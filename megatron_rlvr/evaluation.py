@@ -117,9 +117,9 @@ def mean(values: Sequence[float]) -> float:
 
 
 def summarise(groups: list[RolloutGroup]) -> dict[str, float]:
-    """The figures of held-out prompts as metrics: eval/NAME, with pass@1 for avg@n, and pass@k for k = n alone.
+    """The figures of held-out prompts as plain numbers, with pass@1 for avg@n, and pass@k for k = n alone.
 
-    The interval of eval/pass@k is eval/pass_low@k .. eval/pass_high@k. What there is nothing of (ppl_right where no
+    The interval of pass@k is pass_low@k .. pass_high@k. What there is nothing of (ppl_right where no
     response is right) is left out.
     """
     found = figures([[outcome(rollout) for rollout in group.rollouts] for group in groups])
@@ -129,9 +129,9 @@ def summarise(groups: list[RolloutGroup]) -> dict[str, float]:
     for name, figure in (passes | {name: found[name] for name in found if not name.startswith("pass@")}).items():
         if isinstance(figure, Estimate):
             kind, _, k = name.partition("@")
-            metrics |= {f"eval/{kind}_low@{k}": figure.low, f"eval/{kind}_high@{k}": figure.high}
+            metrics |= {f"{kind}_low@{k}": figure.low, f"{kind}_high@{k}": figure.high}
             figure = figure.value
-        metrics[f"eval/{name}"] = figure
+        metrics[name] = figure
     return {name: value for name, value in metrics.items() if not isnan(value)}
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 from megatron_rlvr.config import DataConfig, from_dict, rule
@@ -15,12 +14,14 @@ def option(default: Any, what: str) -> Any:
 
 @dataclass
 class Settings:
-    """``samples`` to ``dtype`` decide what is sampled, the fields below them only how fast."""
+    """The fields from ``batch`` on decide only how fast it goes."""
 
     model: str
     output: str
     benchmarks: list[str]
     data: str = option("", "folder of the benchmarks' files; without it they come from the hub")
+    critic: str = option("", "checkpoint or folder of a critic whose heads' disagreement is measured too")
+    verifier: str = option("math", "of benchmarks that are files of your own")
     samples: int = option(1, "samples of each problem")
     temperature: float = option(0.6, "0: greedy")
     top_p: float = option(0.95, "share of the probability that is sampled from")
@@ -32,6 +33,7 @@ class Settings:
     max_running: int = option(256, "responses that are decoded together")
     tp: int = option(1, "GPUs that the model is spread over")
     kv_cache_mib: int = option(1024, "key-value cache on a CPU")
+    gpu_memory: float = option(0.9, "share of a GPU that the engine takes; less leaves room for a critic")
     workers: int = option(2, "verifier processes")
     deadline: float = option(10.0, "seconds that judging one response may take")
 
@@ -44,16 +46,14 @@ class Settings:
         rule(
             self.dtype in ("auto", "float32", "bfloat16"), f"dtype must be auto, float32 or bfloat16, not {self.dtype}"
         )
+        rule(0 < self.gpu_memory <= 1, f"gpu_memory must be in (0, 1], not {self.gpu_memory}")
         rule(self.deadline > 0, f"deadline must be above 0, not {self.deadline}")
 
     def data_config(self) -> DataConfig:
         """How prompts are read: whatever their length. Raises ConfigError."""
         return from_dict(DataConfig, {"template": self.template, "max_prompt_length": 1 << 30})
 
-    def identity(self, model: Path) -> dict[str, Any]:
-        """What two samples must share to belong into one folder: the model's files, and all that shapes a sample."""
-        weights = [
-            [file.name, file.stat().st_size, file.stat().st_mtime_ns] for file in sorted(model.glob("*.safetensors"))
-        ]
-        names = ("template", "temperature", "top_p", "max_tokens", "seed", "dtype")
-        return {"model": str(model.resolve()), "weights": weights, **{name: getattr(self, name) for name in names}}
+    def identity(self) -> dict[str, Any]:
+        """What two samples must share, beside the models, to belong into one folder: all that shapes a sample."""
+        names = ("verifier", "template", "temperature", "top_p", "max_tokens", "seed", "dtype")
+        return {name: getattr(self, name) for name in names}

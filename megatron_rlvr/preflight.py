@@ -11,7 +11,7 @@ from megatron_rlvr.architecture import Architecture
 from megatron_rlvr.config import Config, SourceConfig, rule
 from megatron_rlvr.exploration.base import build as build_exploration
 from megatron_rlvr.processes import port_in_use
-from megatron_rlvr.prompt_files import is_hub
+from megatron_rlvr.prompt_files import is_hub, source_name, stem
 
 
 def prepare(config: Config) -> None:
@@ -34,12 +34,18 @@ def check(config: Config) -> None:
     verifiers.check_host(config.verifier)
     exploration = build_exploration(config.exploration, config)
     _check_critic(config, architecture, exploration.needs().value_heads)
-    key = "data.sources" if config.data.sources else "data.path"
-    for name, sources in ((key, config.data.train_sources), ("data.eval_path", config.data.eval_sources)):
+    data = config.data
+    train, held_out = ("sources" if data.sources else "path"), ("eval_sources" if data.eval_sources else "eval_path")
+    for name, sources in ((f"data.{train}", data.train_sources), (f"data.{held_out}", data.held_out_sources)):
         for source in sources:
             exists = is_hub(source.path) or Path(source.path).exists()
             rule(exists, f"{name}={source.path}: there is no such file or folder")
-        if sources and config.data.strict:
+        stems = [stem(source_name(source.path)) for source in sources]
+        rule(
+            name != "data.eval_sources" or len(set(stems)) == len(stems),
+            f"{name}: two of {', '.join(stems)} have one name, by which figures are called: rename a file",
+        )
+        if sources and data.strict:
             _check_rows(config, sources)
     rule(
         not (config.run.port and port_in_use(config.run.port)),

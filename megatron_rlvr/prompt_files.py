@@ -50,6 +50,11 @@ def source_name(source: str | Path) -> str:
     return str(source) if is_hub(source) else Path(source).name
 
 
+def stem(name: str) -> str:
+    """What a source's ids and figures begin with: its name without the file's endings, "aime24" for aime24.jsonl.gz."""
+    return name if is_hub(name) else name.removesuffix(".gz").rpartition(".")[0] or name
+
+
 def _jsonl(path: Path) -> Iterator[tuple[int, Any]]:
     opener = gzip.open if path.suffix == ".gz" else open
     try:

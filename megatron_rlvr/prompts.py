@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from megatron_rlvr.config import ConfigError, DataConfig, SourceConfig, rule
-from megatron_rlvr.prompt_files import is_hub, read_rows, source_name
+from megatron_rlvr.prompt_files import read_rows, source_name, stem
 from megatron_rlvr.prompt_order import Order
 from megatron_rlvr.prompt_report import CONTRADICTION, REPEAT, Drop, Placed, notes, reasons, used
 from megatron_rlvr.prompt_rows import RowError, RowReader
@@ -125,7 +125,7 @@ def _fitting(
     rows: list[Placed], names: list[str], data: DataConfig, tokenizer: Any, verifier: str, drops: list[Drop]
 ) -> list[list[Prompt]]:
     """The prompts of each source that are short enough; the others are added to ``drops``."""
-    prefixes = [name if is_hub(name) else name.removesuffix(".gz").rpartition(".")[0] or name for name in names]
+    prefixes = [stem(name) for name in names]
     parts: list[list[Prompt]] = [[] for _ in names]
     for placed, ids in zip(rows, _tokenise([placed.row.text for placed in rows], tokenizer), strict=True):
         if len(ids) > data.max_prompt_length:

@@ -71,14 +71,14 @@ class Run:
                 if stopped:
                     return self._stop_early(step, stopped)
             self.checkpoints.wait()
-            final = trainer.evaluate() if trainer.eval_prompts is not None else {}
+            final = trainer.evaluate() if trainer.held_out else {}
         self._finish(final)
         return 0
 
     def _due_before(self, step: int) -> bool:
         """Held-out figures of row N are those of the policy that sampled step N."""
         every = self.config.trainer.eval_every
-        return bool(every) and self.trainer.eval_prompts is not None and (step - 1) % every == 0
+        return bool(every) and bool(self.trainer.held_out) and (step - 1) % every == 0
 
     def _due_after(self, step: int) -> bool:
         every = self.config.trainer.save_every

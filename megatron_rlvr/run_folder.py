@@ -6,14 +6,17 @@ tensorboard/, checkpoints/step_N/, logs/rank_R.log, hf/.
 
 from __future__ import annotations
 
+import fcntl
 import shutil
 from pathlib import Path
+from typing import IO
 
 from megatron_rlvr import watchdog
 from megatron_rlvr.checkpoint_folder import checkpoints
 from megatron_rlvr.config import Config, ConfigError
 
 HANG = Path("logs", "hang")  # the stacks of ranks that stood still
+LOCK = "lock"  # held while a run goes on
 INITIAL = "initial_hf"  # a run's own folder of random weights
 RECORDS = (
     "config.yaml",
@@ -36,6 +39,26 @@ RECORDS = (
 )
 
 
+def hold(folder: Path) -> IO[str]:
+    """Make the folder and keep other runs out of it until the file is closed, or this process is gone.
+
+    Raises ConfigError: a run is going on in it, or it cannot be made. Two jobs that begin at the same moment would both
+    find it empty. A file system without locks leaves that open, and is named.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        lock = (folder / LOCK).open("a")
+    except OSError as error:
+        raise ConfigError(f"cannot make the run's folder {folder}: {error.strerror}; set run.dir") from error
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        raise ConfigError(f"a run is going on in {folder}: wait for its end, or set another run.dir") from error
+    except OSError as error:
+        print(f"{folder}: {error.strerror}; see to it yourself that no other run writes there")
+    return lock
+
+
 def prepare_folder(config: Config) -> Path:
     """The run's folder, ready to write. Raises ConfigError: it holds a run, or none although it must resume one."""
     folder, resume = config.run_dir, config.run.resume
@@ -52,8 +75,5 @@ def prepare_folder(config: Config) -> Path:
             path = folder / name
             shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
     watchdog.clear(folder / HANG)
-    try:
-        (folder / "logs").mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise ConfigError(f"cannot make the run's folder {folder}: {error.strerror}; set run.dir") from error
+    (folder / "logs").mkdir(parents=True, exist_ok=True)
     return folder

@@ -34,6 +34,7 @@ class StoredSample:
     finish_reason: FinishReason
     log_prob: float  # nats, summed over the tokens
     text: str  # of a benchmark whose texts are not shown: a digest
+    head_std: float | None = None  # of a critic, where one is given: mean over the tokens
 
     @property
     def outcome(self) -> Outcome:

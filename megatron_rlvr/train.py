@@ -10,12 +10,13 @@ import logging
 import os
 import sys
 import traceback
+from contextlib import nullcontext
 from pathlib import Path
 from typing import IO
 
 from megatron_rlvr.config import Config, ConfigError, load_config
 from megatron_rlvr.processes import StopRequest, die_with_parent, everything_made_here_stays, leave
-from megatron_rlvr.run_folder import INITIAL, prepare_folder
+from megatron_rlvr.run_folder import INITIAL, hold, prepare_folder
 
 LAUNCHED = "MEGATRON_RLVR_LAUNCHED"  # set for ranks whose launcher has already prepared model and folder
 USER_ERROR, FAILURE = 2, 1
@@ -40,14 +41,16 @@ def launch(config: Config, arguments: list[str]) -> int:
     """Start tp * pp * dp ranks on this machine and see them through."""
     from megatron_rlvr.launch.local import run_ranks
 
-    _prepare(config)
-    return run_ranks(
-        [sys.executable, "-m", "megatron_rlvr.train", *arguments], config.world_size, config.run.port, {LAUNCHED: "1"}
-    )
+    command = [sys.executable, "-m", "megatron_rlvr.train", *arguments]
+    with _prepare(config):
+        return run_ranks(command, config.world_size, config.run.port, {LAUNCHED: "1"})
 
 
-def _prepare(config: Config) -> None:
-    """Whatever can be refused is refused here, in one process, before the slow imports of Megatron and vLLM."""
+def _prepare(config: Config) -> IO[str]:
+    """Whatever can be refused is refused here, in one process, before the slow imports of Megatron and vLLM.
+
+    Returns the file that keeps other runs out of the folder as long as it is open.
+    """
     from megatron_rlvr import preflight
     from megatron_rlvr.config_changes import check_newest
     from megatron_rlvr.environment import record_start
@@ -55,12 +58,14 @@ def _prepare(config: Config) -> None:
 
     preflight.prepare(config)
     preflight.check(config)
+    lock = hold(config.run_dir)
     folder = prepare_folder(config)
     if config.run.resume != "never":
         check_newest(config, folder)
     record_start(folder)
     if config.model.random_init and not (folder / INITIAL).exists():
         write_initial(config.model.path, folder / INITIAL, config.seed)
+    return lock
 
 
 def be_rank(config: Config) -> int:
@@ -72,8 +77,11 @@ def be_rank(config: Config) -> int:
             f"{os.environ['WORLD_SIZE']} ranks were started, but parallel.tp * pp * dp = {config.world_size}: "
             f"set parallel.dp so that they agree"
         )
-    if rank == 0 and LAUNCHED not in os.environ:
-        _prepare(config)
+    with _prepare(config) if rank == 0 and LAUNCHED not in os.environ else nullcontext():
+        return _train(config, rank)
+
+
+def _train(config: Config, rank: int) -> int:
     if config.model.random_init:
         config.model.path, config.model.random_init = str(config.run_dir / INITIAL), False
     terminal = _redirect_output(config.run_dir / "logs" / f"rank_{rank}.log")

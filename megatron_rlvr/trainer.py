@@ -13,6 +13,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
+from itertools import islice
 from typing import Any
 
 import torch
@@ -33,6 +34,7 @@ from megatron_rlvr.models.build import initialize_parallel
 from megatron_rlvr.models.critic import Critic
 from megatron_rlvr.models.policy import Policy, Reference
 from megatron_rlvr.packing import pack
+from megatron_rlvr.prompt_files import source_name, stem
 from megatron_rlvr.prompts import PromptSet, load_prompts
 from megatron_rlvr.recorder import FlightRecorder
 from megatron_rlvr.rollout.collect import RolloutCollector
@@ -65,7 +67,8 @@ class Trainer:
         self.old_policy_pass = needs.old_statistics or trainer.updates_per_rollout > 1 or config.model.dropout > 0
         self.tokenizer = AutoTokenizer.from_pretrained(config.model.path)
         self.prompts = self._load_prompts(config.data.train_sources)
-        self.eval_prompts = self._load_prompts(config.data.eval_sources) if config.data.eval_path else None
+        held_out = config.data.held_out_sources
+        self.held_out = {stem(source_name(source.path)): self._load_prompts([source]) for source in held_out}
         self.policy = Policy(config, self.architecture, self.groups)
         self.critic = Critic(config, self.groups) if config.has_critic else None
         self.models = {"policy": self.policy} | ({"critic": self.critic} if self.critic else {})
@@ -231,17 +234,24 @@ class Trainer:
         return self.weight_sync.push(self.policy.hf_weights(), self.policy_version)
 
     def evaluate(self) -> dict[str, float]:
-        """eval/* figures over every held-out prompt."""
-        assert self.eval_prompts is not None
-        prompts = self.eval_prompts.take(0, len(self.eval_prompts), seed=0, shuffle=False)
+        """eval/* figures over every held-out prompt; eval/SOURCE/* of each source's own, where there are several."""
+        prompts = [prompt for source in self.held_out.values() for prompt in source.prompts]
         responses = self.config.trainer.eval_responses
-        collected = self.collector.collect(
+        groups = self.collector.collect(
             prompts, responses, step=EVALUATION, attempt=0, policy_version=self.policy_version
-        )
-        return summarise(collected.groups) | (self.held_out_values(collected.groups) if self.critic else {})
+        ).groups
+        metrics = self.held_out_figures(groups, "eval")
+        rest = iter(groups)
+        for name, source in self.held_out.items() if len(self.held_out) > 1 else ():
+            metrics |= self.held_out_figures(list(islice(rest, len(source))), f"eval/{name}")
+        return metrics
+
+    def held_out_figures(self, groups: list[RolloutGroup], prefix: str) -> dict[str, float]:
+        figures = summarise(groups) | (self.held_out_values(groups) if self.critic else {})
+        return {f"{prefix}/{name}": value for name, value in figures.items()}
 
     def held_out_values(self, groups: list[RolloutGroup]) -> dict[str, float]:
-        """eval/* of the critic: how far its heads disagree on responses that it does not learn from, what they explain.
+        """head_std and explained_variance of the critic, on responses that it does not learn from.
 
         Data-parallel ranks (and stages, where they interleave) get equally many: a remainder of prompts is left out.
         """
@@ -255,7 +265,7 @@ class Trainer:
         fill_targets(batch, batch.rewards, self.config.critic, seed, self.groups, meter)
         figures = reduce.reduce_meter(meter, self.groups).means()
         names = ("head_std", "explained_variance")  # the second only where returns differ
-        return {f"eval/{name}": figures[f"critic/{name}"] for name in names if f"critic/{name}" in figures}
+        return {name: figures[f"critic/{name}"] for name in names if f"critic/{name}" in figures}
 
     def close(self) -> None:
         """End the verifiers and the engine; the engine's end also ends the process group."""

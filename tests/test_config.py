@@ -100,6 +100,8 @@ def test_bases_that_cannot_be_read(tmp_path):
         ("data.sources=[{path: a}]", "are both set: list the file in data.sources"),
         ("data={sources: [{weight: 2}]}", "data.sources[0] has no path"),
         ("data={sources: [{path: a}, {path: b, weight: 0}]}", "data.sources[1].weight must be above 0, not 0"),
+        ("data={path: a, eval_path: b, eval_sources: [{path: b}]}", "data.eval_path=b and data.eval_sources are both"),
+        ("data={path: a, eval_sources: [{path: b, weight: 2}]}", "eval_sources[0].weight=2.0: an evaluation takes"),
         ("data={sources: [{file: a}]}", "unknown key 'data.sources[0].file'"),
     ],
 )

@@ -4,18 +4,25 @@ from __future__ import annotations
 
 import json
 import random
+import shutil
 from pathlib import Path
 from typing import ClassVar
 
 import pytest
+import torch
 from rich.console import Console
+from safetensors.torch import load_file, save_file
 
 from megatron_rlvr import benchmarks, evaluate
 from megatron_rlvr.benchmarks import Benchmark
 from megatron_rlvr.config import ConfigError
+from megatron_rlvr.evaluation_models import find_model
 from megatron_rlvr.evaluation_settings import Settings
 from megatron_rlvr.rollout.engine import Request, Sample
+from megatron_rlvr.seeds import stable_seed
+from megatron_rlvr.weights.convert_import import import_hf
 from tests.integration.test_real_data import save_byte_tokenizer
+from tests.models import reference
 from tests.tiny import make_folder
 
 ANSWERS = ["1", "22", "3", "4"]
@@ -160,15 +167,74 @@ def test_a_file_that_repeats_its_problems_is_not_multiplied_again(ready: Setting
     assert len({request.seed for request in FakeSampler.calls}) == 96
 
 
-def test_a_run_stands_for_its_model(model: Path, tmp_path: Path) -> None:
+def test_a_critics_heads_on_each_benchmark(ready: Settings, model: Path, tmp_path: Path) -> None:
+    """Against transformers' hidden states and the head by hand; from a Hugging Face folder, and a Megatron one."""
+    critic = make_critic(model, tmp_path / "critic")
+    import_hf(critic, tmp_path / "step_7/critic", 1, 1)
+    import_hf(model, tmp_path / "step_7/policy", 1, 1)
+    ready.critic = str(critic)
+    results = evaluate.evaluate(ready, Console(quiet=True))["benchmarks"]
+    calls, expected = list(FakeSampler.calls), {}
+    for request, sample in zip(calls, FakeSampler(model, 0).generate(calls), strict=True):
+        expected[request.seed] = spread_by_hand(critic, request.prompt_token_ids, sample.response_ids)
+    for name in ("one", "two"):
+        rows = [json.loads(line) for line in samples(ready)[f"{name}.jsonl"]]
+        for row in rows:
+            spreads = expected[stable_seed(ready.seed, "evaluation", row["id"], row["sample"])]
+            assert row["head_std"] == pytest.approx(spreads.mean().item(), rel=1e-4)
+        tokens = torch.cat([expected[stable_seed(ready.seed, "evaluation", row["id"], row["sample"])] for row in rows])
+        assert results[name]["head_std"] == pytest.approx(tokens.mean().item(), rel=1e-4)
+    assert results["one"]["head_std"] != results["two"]["head_std"]
+
+    ready.model = ready.critic = str(tmp_path / "step_7")
+    with pytest.raises(ConfigError, match="holds samples with"):
+        evaluate.evaluate(ready, Console(quiet=True))
+    ready.output += "-megatron"
+    again = evaluate.evaluate(ready, Console(quiet=True))["benchmarks"]
+    assert again == results and Path(ready.output, "model/config.json").exists()
+    ready.critic = str(model)
+    with pytest.raises(ConfigError, match="is no critic: name a checkpoint of a PPO run"):
+        evaluate.evaluate(ready, Console(quiet=True))
+
+
+def make_critic(model: Path, folder: Path) -> Path:
+    """The model's trunk under three heads."""
+    shutil.copytree(model, folder)
+    tensors = load_file(model / "model.safetensors")
+    tensors.pop("lm_head.weight", None)
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    generator = torch.Generator().manual_seed(5)
+    head = {"weight": torch.randn(3, 64, generator=generator), "bias": torch.randn(3, generator=generator)}
+    save_file(head, folder / "value_head.safetensors")
+    return folder
+
+
+def spread_by_hand(critic: Path, prompt_ids: list[int], response_ids: list[int]) -> torch.Tensor:
+    """[Lr] standard deviation over the heads at each token of the response, in fp64."""
+    head = load_file(critic / "value_head.safetensors")
+    tokens = torch.tensor([[*prompt_ids, *response_ids]])
+    with torch.no_grad():
+        hidden = reference.load(critic).model(tokens).last_hidden_state[0, len(prompt_ids) - 1 : -1]
+    values = hidden @ head["weight"].double().T + head["bias"].double()
+    return ((values - values.mean(1, keepdim=True)) ** 2).mean(1).sqrt()
+
+
+def test_which_folder_stands_for_a_model(model: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
     (run / "checkpoints").mkdir(parents=True)
-    with pytest.raises(ConfigError, match="is a run without hf/"):
-        evaluate.model_folder(str(run))
+    with pytest.raises(ConfigError, match="is a run without hf/.*name one of its checkpoints"):
+        find_model(str(run))
     (run / "hf").symlink_to(model)
-    assert evaluate.model_folder(str(run)) == run / "hf" and evaluate.model_folder(str(model)) == model
+    assert find_model(str(run)) == run / "hf" and find_model(str(model)) == model
     with pytest.raises(ConfigError, match="is no Hugging Face folder"):
-        evaluate.model_folder(str(tmp_path))
+        find_model(str(tmp_path))
+
+
+def test_a_file_of_ones_own_is_judged_by_the_verifier_that_is_named(ready: Settings, tmp_path: Path) -> None:
+    ready.benchmarks, ready.verifier = [str(tmp_path / "one.jsonl")], str(tmp_path / "equal.py")
+    own = evaluate.evaluate(ready, Console(quiet=True))["benchmarks"]["one"]
+    ready.benchmarks, ready.output = ["one"], ready.output + "-named"
+    assert evaluate.evaluate(ready, Console(quiet=True))["benchmarks"]["one"] | {"title": "one.jsonl"} == own
 
 
 @pytest.mark.parametrize(
@@ -180,6 +246,8 @@ def test_a_run_stands_for_its_model(model: Path, tmp_path: Path) -> None:
         ({"template": "qwen"}, "template must be one of 'chat', 'boxed'"),
         ({"dtype": "fp8"}, "dtype must be auto, float32 or bfloat16"),
         ({"deadline": 0.0}, "deadline must be above 0"),
+        ({"gpu_memory": 0.0}, r"gpu_memory must be in \(0, 1\]"),
+        ({"critic": "nowhere"}, "critic='nowhere' is no critic"),
         ({"benchmarks": ["three"]}, "unknown benchmark 'three'"),
     ],
 )

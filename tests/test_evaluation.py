@@ -146,28 +146,28 @@ def test_perplexity_tells_confident_mistakes() -> None:
 def test_summary() -> None:
     metrics = summarise([group(1.0, 0.0), group(0.0, 0.0), group(1.0, 1.0)])
     expected = {
-        "eval/pass@1": 0.5,
-        "eval/pass@2": pytest.approx(2 / 3),
-        "eval/maj@2": pytest.approx(0.5),
-        "eval/distinct": 4 / 3,
-        "eval/distinct_right": 2 / 3,
-        "eval/length": 1.5,
-        "eval/truncated": 0,
-        "eval/unjudged": 0,
-        "eval/ppl_right": 1,
-        "eval/ppl_wrong": 1,
+        "pass@1": 0.5,
+        "pass@2": pytest.approx(2 / 3),
+        "maj@2": pytest.approx(0.5),
+        "distinct": 4 / 3,
+        "distinct_right": 2 / 3,
+        "length": 1.5,
+        "truncated": 0,
+        "unjudged": 0,
+        "ppl_right": 1,
+        "ppl_wrong": 1,
     }
     assert {name: metrics[name] for name in expected} == expected
-    low, high = metrics["eval/pass_low@1"], metrics["eval/pass_high@1"]
+    low, high = metrics["pass_low@1"], metrics["pass_high@1"]
     assert Estimate(0.5, low, high) == estimate([0.5, 0.0, 1.0])
     assert set(metrics) - set(expected) == {
-        f"eval/{kind}_{end}@{k}" for kind, k in (("pass", 1), ("pass", 2), ("maj", 2)) for end in ("low", "high")
+        f"{kind}_{end}@{k}" for kind, k in (("pass", 1), ("pass", 2), ("maj", 2)) for end in ("low", "high")
     }
-    assert "eval/ppl_right" not in summarise([group(0.0)])
+    assert "ppl_right" not in summarise([group(0.0)])
 
 
 def test_a_failed_verifier_is_no_wrong_answer() -> None:
     metrics = summarise([group(1.0, None), group(0.0, 1.0)])
-    assert metrics["eval/pass@1"] == 0.75  # 1 of 1 judged, 1 of 2
-    assert metrics["eval/pass@2"] == 1.0  # of the second prompt alone
-    assert metrics["eval/unjudged"] == 0.25
+    assert metrics["pass@1"] == 0.75  # 1 of 1 judged, 1 of 2
+    assert metrics["pass@2"] == 1.0  # of the second prompt alone
+    assert metrics["unjudged"] == 0.25

@@ -42,6 +42,19 @@ def test_what_fits_is_let_through(models: Path) -> None:
     preflight.check(_config(models, "grpo", {"path": "nowhere"}, {"cde": {}}))
 
 
+def test_held_out_sources_are_there_and_told_apart_by_name(models: Path) -> None:
+    data = {"path": str(models / "data.jsonl"), "max_prompt_length": 16}
+    for others, message in (
+        (["data.jsonl", "sub/data.jsonl"], "two of data, data have one name"),
+        (["data.jsonl", "absent.jsonl"], "data.eval_sources=.*absent.jsonl: there is no such file"),
+    ):
+        sources = [{"path": str(models / name)} for name in others]
+        (models / "sub").mkdir(exist_ok=True)
+        (models / "sub/data.jsonl").write_bytes((models / "data.jsonl").read_bytes())
+        with pytest.raises(ConfigError, match=message):
+            preflight.check(_config(models, "grpo", {}, {}, data=data | {"eval_sources": sources}))
+
+
 @pytest.mark.parametrize(
     ("advantage", "heads", "message"),
     [

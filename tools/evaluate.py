@@ -16,7 +16,7 @@ from megatron_rlvr.processes import leave
 
 def main() -> int:
     parser = argparse.ArgumentParser(description="Sample a model on benchmarks and judge it; a killed one goes on.")
-    parser.add_argument("model", metavar="MODEL_OR_RUN", help="a Hugging Face folder, or the folder of a training run")
+    parser.add_argument("model", metavar="MODEL_OR_RUN", help="Hugging Face or Megatron folder, checkpoint, or run")
     parser.add_argument("--output", required=True, help="folder for samples/, settings.json and results.json")
     parser.add_argument(
         "--benchmarks",

@@ -60,8 +60,7 @@ def lpreg(
     python: str = ".venv/bin/python",
     workdir: str = "",
     convert: bool = False,
-    benchmarks: str = "",
-    benchmark_data: str = "",
+    evaluation: list[str] = [],  # noqa: B006
     requeues: int = 10,
     seconds_before: int = 600,
     plan: bool = True,
@@ -71,7 +70,7 @@ def lpreg(
 
     On Slurm nothing is submitted that the planner refuses for this ``gpu``, unless ``plan`` is false.
     """
-    job = Job(config, overrides, python, workdir, convert, benchmarks, benchmark_data)
+    job = Job(config, overrides, python, workdir, convert, evaluation)
     if plan and isinstance(ctx.executor, run.SlurmExecutor):
         show_plan(job, gpu)
     if ctx.dryrun:

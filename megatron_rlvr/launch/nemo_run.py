@@ -29,8 +29,7 @@ class Job:
     python: str = ".venv/bin/python"  # of the environment that trains
     workdir: str = ""  # the repository on the machine that trains; empty: this folder
     convert: bool = False  # first make a Megatron folder of model.path, and train from that
-    benchmarks: str = ""  # names for tools/evaluate.py, with commas; empty: no evaluation
-    benchmark_data: str = ""  # the folder that holds them; empty: from the hub
+    evaluation: list[str] = field(default_factory=list)  # arguments of tools/evaluate.py; empty: no evaluation
 
     def __post_init__(self) -> None:
         self.workdir = self.workdir or str(Path.cwd())
@@ -62,9 +61,8 @@ def tasks(job: Job) -> list[Task]:
         commands.append(("convert", ["tools/convert_hf.py", "import", *source, *layout], 1))
         overrides.append(f"model.path={megatron}")
     commands.append(("train", ["-m", "megatron_rlvr.train", job.config, *overrides], config.world_size))
-    if job.benchmarks:
-        wanted = ["--benchmarks", job.benchmarks, "--output", f"{folder}/evaluation"]
-        wanted += ["--data", job.benchmark_data] if job.benchmark_data else []
+    if job.evaluation:
+        wanted = ["--output", f"{folder}/evaluation", *job.evaluation]
         commands.append(("evaluate", ["tools/evaluate.py", folder, *wanted], 1))
     commands.append(("report", ["tools/report.py", folder], 1))
     found: list[Task] = []

@@ -36,7 +36,8 @@ class Chart:
     """What one chart shows.
 
     Chart("Held-out answers", "share of right answers", "points", {"eval/pass@*": ""}, percent=True): every metric that
-    matches a pattern, oldest name first; an empty label stands for the metric's name after the slash.
+    matches a pattern, oldest name first; an empty label stands for the metric's name after the slash, "*" for what is
+    between its first and last one.
 
     trend: one metric, each step faint and its running mean bold; smooth: the same of several; lines: metrics by step;
     points: metrics that only some steps have; stack: metrics that add up, what is missing to the ``whole`` on top.
@@ -107,7 +108,8 @@ def read_lines(chart: Chart, rows: Sequence[dict]) -> list[Line]:
             pairs = [(row["step"], row[name]) for row in rows if is_number(row.get(name))]
             if len(pairs) > 1:
                 steps, values = np.array(pairs, dtype=float).T
-                found.append(Line(name, label or name.rpartition("/")[2], colour, steps, values))
+                between, _, last = name.partition("/")[2].rpartition("/")
+                found.append(Line(name, between if label == "*" else label or last, colour, steps, values))
     return found
 
 

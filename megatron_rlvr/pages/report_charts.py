@@ -17,6 +17,7 @@ PHASES = {
 CHARTS = [
     Chart("Reward", "the verifier's, mean over the step's responses", "trend", {"reward/mean": ""}),
     Chart("Held-out prompts", "share solved", "points", {"eval/pass@*": ""}, percent=True),
+    Chart("Held-out sources", "pass@1 of each", "points", {"eval/*/pass@1": "*"}, percent=True),
     Chart("Entropy", "of the policy, nats per token", "trend", {"policy/entropy": ""}),
     Chart(
         "Distinct answers",
@@ -59,7 +60,7 @@ CHARTS = [
         "Disagreement of the critic's heads",
         "standard deviation",
         "smooth",
-        {"critic/head_std": "training", "eval/head_std": "held-out"},
+        {"critic/head_std": "training", "eval/head_std": "held-out", "eval/*/head_std": "*"},
     ),
     Chart("Time per step", "seconds, by phase; rare slow steps leave the picture", "stack", PHASES, whole="time/step"),
     Chart(

@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 
+from megatron_rlvr.run_folder import hold
+
 
 @pytest.fixture
 def listening_port():
@@ -56,6 +58,9 @@ def test_folder_that_holds_a_run(train, countdown: Path, tmp_path: Path) -> None
     (folder / "metrics.jsonl").write_text('{"step": 1}\n')
     error = refused(train, f"run.dir={folder}")
     assert "already holds a run" in error and "run.resume=auto" in error
+    with hold(folder):  # as a run does that has not written anything yet
+        assert f"a run is going on in {folder}" in refused(train, f"run.dir={folder}", "run.overwrite=true")
+    assert (folder / "metrics.jsonl").read_text() == '{"step": 1}\n'
     assert (folder / "metrics.jsonl").read_text() == '{"step": 1}\n'
     assert "holds no checkpoint" in refused(train, f"run.dir={folder}", "run.resume=must")
 

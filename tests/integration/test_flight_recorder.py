@@ -8,9 +8,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from transformers import AutoTokenizer
 
 from megatron_rlvr.token_records import TokenRecord, read_record
+from megatron_rlvr.weights.convert_export import export_megatron
 from tests.models import reference
 
 PROMPTS, RESPONSES, RHO, KAPPA, CLIP = 16, 16, 0.1, 0.02, 0.2
@@ -42,6 +44,36 @@ def test_every_number_is_that_of_the_steps_weights(train, countdown: Path, tmp_p
     assert [row["response"] for row in dealt_out.responses] == [row["response"] for row in first.responses]
     for name, column in first.columns.items():
         assert close(dealt_out.columns[name], column) < 1e-4, name  # another order of sums, through an update
+
+
+@pytest.mark.slow
+def test_the_value_heads_are_those_of_the_critics_weights(train, countdown: Path, tmp_path: Path) -> None:
+    """Mean and spread over the heads at every token, from the checkpoint before each step and transformers in fp64."""
+    run = tmp_path / "run"
+    options = [f"logging.record_responses={PROMPTS * RESPONSES}", "trainer.save_every=1", "trainer.keep_last=3"]
+    train(*options, "trainer.num_steps=3", f"run.dir={run}", config="examples/countdown_cpu/ppo.yaml")
+    tokenizer = AutoTokenizer.from_pretrained(countdown / "model")
+    for step in (2, 3):
+        critic, record = tmp_path / f"critic_{step}", read_record(run, step)
+        export_megatron(run / f"checkpoints/step_{step - 1}", critic, "critic")
+        values = values_of(record, critic, tokenizer)
+        assert len(record.responses) == PROMPTS * RESPONSES and values.shape[1] == 4
+        spread = ((values - values.mean(1, keepdim=True)) ** 2).mean(1).sqrt()
+        assert close(record.columns["value"], values.mean(1)) < 1e-5
+        assert close(record.columns["value_std"], spread) < 1e-5
+        assert spread.min() > 1e-4  # heads that agree would hide a mistake
+
+
+def values_of(record: TokenRecord, critic: Path, tokenizer) -> torch.Tensor:
+    """[n, K] the critic's values of the states before each recorded token."""
+    head, trunk, parts = load_file(critic / "value_head.safetensors"), reference.load(critic).model, []
+    for row in record.responses:
+        prompt = tokenizer.encode(row["prompt"])
+        response = tokenizer.convert_tokens_to_ids(record.texts[row["start"] : row["stop"]])
+        with torch.no_grad():
+            hidden = trunk(torch.tensor([[*prompt, *response]])).last_hidden_state[0, len(prompt) - 1 : -1]
+        parts.append(hidden @ head["weight"].double().T + head["bias"].double())
+    return torch.cat(parts)
 
 
 def check(record: TokenRecord, weights: Path, between: Path | None, tokenizer) -> None:

@@ -16,8 +16,9 @@ PPO = "examples/countdown_cpu/ppo.yaml"
 
 
 def test_three_steps(train, countdown: Path, tmp_path: Path) -> None:
-    folder, held_out = tmp_path / "run", tmp_path / "held_out.jsonl"
-    held_out.write_text("".join((countdown / "eval.jsonl").read_text().splitlines(keepends=True)[:8]))
+    folder, problems = tmp_path / "run", (countdown / "eval.jsonl").read_text().splitlines(keepends=True)
+    (tmp_path / "five.jsonl").write_text("".join(problems[:5]))
+    (tmp_path / "three.jsonl").write_text("".join(problems[5:8]))
     overrides = [
         "trainer.num_steps=3",
         "critic.warmup_steps=1",
@@ -25,7 +26,7 @@ def test_three_steps(train, countdown: Path, tmp_path: Path) -> None:
         "reward.scale=signed",
         "exploration={cde: {critic: {}}, sim_hash: {}}",
         "exploration.lp_reg={proxy_source: rollout, divergence: k3_sampled, rho: 0.3}",
-        f"data.eval_path={held_out}",
+        f"data.eval_sources=[{{path: {tmp_path}/five.jsonl}}, {{path: {tmp_path}/three.jsonl}}]",
         "trainer.eval_every=2",
         "logging.record_responses=256",
         f"run.dir={folder}",
@@ -43,6 +44,10 @@ def test_three_steps(train, countdown: Path, tmp_path: Path) -> None:
         assert 0 < row["sim_hash/largest_share"] <= 1 and 0 < row["sim_hash/bonus"] <= 0.1 and row["time/states"] > 0
     for row in (rows[0], rows[2]):  # the critic looks at held-out responses too
         assert 0 < row["eval/head_std"] < 1 and row["eval/explained_variance"] < 1
+        assert row["eval/five/head_std"] > 0 and row["eval/three/head_std"] > 0  # and at each source by itself
+        for name in ("pass@1", "maj@16", "distinct"):
+            parts = 5 * row[f"eval/five/{name}"] + 3 * row[f"eval/three/{name}"]
+            assert abs(parts - 8 * row[f"eval/{name}"]) < 1e-9, name
     assert 0 < json.loads((folder / "summary.json").read_text())["eval/head_std"] < 1
     for row in rows[1:]:
         assert row["policy/grad_norm"] > 0

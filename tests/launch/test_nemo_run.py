@@ -29,7 +29,7 @@ def test_a_dry_run_shows_everything_that_would_run(tmp_path: Path) -> None:
     shown = launch(
         tmp_path,
         *("--executor", "slurm", "--dryrun", "run.executor.account=me", "workdir=/shared/megatron_rlvr"),
-        *("convert=true", "benchmarks=aime24", 'overrides=["trainer.num_steps=2"]'),
+        *("convert=true", 'evaluation=["--benchmarks","aime24"]', 'overrides=["trainer.num_steps=2"]'),
     )
     assert "predicted memory of the fullest rank" in shown
     config = load_config(ROOT / "examples/lp_reg/qwen2.5_32b/lp_reg_on.yaml", ["trainer.num_steps=2"])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import sys
 import time
@@ -16,6 +17,8 @@ from tests.slurm.conftest import Cluster
 
 pytestmark = [pytest.mark.slurm, needs_launcher]
 
+TASKS = ("convert", "train", "evaluate", "report")
+EVALUATION = ["--verifier", "countdown", "--template", "raw", "--max-tokens", "7", "--kv-cache-mib", "64"]
 CONFIG = "examples/countdown_cpu/config.yaml"
 HERE = {"account": "me", "nodes": "2", "gpus_per_node": "null", "exclusive": "null", "mem": "null", "time": "00:30:00"}
 
@@ -30,15 +33,21 @@ def submit(cluster: Cluster, home: Path, overrides: list[str], *arguments: str) 
     return {name: number for number, name in re.findall(r"JobId=(\d+) JobName=me-me\.(\w+)", jobs)}
 
 
-def test_convert_train_report(cluster: Cluster, countdown: Path, tmp_path: Path) -> None:
+def test_convert_train_evaluate_report(cluster: Cluster, countdown: Path, tmp_path: Path) -> None:
     folder = tmp_path / "run"
     overrides = ["trainer.num_steps=2", "data.eval_path=", f"run.dir={folder}"]
-    jobs = submit(cluster, tmp_path, overrides, "convert=true")
+    problems = tmp_path / "eval.jsonl"
+    problems.write_text("".join((countdown / "eval.jsonl").read_text().splitlines(keepends=True)[:8]))
+    wanted = ["--benchmarks", str(problems), *EVALUATION]
+    evaluation = ",".join(f'"{word}"' for word in wanted)
+    jobs = submit(cluster, tmp_path, overrides, "convert=true", f"evaluation=[{evaluation}]")
     ended = {name: cluster.wait(number) for name, number in jobs.items()}
     assert {name: job["JobState"] for name, job in ended.items()} == dict.fromkeys(jobs, "COMPLETED")
-    assert set(jobs) == {"convert", "train", "report"} and ended["train"]["NumNodes"] == "2"
-    times = [ended[name][when] for name in ("convert", "train", "report") for when in ("StartTime", "EndTime")]
+    assert set(jobs) == set(TASKS) and ended["train"]["NumNodes"] == "2"
+    times = [ended[name][when] for name in TASKS for when in ("StartTime", "EndTime")]
     assert times == sorted(times)
+    found = json.loads((folder / "evaluation/results.json").read_text())
+    assert found["settings"]["model"][0] == str(folder / "hf") and found["benchmarks"]["eval"]["problems"] == 8
     assert len(metrics(folder)) == 2 and (folder / "report.html").exists()
     overrides.append(f"model.path={folder}/initial_megatron")
     assert (folder / "config.yaml").read_text() == as_yaml(load_config(ROOT / CONFIG, overrides))

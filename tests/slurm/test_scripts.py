@@ -128,6 +128,32 @@ def test_a_job_waits_for_the_one_before_it(cluster: Cluster, countdown: Path, tm
     assert (cluster.wait(again)["JobState"], cluster.wait(never)["JobState"]) == ("FAILED", "CANCELLED")
 
 
+def test_convert_train_evaluate_as_a_chain(cluster: Cluster, countdown: Path, tmp_path: Path) -> None:
+    """A Megatron folder is made, trained from, and the trained model measured: each job once the one before is done."""
+    megatron, run = tmp_path / "megatron", tmp_path / "run"
+    convert = cluster.submit(
+        f"bash slurm/tool.sh tools/convert_hf.py import --hf {countdown}/model --megatron {megatron} --tp 2"
+    )
+    train = cluster.submit(
+        f"bash slurm/train.sh {COUNTDOWN} {GRID} {QUICK} model.path={megatron} trainer.num_steps=2 run.dir={run}"
+        f" -- --dependency=afterok:{convert}"
+    )
+    measure = f"--benchmarks {countdown}/eval.jsonl --verifier countdown --template raw --max-tokens 7"
+    evaluate = cluster.submit(
+        f"bash slurm/tool.sh tools/evaluate.py {run} --output {run}/evaluation {measure} --kv-cache-mib 64 --samples 4"
+        f" --temperature 1 --top-p 1 -- --dependency=afterok:{train}"
+    )
+    ended = [cluster.wait(job) for job in (convert, train, evaluate)]
+    assert [job["JobState"] for job in ended] == ["COMPLETED"] * 3, log_of(run)
+    assert [job[when] for job in ended for when in ("StartTime", "EndTime")] == sorted(
+        job[when] for job in ended for when in ("StartTime", "EndTime")
+    )
+    assert ended[1]["NumNodes"] == "2" and [row["step"] for row in metrics(run)] == [1, 2]
+    found = json.loads((run / "evaluation/results.json").read_text())
+    assert found["settings"]["model"][0] == str(run / "hf")
+    assert 0 < found["benchmarks"]["eval"]["avg@4"]["value"] < 1  # the warmed-up model solves some puzzles
+
+
 def test_a_node_that_is_unfit_ends_the_job_by_name(cluster: Cluster, countdown: Path, tmp_path: Path) -> None:
     """The site promises GPUs, and none is there."""
     options = f"--nodes=2 --ntasks-per-node=1 --output={tmp_path}/job_%j.log --export=ALL,SITE={tmp_path}/site.sh"

@@ -1,0 +1,67 @@
+"""The folders that an evaluation reads: a Hugging Face folder as it is, a Megatron folder through an export.
+
+model = find_model("runs/demo/checkpoints/step_40")
+tokenizer = AutoTokenizer.from_pretrained(model)
+folder = hugging_face(model, Path("evaluation/model"))
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from megatron_rlvr.architecture import Architecture
+from megatron_rlvr.config import rule
+from megatron_rlvr.weights.convert_export import export_megatron
+from megatron_rlvr.weights.megatron_folder import is_megatron_folder, model_folder
+from megatron_rlvr.weights.partial_folder import fingerprint
+from megatron_rlvr.weights.sources import VALUE_HEAD, open_source
+
+
+def find_model(name: str) -> Path:
+    """A Hugging Face or Megatron folder, a training checkpoint's policy, or the hf/ of a run. Raises ConfigError."""
+    folder = Path(name)
+    if (folder / "hf" / "config.json").exists():
+        return folder / "hf"
+    rule(
+        not (folder / "checkpoints").exists(),
+        f"{folder} is a run without hf/, which it writes at its end: name one of its checkpoints, "
+        f"{folder}/checkpoints/step_N, or finish it with run.resume=must",
+    )
+    found = model_folder(folder)
+    rule(
+        (found / "config.json").exists(),
+        f"{folder} is no Hugging Face folder (config.json), Megatron folder, checkpoint (policy/) or run (hf/)",
+    )
+    return found
+
+
+def find_critic(name: str) -> Path:
+    """A critic's Hugging Face or Megatron folder, or a training checkpoint's critic. Raises ConfigError."""
+    folder = model_folder(name, "critic")
+    rule(
+        (folder / "config.json").exists() and _has_value_head(folder),
+        f"critic={name!r} is no critic: name a checkpoint of a PPO run, RUN/checkpoints/step_N, or a folder with "
+        f"{VALUE_HEAD}, which tools/convert_hf.py export --model critic writes",
+    )
+    return folder
+
+
+def _has_value_head(folder: Path) -> bool:
+    with open_source(folder, Architecture.from_folder(folder)) as source:
+        return bool(source.value_head())
+
+
+def identity(folder: Path) -> list[Any]:
+    """What tells its weights from others: its place, and name, bytes and time of every file that holds them."""
+    files = [file.name for pattern in ("*.safetensors", "*.distcp") for file in folder.glob(pattern)]
+    return [str(folder.resolve()), fingerprint(folder, files)]
+
+
+def hugging_face(folder: Path, target: Path) -> Path:
+    """The folder itself, or ``target``, to which a Megatron folder is exported once. Raises ConfigError."""
+    if not is_megatron_folder(folder):
+        return folder
+    if not target.exists():
+        export_megatron(folder, target)
+    return target
