@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import json
 import random
-import shutil
 from pathlib import Path
 from typing import ClassVar
 
 import pytest
 import torch
 from rich.console import Console
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 
 from megatron_rlvr import benchmarks, evaluate
 from megatron_rlvr.benchmarks import Benchmark
@@ -23,7 +22,7 @@ from megatron_rlvr.seeds import stable_seed
 from megatron_rlvr.weights.convert_import import import_hf
 from tests.integration.test_real_data import save_byte_tokenizer
 from tests.models import reference
-from tests.tiny import make_folder
+from tests.tiny import make_critic, make_folder
 
 ANSWERS = ["1", "22", "3", "4"]
 
@@ -195,18 +194,6 @@ def test_a_critics_heads_on_each_benchmark(ready: Settings, model: Path, tmp_pat
     ready.critic = str(model)
     with pytest.raises(ConfigError, match="is no critic: name a checkpoint of a PPO run"):
         evaluate.evaluate(ready, Console(quiet=True))
-
-
-def make_critic(model: Path, folder: Path) -> Path:
-    """The model's trunk under three heads."""
-    shutil.copytree(model, folder)
-    tensors = load_file(model / "model.safetensors")
-    tensors.pop("lm_head.weight", None)
-    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
-    generator = torch.Generator().manual_seed(5)
-    head = {"weight": torch.randn(3, 64, generator=generator), "bias": torch.randn(3, generator=generator)}
-    save_file(head, folder / "value_head.safetensors")
-    return folder
 
 
 def spread_by_hand(critic: Path, prompt_ids: list[int], response_ids: list[int]) -> torch.Tensor:

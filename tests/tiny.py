@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import random
+import shutil
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, Qwen2Config, Qwen3Config
 
 from megatron_rlvr.config import Config, from_dict
@@ -49,6 +51,19 @@ def make_folder(path: Path, family: str = "qwen3", tied: bool = False, seed: int
                 parameter.copy_(1.5 * parameter.shape[1] ** -0.5 * noise)
     model.save_pretrained(path)
     return path
+
+
+def make_critic(model: Path, folder: Path) -> Path:
+    """``folder`` with a critic: the trunk of the model in ``model`` under three heads."""
+    shutil.copytree(model, folder)
+    tensors = load_file(model / "model.safetensors")
+    tensors.pop("lm_head.weight", None)
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    generator = torch.Generator().manual_seed(5)
+    size = tensors["model.norm.weight"].numel()
+    head = {"weight": torch.randn(3, size, generator=generator), "bias": torch.randn(3, generator=generator)}
+    save_file(head, folder / "value_head.safetensors")
+    return folder
 
 
 def make_config(path: Path, tree: dict[str, dict[str, Any]] | None = None) -> Config:

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from tests.integration.test_real_data import save_byte_tokenizer
-from tests.tiny import make_folder
+from tests.tiny import make_critic, make_folder
 
 ROOT = Path(__file__).parents[2]
 DEADLINE = 900.0  # seconds; minutes on two busy cores
@@ -51,7 +51,8 @@ def rows(output: Path, benchmark: str) -> list[dict]:
 @pytest.mark.real_data
 @pytest.mark.slow
 def test_all_seven_files_from_one_command(model: Path, tmp_path: Path) -> None:
-    shown = run(model, tmp_path, ",".join(SIZES), "--max-tokens", "16")
+    flags = ("--max-tokens", "16", "--critic", str(make_critic(model, tmp_path / "critic")))
+    shown = run(model, tmp_path, ",".join(SIZES), *flags)
     results = json.loads((tmp_path / "results.json").read_text())["benchmarks"]
     assert {name: found["problems"] for name, found in results.items()} == SIZES
     for name, size in SIZES.items():
@@ -60,8 +61,11 @@ def test_all_seven_files_from_one_command(model: Path, tmp_path: Path) -> None:
         assert all(1 <= row["tokens"] <= 16 and row["log_prob"] < 0 for row in samples)
         assert {row["status"] for row in samples} <= {"ok", "unparseable"}
         assert 0 <= results[name]["avg@1"]["low"] <= results[name]["avg@1"]["value"] <= results[name]["avg@1"]["high"]
+        spreads = [row["head_std"] for row in samples]
+        assert min(spreads) > 0 and min(spreads) <= results[name]["head_std"] <= max(spreads)
         assert results[name]["ppl_wrong"] > 1 and results[name]["title"].split()[0] in shown
-    again = run(model, tmp_path, ",".join(SIZES), "--max-tokens", "16")
+    assert len({results[name]["head_std"] for name in SIZES}) == len(SIZES)
+    again = run(model, tmp_path, ",".join(SIZES), *flags)
     assert "responses" not in again  # nothing was missing
     assert json.loads((tmp_path / "results.json").read_text())["benchmarks"] == results
 
