@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import random
 from pathlib import Path
@@ -12,7 +13,7 @@ import torch
 from rich.console import Console
 from safetensors.torch import load_file
 
-from megatron_rlvr import benchmarks, evaluate
+from megatron_rlvr import benchmarks, evaluate, evaluation_sampling
 from megatron_rlvr.benchmarks import Benchmark
 from megatron_rlvr.config import ConfigError
 from megatron_rlvr.evaluation_models import find_model
@@ -45,9 +46,10 @@ class FakeSampler:
 
         self.tokenizer = AutoTokenizer.from_pretrained(path)
 
-    def generate(self, requests: list[Request]) -> list[Sample]:
+    def generate(self, requests: list[Request], ended=lambda count: None) -> list[Sample]:
         samples = []
         for request in requests:
+            ended(1)
             if len(self.calls) >= self.fail_after:
                 raise KeyboardInterrupt
             self.calls.append(request)
@@ -92,12 +94,18 @@ def ready(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Setti
         for name in ("one", "two", "repeated")
     }
     monkeypatch.setattr(benchmarks, "BENCHMARKS", table)
-    monkeypatch.setattr(evaluate, "Sampler", FakeSampler)
+    monkeypatch.setattr(evaluation_sampling, "Sampler", FakeSampler)
     monkeypatch.setattr(FakeSampler, "calls", [])
     monkeypatch.setattr(FakeSampler, "fail_after", 10**9)
     return Settings(
         str(model), str(tmp_path / "out"), ["one", "two"], str(tmp_path), samples=4, template="raw", max_tokens=50
     )
+
+
+def test_a_terminal_shows_a_bar(ready: Settings) -> None:
+    shown = io.StringIO()
+    evaluate.evaluate(ready, Console(file=shown, force_terminal=True, width=120))
+    assert "24/24" in shown.getvalue() and "% right" in shown.getvalue() and "24 of 24" not in shown.getvalue()
 
 
 def samples(settings: Settings) -> dict[str, list[str]]:

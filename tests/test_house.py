@@ -25,7 +25,7 @@ FLOORS = {
     2: "distributed group_advantages recorder value_targets",
     3: "exploration",
     4: "models rollout weights",
-    5: "evaluate evaluation_critic evaluation_models launch preflight run train trainer",
+    5: "evaluate evaluation_critic evaluation_models evaluation_sampling launch preflight run train trainer",
 }
 FLOOR_OF = {PACKAGE: 0} | {f"{PACKAGE}.{name}": floor for floor, names in FLOORS.items() for name in names.split()}
 
