@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
-from rich.table import Table
+from rich.table import Column, Table
 
 from megatron_rlvr.benchmarks import Benchmark, find, read
 from megatron_rlvr.evaluation import Estimate, figures, mean
@@ -21,6 +21,8 @@ from megatron_rlvr.evaluation_sampling import Job, sample
 from megatron_rlvr.evaluation_settings import Settings
 from megatron_rlvr.sample_store import SampleStore
 from megatron_rlvr.types import Prompt
+
+WIDTH = 160  # characters of the table in a log file
 
 
 def evaluate(settings: Settings, console: Console) -> dict[str, Any]:
@@ -53,7 +55,7 @@ def evaluate(settings: Settings, console: Console) -> dict[str, Any]:
     results = {item.name: _results(item, prompts, settings.samples, store) for item, prompts in problems}
     written = {"settings": sampled | {"samples": settings.samples}, "benchmarks": results}
     (output / "results.json").write_text(json.dumps(written, indent=1) + "\n")
-    console.print(_table(results))
+    console.print(_table(results), width=None if console.is_terminal else WIDTH)
     return written
 
 
@@ -85,7 +87,7 @@ def _table(results: dict[str, dict[str, Any]]) -> Table:
     largest = f"pass@{rows[0]['samples']}"
     shown = ("avg@", largest, "maj@", "length", "truncated", "ppl_", "head_std")
     names = [name for name in rows[0] if name.startswith(shown)]
-    table = Table("benchmark", "problems", *names)
+    table = Table(Column("benchmark", no_wrap=True), "problems", *names)
     for row in rows:
         table.add_row(row["title"], str(row["problems"]), *(_cell(row[name]) for name in names))
     if len(rows) > 1:
