@@ -22,8 +22,6 @@ from megatron_rlvr.evaluation_settings import Settings
 from megatron_rlvr.sample_store import SampleStore
 from megatron_rlvr.types import Prompt
 
-WIDTH = 160  # characters of the table in a log file
-
 
 def evaluate(settings: Settings, console: Console) -> dict[str, Any]:
     """Sample and judge what is missing, write OUTPUT/results.json and print it as a table.
@@ -55,7 +53,7 @@ def evaluate(settings: Settings, console: Console) -> dict[str, Any]:
     results = {item.name: _results(item, prompts, settings.samples, store) for item, prompts in problems}
     written = {"settings": sampled | {"samples": settings.samples}, "benchmarks": results}
     (output / "results.json").write_text(json.dumps(written, indent=1) + "\n")
-    console.print(_table(results), width=None if console.is_terminal else WIDTH)
+    console.print(_table(results))
     return written
 
 

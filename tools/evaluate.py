@@ -13,6 +13,8 @@ from megatron_rlvr.config import ConfigError
 from megatron_rlvr.evaluation_settings import Settings
 from megatron_rlvr.processes import leave
 
+WIDTH = 160  # characters of a line, and of the table, in a log file
+
 
 def main() -> int:
     parser = argparse.ArgumentParser(description="Sample a model on benchmarks and judge it; a killed one goes on.")
@@ -36,7 +38,7 @@ def main() -> int:
     try:
         from megatron_rlvr.evaluate import evaluate  # imports of seconds, which a wrong command does not wait for
 
-        evaluate(settings, Console())
+        evaluate(settings, Console(width=None if sys.stdout.isatty() else WIDTH))
     except ConfigError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
