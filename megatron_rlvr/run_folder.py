@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import fcntl
 import shutil
+import time
 from pathlib import Path
 from typing import IO
 
@@ -17,6 +18,7 @@ from megatron_rlvr.config import Config, ConfigError
 
 HANG = Path("logs", "hang")  # the stacks of ranks that stood still
 LOCK = "lock"  # held while a run goes on
+PATIENCE = 240.0  # seconds in which a network file system forgets the locks of a node that died
 INITIAL = "initial_hf"  # a run's own folder of random weights
 RECORDS = (
     "config.yaml",
@@ -39,24 +41,30 @@ RECORDS = (
 )
 
 
-def hold(folder: Path) -> IO[str]:
+def hold(folder: Path, patience: float = 0.0) -> IO[str]:
     """Make the folder and keep other runs out of it until the file is closed, or this process is gone.
 
-    Raises ConfigError: a run is going on in it, or it cannot be made. Two jobs that begin at the same moment would both
-    find it empty. A file system without locks leaves that open, and is named.
+    Raises ConfigError: a run is still going on in it after ``patience`` seconds, or it cannot be made. Two jobs that
+    begin at the same moment would both find it empty. A file system without locks leaves that open, and is named.
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
         lock = (folder / LOCK).open("a")
     except OSError as error:
         raise ConfigError(f"cannot make the run's folder {folder}: {error.strerror}; set run.dir") from error
-    try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError as error:
-        raise ConfigError(f"a run is going on in {folder}: wait for its end, or set another run.dir") from error
-    except OSError as error:
-        print(f"{folder}: {error.strerror}; see to it yourself that no other run writes there")
-    return lock
+    deadline = time.monotonic() + patience
+    while True:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            if time.monotonic() >= deadline:
+                lock.close()
+                raise ConfigError(f"a run is going on in {folder}: wait for its end, or set another run.dir") from error
+            time.sleep(1.0)
+            continue
+        except OSError as error:
+            print(f"{folder}: {error.strerror}; see to it yourself that no other run writes there")
+        return lock
 
 
 def prepare_folder(config: Config) -> Path:

@@ -16,7 +16,7 @@ from typing import IO
 
 from megatron_rlvr.config import Config, ConfigError, load_config
 from megatron_rlvr.processes import StopRequest, die_with_parent, everything_made_here_stays, leave
-from megatron_rlvr.run_folder import INITIAL, hold, prepare_folder
+from megatron_rlvr.run_folder import INITIAL, PATIENCE, hold, prepare_folder
 
 LAUNCHED = "MEGATRON_RLVR_LAUNCHED"  # set for ranks whose launcher has already prepared model and folder
 USER_ERROR, FAILURE = 2, 1
@@ -58,7 +58,7 @@ def _prepare(config: Config) -> IO[str]:
 
     preflight.prepare(config)
     preflight.check(config)
-    lock = hold(config.run_dir)
+    lock = hold(config.run_dir, 0.0 if config.run.resume == "never" else PATIENCE)
     folder = prepare_folder(config)
     if config.run.resume != "never":
         check_newest(config, folder)
