@@ -30,7 +30,7 @@ def evaluate(settings: Settings, console: Console) -> dict[str, Any]:
     """
     settings.check()
     model, benchmarks = find_model(settings.model), [find(name, settings.verifier) for name in settings.benchmarks]
-    critic = find_critic(settings.critic) if settings.critic else None
+    critic = find_critic(settings.critic, model) if settings.critic else None
     from transformers import AutoTokenizer  # an import of seconds, which no mistake above waits for
 
     tokenizer = AutoTokenizer.from_pretrained(model)

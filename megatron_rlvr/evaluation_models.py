@@ -36,13 +36,20 @@ def find_model(name: str) -> Path:
     return found
 
 
-def find_critic(name: str) -> Path:
-    """A critic's Hugging Face or Megatron folder, or a training checkpoint's critic. Raises ConfigError."""
+def find_critic(name: str, model: Path) -> Path:
+    """A critic's Hugging Face or Megatron folder, or a training checkpoint's critic.
+
+    Raises ConfigError: none, or one that does not read the tokens of ``model``.
+    """
     folder = model_folder(name, "critic")
     rule(
         (folder / "config.json").exists() and _has_value_head(folder),
         f"critic={name!r} is no critic: name a checkpoint of a PPO run, RUN/checkpoints/step_N, or a folder with "
         f"{VALUE_HEAD}, which tools/convert_hf.py export --model critic writes",
+    )
+    critic, policy = (Architecture.from_folder(path).vocab_size for path in (folder, model))
+    rule(
+        critic == policy, f"critic={name!r} has {critic} tokens, the model {policy}: a critic reads the model's tokens"
     )
     return folder
 

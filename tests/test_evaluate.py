@@ -199,6 +199,10 @@ def test_a_critics_heads_on_each_benchmark(ready: Settings, model: Path, tmp_pat
     ready.output += "-megatron"
     again = evaluate.evaluate(ready, Console(quiet=True))["benchmarks"]
     assert again == results and Path(ready.output, "model/config.json").exists()
+    make_critic(make_folder(tmp_path / "other", vocab_size=97), tmp_path / "others_critic")
+    ready.critic = str(tmp_path / "others_critic")
+    with pytest.raises(ConfigError, match="has 97 tokens, the model 257"):
+        evaluate.evaluate(ready, Console(quiet=True))
     ready.critic = str(model)
     with pytest.raises(ConfigError, match="is no critic: name a checkpoint of a PPO run"):
         evaluate.evaluate(ready, Console(quiet=True))
