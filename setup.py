@@ -38,7 +38,7 @@ EXTRAS = {
         "ruff==0.17.5",
         "types-PyYAML",
     ],
-    "browser": ["selenium==4.52.0"],  # for make test-browser, with Debian's chromium and chromium-driver
+    "browser": ["selenium==4.51.0"],  # for make test-browser, with Debian's chromium and chromium-driver
     "bench": ["trl==1.16.0"],  # the trainer that tools/bench_step.py measures itself against
 }
 

@@ -56,4 +56,5 @@ def long_run(folder: Path) -> Path:
     rows = [step_row(step) for step in range(1, 501)]
     for step in range(1, 501, 50):
         rows[step - 1] |= {"eval/pass@1": step / 1000, "eval/pass@16": 0.7, "eval/distinct": 9.0}
+        rows[step - 1] |= {"eval/aime24/pass@1": step / 2000, "eval/aime25/pass@1": step / 3000}
     return write_run(folder, rows, [response(step, step % 2, "".join(ATTACKS) * 400) for step in range(300, 501)])
