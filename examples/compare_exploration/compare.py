@@ -27,22 +27,26 @@ ROOT = HERE.parents[1]
 RESULTS, BUILD, README = HERE / "results", HERE / "build", HERE / "README.md"
 DEADLINE = 3600.0  # seconds per run; some four minutes where two run at a time on two idle cores
 SPAN = 10  # steps whose mean is one point of a curve
-CURVES = ("reward/mean", "policy/entropy", "lp_reg/share", "cde/perplexity_right", "cde/perplexity_wrong")
-CURVES += ("critic/head_std",)
-COLUMNS = {
+CURVES = ("reward/mean", "policy/entropy", "lp_reg/share", "rollout/perplexity_right", "rollout/perplexity_wrong")
+CURVES += ("critic/head_std", "critic/explained_variance")
+COLUMNS = {  # the last ones are there for some methods alone
     "eval/pass@1": "pass@1",
     "eval/pass@16": "pass@16",
     "eval/distinct": "different answers of 16",
     "eval/distinct_right": "different right answers of 16",
     "policy/entropy": "entropy, nats",
+    "eval/ppl_right": "perplexity of right answers",
+    "eval/ppl_wrong": "perplexity of wrong answers",
+    "lp_reg/share": "regularised share",
+    "eval/head_std": "disagreement of heads",
 }
 HELD_OUT = ("eval/pass@1", "eval/pass@16", "eval/distinct_right")  # one panel each
 # Curves by step, one panel each behind the held-out figures.
 PANELS = {
     "policy/entropy": "entropy, nats",
     "lp_reg/share": "regularised share",
-    "cde/perplexity_right": "perplexity of right answers",
-    "cde/perplexity_wrong": "perplexity of wrong answers",
+    "rollout/perplexity_right": "perplexity of right answers",
+    "rollout/perplexity_wrong": "perplexity of wrong answers",
     "critic/head_std": "disagreement of the critic's heads",
 }
 # Student's t at 97.5 % for n - 1 degrees of freedom: half a 95 % interval in standard errors of a mean of n seeds.
@@ -127,7 +131,7 @@ def summary(folder: Path) -> dict[str, Any]:
         for name in CURVES
         if all(any(name in row for row in span) for span in spans)
     }
-    final["policy/entropy"] = curves["policy/entropy"][-1]
+    final |= {name: curves[name][-1] for name in COLUMNS if name in curves}
     return {"final": final, "held_out": [*held_out, {"step": len(rows), **final}], "curves": curves}
 
 
@@ -157,14 +161,14 @@ def table(by_method: dict[str, list[dict]], steps: int) -> str:
     for method, results in sorted(
         by_method.items(), key=lambda item: -mean(run["final"]["eval/pass@1"] for run in item[1])
     ):
-        cells = [interval([run["final"][name] for run in results]) for name in COLUMNS]
+        cells = [interval([run["final"][name] for run in results if name in run["final"]]) for name in COLUMNS]
         lines.append(f"| {method} | {len(results)} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
 
 def interval(values: list[float]) -> str:
     if len(values) < 2:
-        return f"{mean(values):.3f}"
+        return f"{values[0]:.3f}" if values else "–"
     return f"{mean(values):.3f} ± {T_975[min(len(values), 10)] * stdev(values) / math.sqrt(len(values)):.3f}"
 
 
