@@ -24,11 +24,11 @@ from megatron_rlvr.weights.sources import Checkpoint
 class EvaluationCritic:
     """The K values of each state, from a critic's Hugging Face folder. Raises ConfigError for a damaged one."""
 
-    def __init__(self, folder: Path, dtype: str | torch.dtype = "auto") -> None:
+    def __init__(self, folder: Path) -> None:
         with Checkpoint(folder) as checkpoint:
             head = {name: tensor.float().to(platform.device()) for name, tensor in checkpoint.value_head().items()}
         self._weight, self._bias = head["weight"], head["bias"]
-        self._trunk = AutoModel.from_pretrained(folder, dtype=dtype).eval().to(platform.device())
+        self._trunk = AutoModel.from_pretrained(folder, dtype="auto").eval().to(platform.device())
 
     @torch.no_grad()
     def values(self, prompt_ids: Sequence[int], response_ids: Sequence[int]) -> Tensor:

@@ -194,7 +194,7 @@ def plot(by_method: dict[str, list[dict]]) -> None:
         panel.set(title=title, xlabel="step")
     figure.legend(*panels[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=6, frameon=False)
     for suffix in ("svg", "png"):
-        figure.savefig(HERE / f"curves.{suffix}", dpi=110)
+        figure.savefig(HERE / f"curves.{suffix}", dpi=60)
 
 
 def draw(panel: Any, steps: list[int], runs: list[list[float]], label: str, style: dict) -> None:

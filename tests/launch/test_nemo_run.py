@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import sys
@@ -46,11 +47,21 @@ def test_what_the_planner_refuses_is_not_submitted(tmp_path: Path) -> None:
 
 
 def test_an_experiment_on_this_machine(tmp_path: Path) -> None:
+    """Convert, train, evaluate, report."""
     folder = tmp_path / "run"
     overrides = ["trainer.num_steps=2", "data.eval_path=", f"run.dir={folder}"]
     quoted = ",".join(f'"{override}"' for override in overrides)
     config = "examples/countdown_cpu/config.yaml"
-    launch(tmp_path, "--executor", "local", f"config={config}", f"python={sys.executable}", f"overrides=[{quoted}]")
+    problems = tmp_path / "eval.jsonl"
+    rows = (ROOT / "examples/countdown_cpu/build/eval.jsonl").read_text().splitlines(keepends=True)
+    problems.write_text("".join(rows[:8]))
+    wanted = ["--benchmarks", str(problems), "--verifier", "countdown", "--template", "raw", "--max-tokens", "7"]
+    evaluation = ",".join(f'"{word}"' for word in [*wanted, "--kv-cache-mib", "64"])
+    tasks = ("convert=true", f"overrides=[{quoted}]", f"evaluation=[{evaluation}]")
+    launch(tmp_path, "--executor", "local", f"config={config}", f"python={sys.executable}", *tasks)
+    overrides.append(f"model.path={folder}/initial_megatron")
     assert (folder / "config.yaml").read_text() == as_yaml(load_config(ROOT / config, overrides))
+    found = json.loads((folder / "evaluation/results.json").read_text())
+    assert found["settings"]["model"][0] == str(folder / "hf") and found["benchmarks"]["eval"]["problems"] == 8
     assert len((folder / "metrics.jsonl").read_text().splitlines()) == 2
     assert (folder / "report.html").exists() and (folder / "hf" / "model.safetensors").exists()
