@@ -2,16 +2,18 @@
 
 Forward and backward over the same random logits: ours (log-prob, exact entropy and kept mass, with gradients of all
 three), plain PyTorch over whole logits (the same three; with one rank), megatron-core's cross-entropy, plain and fused,
-which give the log-prob alone, and with --peers slime's, verl's and NeMo-RL's log-prob and entropy. Then from hidden
-states [tokens, --hidden] and the output layer's weight: ours without logits, beside the four matrix products that it
-cannot do without. One JSON line each: median CPU seconds per pass of the slowest rank, rounds interleaved; peak memory
-beside the inputs in bytes, and in bytes per logits element (gradients included, save where they are written over the
-logits or into a buffer that is there); collectives in forward and backward. Ratios come last.
+which give the log-prob alone, with --peers slime's, verl's and NeMo-RL's log-prob and entropy, and a copy of the
+logits. Then from hidden states [tokens, --hidden] and the output layer's weight: ours without logits, beside the four
+matrix products that it cannot do without. One JSON line each: median seconds per pass of the slowest rank (of CPU time,
+or until a GPU is done), rounds interleaved; peak memory beside the inputs in bytes, and in bytes per logits element
+(gradients included, save where they are written over the logits or into a buffer that is there); collectives in forward
+and backward. Ratios come last, with the share of a copy's bytes per second that ours reaches.
 """
 
 from __future__ import annotations
 
 import argparse
+import ctypes
 import gc
 import json
 import sys
@@ -25,6 +27,8 @@ import bench_peers
 import bench_ranks
 
 NAIVE_BYTES = 28  # per logits element, forward and backward (float32)
+
+TRAFFIC = 4  # matrices of logits: ours reads them three times and writes them once; a copy moves two
 
 Run = Callable[[Any, Any], Any]  # (logits or hidden states that need a gradient, targets) -> scalar to differentiate
 
@@ -56,7 +60,8 @@ def bench(options: argparse.Namespace) -> None:
     targets = torch.randint(options.vocab, (options.tokens,), device=platform.device())
     hidden = random(0, options.tokens, options.hidden, 1.0)
     logits = random(1 + groups.rank, options.tokens, columns, 3.0)
-    ratios = compare(options, groups, with_logits(options, groups), logits, targets, columns)
+    ratios = compare(options, groups, with_logits(options, groups, logits), logits, targets, columns)
+    ratios["ours, share of a copy's rate"] = round(TRAFFIC / 2 / ratios["ours / copy"], 3)
     del logits
     weight = random(1 + groups.rank, columns, options.hidden, 3.0 * options.hidden**-0.5)
     ratios |= compare(options, groups, without_logits(groups, weight), hidden, targets, columns)
@@ -77,7 +82,7 @@ def compare(
         for name, run in passes.items():
             row = measure(run, source, targets, options.tokens * columns)
             if number:  # the first one compiles
-                seconds[name].append(row["cpu_seconds"])
+                seconds[name].append(row["seconds"])
                 figures[name] = row
     slowest = torch.tensor([median(seconds[name]) for name in passes])
     dist.all_reduce(slowest, dist.ReduceOp.MAX)
@@ -85,13 +90,13 @@ def compare(
     if groups.rank == 0:
         case = {name: getattr(options, name) for name in ("tokens", "vocab", "tp", "dtype")}
         for name, row in figures.items():
-            row["cpu_seconds"] = round(medians[name], 5)
+            row["seconds"] = round(medians[name], 6)
             print(json.dumps({"implementation": name, **case, **row}), flush=True)
     ours, *others = passes
     return {f"{ours} / {name}": round(medians[ours] / medians[name], 3) for name in others}
 
 
-def with_logits(options: argparse.Namespace, groups: Any) -> dict[str, Run]:
+def with_logits(options: argparse.Namespace, groups: Any, like: Any) -> dict[str, Run]:
     import torch
     from megatron.core import parallel_state
     from megatron.core.fusions.fused_cross_entropy import fused_vocab_parallel_cross_entropy
@@ -119,7 +124,19 @@ def with_logits(options: argparse.Namespace, groups: Any) -> dict[str, Run]:
     def megatron_fused(logits, targets):
         return -fused_vocab_parallel_cross_entropy(logits[:, None], targets[:, None], tp_group).sum()
 
+    class Copy(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, logits):
+            ctx.save_for_backward(room.copy_(logits))
+            return room[0, 0].clone()
+
+        @staticmethod
+        def backward(ctx, upstream):
+            return ctx.saved_tensors[0]
+
+    room = torch.empty_like(like)
     found = {"ours": ours, "megatron": megatron, "megatron_fused": megatron_fused}
+    found["copy"] = lambda logits, targets: Copy.apply(logits)
     if options.peers:
         found |= bench_peers.from_trees(options.peers, tp_group, groups.tp_rank)
     if options.tp == 1:
@@ -174,21 +191,31 @@ def measure(run: Run, source: Any, targets: Any, elements: int) -> dict[str, Any
     gc.collect()
     dist.barrier()
     before = memory(reset=True)
-    started = time.process_time()
+    started = clock()
     with platform.megatron_calls():
         total = run(copy, targets)
         forward = calls["count"]
         (gradient,) = torch.autograd.grad(total, leaf)
-    spent = time.process_time() - started
+    spent = clock() - started
     peak = memory() - before
     assert gradient.shape == source.shape and gradient.isfinite().all()
     calls["restore"]()
     return {
-        "cpu_seconds": spent,
+        "seconds": spent,
         "bytes": peak,
         "bytes_per_element": round(peak / elements, 2),
         "collectives": [forward, calls["count"] - forward],
     }
+
+
+def clock() -> float:
+    """Seconds of this process on the CPU, which other work does not add to; or the time when the GPU is done so far."""
+    import torch
+
+    if not torch.cuda.is_available():
+        return time.process_time()
+    torch.cuda.synchronize()
+    return time.perf_counter()
 
 
 def count_collectives() -> dict[str, Any]:
@@ -215,6 +242,7 @@ def memory(reset: bool = False) -> int:
             torch.cuda.reset_peak_memory_stats()
         return torch.cuda.max_memory_allocated()
     if reset:
+        ctypes.CDLL(None).malloc_trim(0)  # or what was freed before would be used again, and not be seen
         Path("/proc/self/clear_refs").write_text("5")
     status = Path("/proc/self/status").read_text()
     return int(status.partition("VmHWM:")[2].split()[0]) * 1024

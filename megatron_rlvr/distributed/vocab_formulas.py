@@ -7,8 +7,8 @@ rows at a time, share every formula. With t = (z - max z) / temperature and e = 
     log_prob = t[target] - ln s        entropy = ln s - h / s        ln Z = ln(kept / s)
     KL(q_old || p) = ln s - sum q_old (t - ln q_old), over the old policy's kept tokens
 
-"p_v >= min_p * max p" reads t_v >= ln min_p at the threshold's temperature and needs no normaliser, so the kept mass is
-one more sum beside the softmax's own, in the same collective.
+"p_v >= min_p * max p" at a temperature of its own reads z_v - max z >= temperature * ln min_p and needs no normaliser,
+so the kept mass is one more sum beside the softmax's own, in the same collective.
 """
 
 from __future__ import annotations
@@ -106,7 +106,7 @@ class Measured(NamedTuple):
 
     largest: Tensor  # [T] logit over all ranks
     target_gap: Tensor  # [T] target's logit less the largest
-    floor: Tensor  # [T] least gap that the threshold keeps, at its temperature
+    floor: Tensor  # [T] least gap to the largest logit that the threshold keeps
     sums: Tensor  # [6, T] over this rank's columns: e kept, e dropped, e t, e^2, [z > target], q_old (t - ln q_old)
     top_ids: Tensor  # [top + 1, T], or [0, T]
     top_gaps: Tensor  # [top + 1, T] or [0, T]: their logits less the largest
@@ -140,14 +140,16 @@ def measure(real: Tensor, tokens: Tokens, shard: Shard, options: StatisticsOptio
     """``real`` [T, n]: logits of this rank's real columns. One collective, one more for ``tau``, one for ``top``."""
     local = torch.stack([passes_for(real).maximum(real), _logits_at(real, tokens.targets[:, None], shard)[:, 0]])
     largest, target = all_max(local, shard.group)
-    scale = _scale(options, largest)
+    scale = vocab_passes.inverse(options.temperature, largest)
     if options.tau is not None:
-        normaliser = all_sum(passes_for(real).threshold_sum(real, largest, scale), shard.group)[0]
-        floor = math.log(options.tau) + normaliser.log()
+        at = vocab_passes.inverse(options.threshold_temperature, largest)
+        normaliser = all_sum(passes_for(real).threshold_sum(real, largest, at), shard.group)[0]
+        least = math.log(options.tau) + normaliser.log()
     else:
         # no threshold at all is a floor that nothing falls below
-        floor = torch.full_like(largest, math.log(options.min_p) if options.min_p is not None else -torch.inf)
-    t = (_logits_at(real, tokens.old_ids, shard) - largest[:, None]) * scale[0]
+        least = torch.full_like(largest, math.log(options.min_p) if options.min_p is not None else -torch.inf)
+    floor = least * options.threshold_temperature
+    t = (_logits_at(real, tokens.old_ids, shard) - largest[:, None]) * scale
     owned = shard.own(tokens.old_ids)[0] & (tokens.old_q > 0)
     cross = torch.where(owned, tokens.old_q * (t - tokens.old_q.log()), 0.0).sum(1)
     sums = torch.cat([passes_for(real).sums(real, largest, floor, target, scale), cross[None]])
@@ -160,19 +162,18 @@ def derive(
 ) -> tuple[tuple[Tensor | None, ...], State]:
     """(the fields of TokenStatistics in their order, what the backward needs). One collective."""
     kept, dropped, h, squares, larger, cross = all_sum(measured.sums, shard.group)
-    floor, scale = measured.floor, _scale(options, kept)
     s = kept + dropped
     log_s = s.log()
     log_prob, entropy = measured.target_gap / options.temperature - log_s, log_s - h / s
     # ln(kept / s) as log1p of a ratio: a dropped mass below 6e-8 would round to none in fp32
     log_kept_mass = torch.where(kept > 0, -torch.log1p(dropped / kept), 0.0)
-    is_kept = vocab_passes.keeps(measured.target_gap, floor, scale)
+    is_kept = measured.target_gap >= measured.floor
     proxy_log_prob = torch.where(is_kept, log_prob - log_kept_mass, -torch.inf)
     old_kl = torch.where(tokens.old_q.sum(1) > 0, log_s - cross, 0.0) if tokens.old_ids.shape[1] else None
 
     values = (log_prob, entropy, -log_s, squares / s.square(), log_kept_mass, proxy_log_prob, larger + 1, old_kl)
     most_probable = _kept_top(measured, log_s, options) if options.top else (None, None, None)
-    return values + most_probable, State(measured.largest, floor, s, kept, entropy)
+    return values + most_probable, State(measured.largest, measured.floor, s, kept, entropy)
 
 
 def overwrite_with_gradient(
@@ -196,28 +197,23 @@ def overwrite_with_gradient(
     # where a fixed threshold keeps nothing, ln Z is the constant 0; else the most probable is kept, and kept >= 1
     g_kept_mass = torch.where(kept > 0, g_kept_mass, 0.0)
     g_old_p = torch.where(tokens.old_q.sum(1) > 0, g_kl, 0.0)
-    scale = _scale(options, s)
-    a = (g_old_p - g_log_prob - g_entropy * (entropy - s.log()) - g_kept_mass) / s * scale[0]
-    b = -g_entropy / s * scale[0]
-    c = g_kept_mass / kept.clamp(min=1.0) * scale[0]
+    scale = vocab_passes.inverse(options.temperature, s)
+    a = (g_old_p - g_log_prob - g_entropy * (entropy - s.log()) - g_kept_mass) / s * scale
+    b = -g_entropy / s * scale
+    c = g_kept_mass / kept.clamp(min=1.0) * scale
 
     # The entries that get something more are computed whole and not added to: a sum in bf16 would round twice.
     ids = torch.cat([tokens.targets[:, None], tokens.old_ids], dim=1)
     is_target = ids == tokens.targets[:, None]
     old_q = torch.cat([(tokens.old_q * is_target[:, 1:]).sum(1, keepdim=True), tokens.old_q], dim=1)
-    more = (g_log_prob[:, None] * is_target - g_kl[:, None] * old_q) * scale[0]
+    more = (g_log_prob[:, None] * is_target - g_kl[:, None] * old_q) * scale
     gap = _logits_at(real, ids, shard) - largest[:, None]
-    t = gap * scale[0]
-    is_kept = vocab_passes.keeps(gap, floor[:, None], scale)
-    entry = t.exp() * (a[:, None] + b[:, None] * t + torch.where(is_kept, c[:, None], 0.0)) + more
+    t = gap * scale
+    entry = t.exp() * (a[:, None] + b[:, None] * t + torch.where(gap >= floor[:, None], c[:, None], 0.0)) + more
 
     passes_for(real).overwrite_with_gradient(real, largest, floor, (a, b, c), scale)
     rows, places = (t > -torch.inf).nonzero(as_tuple=True)
     real[rows, shard.own(ids)[1][rows, places]] = entry[rows, places].to(real.dtype)
-
-
-def _scale(options: StatisticsOptions, like: Tensor) -> Tensor:
-    return vocab_passes.scales(options.temperature, options.threshold_temperature, like)
 
 
 def _or_zero(gradient: Tensor | None, like: Tensor) -> Tensor:
@@ -255,7 +251,7 @@ def _top(real: Tensor, count: int, shard: Shard) -> tuple[Tensor, Tensor]:
 def _kept_top(measured: Measured, log_s: Tensor, options: StatisticsOptions) -> tuple[Tensor, Tensor, Tensor]:
     """(ids [T, top], their ln p [T, top], whether the threshold keeps more than these [T]); -1 at -inf: filtered."""
     gaps = measured.top_gaps
-    is_kept = vocab_passes.keeps(gaps, measured.floor, _scale(options, log_s)) & (gaps > -torch.inf)
+    is_kept = (gaps >= measured.floor) & (gaps > -torch.inf)
     log_probs = torch.where(is_kept, gaps / options.temperature - log_s, -torch.inf)
     ids = torch.where(is_kept, measured.top_ids, -1)
     return ids[:-1].t().contiguous(), log_probs[:-1].t().contiguous(), is_kept[-1]

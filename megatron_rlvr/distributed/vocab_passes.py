@@ -39,21 +39,21 @@ def maximum(logits: Tensor) -> Tensor:
     return logits.amax(dim=1).to(maths(logits.dtype))
 
 
-def scales(temperature: float, threshold_temperature: float, like: Tensor) -> Tensor:
-    """[2] what a gap is multiplied with. A tensor, for a compiled loop would be compiled anew for every number."""
-    return like.new_tensor([1.0 / temperature, 1.0 / threshold_temperature])
+def inverse(temperature: float, like: Tensor) -> Tensor:
+    """[] what a gap is multiplied with. A tensor, for a compiled loop would be compiled anew for every number."""
+    return like.new_tensor(1.0 / temperature)
 
 
 def sums(logits: Tensor, top: Tensor, floor: Tensor, target: Tensor, scale: Tensor) -> Tensor:
-    """[5, T] local sums, with t = (z - top) / temperature and e = exp t: e kept, e dropped, e t, e^2, [z > target].
+    """[5, T] local sums, with t = (z - top) * scale and e = exp t: e kept, e dropped, e t, e^2, [z > target].
 
-    top, floor, target: [T] maximum over all ranks, least kept gap at the threshold temperature, target's logit.
+    top, floor, target: [T] maximum over all ranks, least z - top that is kept, target's logit; scale: [] an inverse.
     """
     return _over_spans(_sums, logits, (top, floor, target), scale)
 
 
 def threshold_sum(logits: Tensor, top: Tensor, scale: Tensor) -> Tensor:
-    """[1, T] local sum of exp((z - top) / threshold_temperature), what a fixed threshold is measured against."""
+    """[1, T] local sum of exp((z - top) * scale), what a fixed threshold is measured against at its temperature."""
     return _over_spans(_threshold_sum, logits, (top,), scale)
 
 
@@ -64,30 +64,25 @@ def overwrite_with_gradient(
     _by_rows(_overwrite, logits, (top, floor, *factors), scale)
 
 
-def keeps(gap: Tensor, floor: Tensor, scale: Tensor) -> Tensor:
-    """Whether the threshold keeps a column: the one place that says so, so that rounding cannot answer it two ways."""
-    return gap * scale[1] >= floor
-
-
 def _sums(logits: Tensor, top: Tensor, floor: Tensor, target: Tensor, scale: Tensor) -> Tensor:
     z = logits.to(top.dtype)
     gap = z - top[:, None]
-    t = gap * scale[0]
+    t = gap * scale
     e = t.exp()
-    kept = torch.where(keeps(gap, floor[:, None], scale), e, 0.0)
+    kept = torch.where(gap >= floor[:, None], e, 0.0)
     # e - kept is e or exactly 0: the dropped mass is summed by itself, for a difference of sums would cancel
     parts = [kept, e - kept, e * _finite(t), e * e, torch.where(z > target[:, None], 1.0, 0.0)]
     return torch.stack([part.sum(1) for part in parts])
 
 
 def _threshold_sum(logits: Tensor, top: Tensor, scale: Tensor) -> Tensor:
-    return ((logits.to(top.dtype) - top[:, None]) * scale[1]).exp().sum(1)[None]
+    return ((logits.to(top.dtype) - top[:, None]) * scale).exp().sum(1)[None]
 
 
 def _overwrite(logits: Tensor, top: Tensor, floor: Tensor, a: Tensor, b: Tensor, c: Tensor, scale: Tensor) -> None:
     gap = logits.to(top.dtype) - top[:, None]
-    t = gap * scale[0]
-    factor = a[:, None] + b[:, None] * _finite(t) + torch.where(keeps(gap, floor[:, None], scale), c[:, None], 0.0)
+    t = gap * scale
+    factor = a[:, None] + b[:, None] * _finite(t) + torch.where(gap >= floor[:, None], c[:, None], 0.0)
     logits.copy_(t.exp() * factor)
 
 

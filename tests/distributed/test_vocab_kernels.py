@@ -42,14 +42,14 @@ def test_the_suite_of_the_statistics_passes_on_the_kernels() -> None:
 
 
 def make(rows: int, columns: int, dtype: torch.dtype, device: str) -> tuple[Tensor, ...]:
-    """Some columns of a wider matrix, -inf among them, then the row vectors top, floor, target and the scale."""
+    """Some columns of a wider matrix, -inf among them, then vectors top, floor, target, and the scale."""
     generator = torch.Generator().manual_seed(rows + columns)
     wide = torch.randn(rows, columns + 5, generator=generator) * 4
     wide[torch.rand(wide.shape, generator=generator) < 0.1] = -torch.inf
     logits = wide.to(dtype).to(device)[:, :columns]
     top = vocab_passes.maximum(logits).clamp(min=-9.0) + 0.5  # another rank may hold the largest
     floor, target = top.new_full((rows,), -4.03), top - 2.7
-    return logits, top, floor, target, torch.tensor([1.25, 0.7], device=device)
+    return logits, top, floor, target, torch.tensor(1.25, device=device)
 
 
 @pytest.mark.parametrize("device", DEVICES)

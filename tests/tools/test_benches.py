@@ -29,11 +29,13 @@ def run(tool: str, **options: object) -> list[dict]:
 def test_token_statistics() -> None:
     *rows, ratios = run("bench_token_statistics", tokens=6, vocab=64, hidden=8, tp=2, rounds=1)
     found = {row["implementation"]: row for row in rows}
-    assert set(found) == {"ours", "megatron", "megatron_fused", "linear", "products"}
+    assert set(found) == {"ours", "megatron", "megatron_fused", "copy", "linear", "products"}
     assert found["ours"]["collectives"] == [2, 0] and found["megatron"]["collectives"] == [3, 0]
     assert found["linear"]["collectives"] == [2, 1] and found["products"]["collectives"] == [0, 0]
-    assert all(row["tokens"] == 6 and row["tp"] == 2 and row["cpu_seconds"] >= 0 for row in rows)
-    assert set(ratios) == {"ours / megatron", "ours / megatron_fused", "linear / products"}
+    assert all(row["tokens"] == 6 and row["tp"] == 2 and row["seconds"] >= 0 for row in rows)
+    others = {"ours / megatron", "ours / megatron_fused", "ours / copy", "linear / products"}
+    assert set(ratios) == others | {"ours, share of a copy's rate"}
+    assert ratios["ours, share of a copy's rate"] == pytest.approx(2 / ratios["ours / copy"], abs=1e-3)
 
 
 def test_peers_are_named_where_there_are_none(tmp_path: Path) -> None:
