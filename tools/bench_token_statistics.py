@@ -78,12 +78,12 @@ def compare(
 
     figures: dict[str, dict[str, Any]] = {}
     seconds: dict[str, list[float]] = {name: [] for name in passes}
-    for number in range(options.rounds + 1):
+    last = options.rounds + 1
+    for number in range(last + 1):
         for name, run in passes.items():
-            row = measure(run, source, targets, options.tokens * columns)
-            if number:  # the first one compiles
-                seconds[name].append(row["seconds"])
-                figures[name] = row
+            figures[name] = measure(run, source, targets, options.tokens * columns, of_memory=number == last)
+            if 0 < number < last:  # the first one compiles
+                seconds[name].append(figures[name]["seconds"])
     slowest = torch.tensor([median(seconds[name]) for name in passes])
     dist.all_reduce(slowest, dist.ReduceOp.MAX)
     medians = dict(zip(passes, slowest.tolist(), strict=True))
@@ -177,8 +177,11 @@ def without_logits(groups: Any, weight: Any) -> dict[str, Run]:
     return {"linear": linear, "products": lambda hidden, targets: FourProducts.apply(hidden)}
 
 
-def measure(run: Run, source: Any, targets: Any, elements: int) -> dict[str, Any]:
-    """One forward and backward over a copy of ``source``, whose logits have so many elements."""
+def measure(run: Run, source: Any, targets: Any, elements: int, of_memory: bool) -> dict[str, Any]:
+    """One forward and backward over a copy of ``source``, whose logits have so many elements.
+
+    What was freed before is used again without being seen: ``of_memory`` gives it back first, which takes time after.
+    """
     import torch
     import torch.distributed as dist
 
@@ -189,6 +192,8 @@ def measure(run: Run, source: Any, targets: Any, elements: int) -> dict[str, Any
     copy = leaf.view_as(leaf)
     calls = count_collectives()
     gc.collect()
+    if of_memory:
+        ctypes.CDLL(None).malloc_trim(0)
     dist.barrier()
     before = memory(reset=True)
     started = clock()
@@ -242,7 +247,6 @@ def memory(reset: bool = False) -> int:
             torch.cuda.reset_peak_memory_stats()
         return torch.cuda.max_memory_allocated()
     if reset:
-        ctypes.CDLL(None).malloc_trim(0)  # or what was freed before would be used again, and not be seen
         Path("/proc/self/clear_refs").write_text("5")
     status = Path("/proc/self/status").read_text()
     return int(status.partition("VmHWM:")[2].split()[0]) * 1024

@@ -74,6 +74,10 @@ class Shard:
             raise ValueError(f"vocab_size={vocab_size} is more than the {total} columns of all ranks together")
         return Shard(start, min(columns, max(0, (total if vocab_size is None else vocab_size) - start)), group)
 
+    def part(self, columns: slice) -> Shard:
+        """These of the real columns alone."""
+        return Shard(self.start + columns.start, columns.stop - columns.start, self.group)
+
     def own(self, ids: Tensor) -> tuple[Tensor, Tensor]:
         """Whether each id is among the real columns here, and which one it is (any, where it is not)."""
         column = ids - self.start

@@ -3,10 +3,15 @@
 The logits of a few rows at a time are made, measured and dropped, and made again in the backward, where their gradient
 takes their place before it is multiplied on. Beside hidden states and weight that is one block of logits, whatever the
 vocabulary and however many the tokens (``platform.logits_block_elements``), for a fourth matrix product of that size.
+
+A forward needs whole rows, for the largest logit comes first. The backward knows it, and takes tiles that are about
+square: each tile is added to a part of both gradients, in fp32, and of all tiles with so many logits square ones add
+least.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from typing import Any
 
@@ -23,7 +28,7 @@ from megatron_rlvr.distributed.vocab import TokenStatistics, mark_detached
 from megatron_rlvr.distributed.vocab_formulas import Measured, Shard, StatisticsOptions, Tokens
 
 LEAST_ROWS = 64  # of a block, however large the vocabulary: fewer would read the weight from memory for nothing
-WEIGHT_ROWS = 2048  # of a weight gradient that is made in bf16 before it joins the fp32 one
+PRODUCT_ROWS = 2048  # of a gradient that is made in bf16 before it joins the fp32 one
 
 
 def linear_token_statistics(
@@ -89,19 +94,27 @@ class _LinearTokenStatistics(torch.autograd.Function):
     def backward(ctx: Any, *upstream: Tensor | None) -> tuple[Tensor | None, ...]:
         hidden, weight, *saved = ctx.saved_tensors
         state, tokens, shard = vocab_formulas.State(*saved[:5]), Tokens(*saved[5:]), ctx.shard
-        whole, real = _whole(hidden, shard, ctx.sequence_parallel), weight.detach()[: shard.real]
+        whole = _whole(hidden, shard, ctx.sequence_parallel)
         main_grad = getattr(weight, "main_grad", None)
         maths = vocab_passes.maths(weight.dtype)
         weight_gradient = torch.zeros_like(weight, dtype=maths) if main_grad is None else main_grad
         hidden_gradient = torch.zeros_like(whole)
-        for rows, logits in _blocks(whole, weight.detach(), shard, len(tokens.targets)):
+        height, width = tile(len(tokens.targets), shard.real)
+        buffer = whole.new_empty(height * width)
+        for rows in _even(len(tokens.targets), height):
             of_rows = tuple(None if gradient is None else gradient[rows] for gradient in upstream)
             state_of_rows = vocab_formulas.State(*(vector[rows] for vector in state))
-            vocab_formulas.overwrite_with_gradient(
-                logits, tokens.rows(rows), state_of_rows, of_rows, shard, ctx.options
-            )
-            torch.mm(logits, real, out=hidden_gradient[rows])
-            _add_product(weight_gradient[: shard.real], logits, whole[rows])
+            total = torch.zeros_like(whole[rows], dtype=maths)
+            for columns in _even(shard.real, width):
+                part, own = weight.detach()[columns], shard.part(columns)
+                logits = buffer[: len(total) * len(part)].view(len(total), len(part))
+                torch.mm(whole[rows], part.t(), out=logits)
+                vocab_formulas.overwrite_with_gradient(
+                    logits, tokens.rows(rows), state_of_rows, of_rows, own, ctx.options
+                )
+                _add_product(total, logits, part)
+                _add_product(weight_gradient[columns], logits.t(), whole[rows])
+            hidden_gradient[rows] = total
         if ctx.sequence_parallel:
             hidden_gradient = sum_scatter(hidden_gradient, shard.group)
         else:
@@ -130,11 +143,25 @@ def _blocks(hidden: Tensor, weight: Tensor, shard: Shard, tokens: int) -> Iterat
         yield rows, torch.mm(hidden[rows], real.t(), out=buffer[: rows.stop - rows.start])
 
 
-def _add_product(total: Tensor, gradient: Tensor, hidden: Tensor) -> None:
-    """total [n, H] += gradient [t, n].T @ hidden [t, H]; a product in bf16 is rounded once and added in fp32."""
-    if total.dtype == hidden.dtype:
-        total.addmm_(gradient.t(), hidden)
+def tile(tokens: int, columns: int) -> tuple[int, int]:
+    """(rows, columns) of the largest tile of the backward, both at least 1."""
+    elements = platform.logits_block_elements()
+    height = max(1, min(tokens, max(math.isqrt(elements), elements // max(1, columns))))
+    return height, max(1, min(columns, elements // height))
+
+
+def _even(total: int, most: int) -> Iterator[slice]:
+    """``total`` in the fewest parts of at most ``most``, all about as large: none is left so small that it is slow."""
+    size = -(-total // max(1, -(-total // most)))
+    for start in range(0, total, max(1, size)):
+        yield slice(start, min(start + size, total))
+
+
+def _add_product(total: Tensor, left: Tensor, right: Tensor) -> None:
+    """total [n, H] += left [n, m] @ right [m, H]; a product in bf16 is rounded once and added in fp32."""
+    if total.dtype == right.dtype:
+        total.addmm_(left, right)
         return
-    for start in range(0, len(total), WEIGHT_ROWS):
-        rows = slice(start, start + WEIGHT_ROWS)
-        total[rows].add_(gradient[:, rows].t() @ hidden)
+    for start in range(0, len(total), PRODUCT_ROWS):
+        rows = slice(start, start + PRODUCT_ROWS)
+        total[rows].add_(left[rows] @ right)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 from megatron_rlvr.architecture import Architecture
@@ -20,7 +21,7 @@ from megatron_rlvr.planner.workload import Parameters, Workload, stage_parameter
 MIB = 2**20
 MATERIALISED_LIMIT = 2**30  # models/build.py: above it model.logits=auto fuses
 LOGITS_BLOCK = {True: 1 << 24, False: 1 << 25}  # platform.logits_block_elements, on a CPU and on a GPU
-LEAST_ROWS, WEIGHT_ROWS = 64, 2048  # distributed/vocab_linear.py
+LEAST_ROWS, PRODUCT_ROWS = 64, 2048  # distributed/vocab_linear.py
 FRAGMENTATION = 0.03  # of the device, which the caching allocator's rounding may cost a training pass; a judgement
 
 
@@ -183,8 +184,12 @@ def head_bytes(config: Config, architecture: Architecture, device: Device) -> in
     columns = architecture.padded_vocab(tp) // tp
     hidden_gradient = tokens * h * size * (2 if sequence_cut(config) > 1 else 1)  # and the gathered hidden states
     if logits_form(config, architecture) == "fused":
-        rows = min(tokens, max(LEAST_ROWS, LOGITS_BLOCK[device.is_cpu] // columns))
-        return rows * columns * size + hidden_gradient + (2 * WEIGHT_ROWS * h * size if size == 2 else 0)
+        block = LOGITS_BLOCK[device.is_cpu]
+        forward = min(tokens, max(LEAST_ROWS, block // columns)) * columns * size
+        height = min(tokens, max(math.isqrt(block), block // columns))  # of a tile, whose hidden gradient is fp32
+        products = 2 * PRODUCT_ROWS * h * size if size == 2 else 0
+        backward = min(height * columns, block) * size + height * h * 4 + products
+        return max(forward, backward) + hidden_gradient
     weight_gradient = columns * h * size if device.is_cpu else 0
     return tokens * columns * size + hidden_gradient + weight_gradient
 
