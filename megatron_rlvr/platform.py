@@ -70,8 +70,12 @@ def block_elements() -> int:
 
 
 def logits_block_elements() -> int:
-    """Logits that are held at a time where all of them never are: enough rows for matrix products at full speed."""
-    return 1 << 25 if has_gpu() else 1 << 24
+    """Logits that are held at a time where all of them never are: enough rows for matrix products at full speed.
+
+    Of a vocabulary of 152,000 that is 440 rows on a GPU. An H100 computes 990e12 a second in bf16 and reads 3.35e12
+    bytes, so that with fewer than 300 rows it would wait for the weight.
+    """
+    return 1 << 26 if has_gpu() else 1 << 24
 
 
 def give_back_cached_memory() -> None:

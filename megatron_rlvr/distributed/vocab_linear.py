@@ -101,11 +101,11 @@ class _LinearTokenStatistics(torch.autograd.Function):
         hidden_gradient = torch.zeros_like(whole)
         height, width = tile(len(tokens.targets), shard.real)
         buffer = whole.new_empty(height * width)
-        for rows in _even(len(tokens.targets), height):
+        for rows in even_parts(len(tokens.targets), height):
             of_rows = tuple(None if gradient is None else gradient[rows] for gradient in upstream)
             state_of_rows = vocab_formulas.State(*(vector[rows] for vector in state))
             total = torch.zeros_like(whole[rows], dtype=maths)
-            for columns in _even(shard.real, width):
+            for columns in even_parts(shard.real, width):
                 part, own = weight.detach()[columns], shard.part(columns)
                 logits = buffer[: len(total) * len(part)].view(len(total), len(part))
                 torch.mm(whole[rows], part.t(), out=logits)
@@ -150,7 +150,7 @@ def tile(tokens: int, columns: int) -> tuple[int, int]:
     return height, max(1, min(columns, elements // height))
 
 
-def _even(total: int, most: int) -> Iterator[slice]:
+def even_parts(total: int, most: int) -> Iterator[slice]:
     """``total`` in the fewest parts of at most ``most``, all about as large: none is left so small that it is slow."""
     size = -(-total // max(1, -(-total // most)))
     for start in range(0, total, max(1, size)):

@@ -23,7 +23,9 @@ log = logging.getLogger(__name__)
 
 R = TypeVar("R")
 
-FUSE_FROM = 4096  # local columns; compiling takes seconds, which a smaller vocabulary never earns back
+# Local columns; compiling takes seconds, which a smaller vocabulary never earns back. The tiles that vocab_linear.py cuts
+# a larger one into are not smaller than this.
+FUSE_FROM = 2048
 SPAN = 16384  # columns summed in one go: fp32 loses a digit over the 150,000 of a whole vocabulary
 
 

@@ -20,7 +20,7 @@ from megatron_rlvr.planner.workload import Parameters, Workload, stage_parameter
 
 MIB = 2**20
 MATERIALISED_LIMIT = 2**30  # models/build.py: above it model.logits=auto fuses
-LOGITS_BLOCK = {True: 1 << 24, False: 1 << 25}  # platform.logits_block_elements, on a CPU and on a GPU
+LOGITS_BLOCK = {True: 1 << 24, False: 1 << 26}  # platform.logits_block_elements, on a CPU and on a GPU
 LEAST_ROWS, PRODUCT_ROWS = 64, 2048  # distributed/vocab_linear.py
 FRAGMENTATION = 0.03  # of the device, which the caching allocator's rounding may cost a training pass; a judgement
 

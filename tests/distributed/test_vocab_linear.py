@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from megatron_rlvr import platform
-from megatron_rlvr.distributed import vocab_linear
+from megatron_rlvr.distributed import vocab_linear, vocab_passes
 from megatron_rlvr.distributed.vocab_formulas import StatisticsOptions
 from megatron_rlvr.distributed.vocab_linear import linear_token_statistics
 from tests.distributed.test_vocab import OPTIONS, TOP_FIELDS, Case, old_reference, reference, weighted
@@ -182,6 +182,17 @@ def test_memory_does_not_grow_with_tokens_times_vocabulary(monkeypatch: pytest.M
             found = linear_token_statistics(hidden, weight, torch.zeros(tokens, dtype=torch.long), min_p=0.1, top=4)
             (found.log_prob + found.entropy + found.log_kept_mass).sum().backward()
         assert 4 * block <= largest.bytes <= 4 * max(block, 10 * tokens), largest.bytes
+
+
+@pytest.mark.parametrize("columns", [1, 320, 18_992, 75_968, 151_936])
+@pytest.mark.parametrize("tokens", [1, 1000, 4096, 40_000])
+def test_tiles_are_within_a_block_and_wide_enough_to_be_fused(tokens: int, columns: int) -> None:
+    height, width = vocab_linear.tile(tokens, columns)
+    assert height * width <= platform.logits_block_elements()
+    parts = list(vocab_linear.even_parts(columns, width))
+    assert [part.start for part in parts] == [0, *(part.stop for part in parts[:-1])] and parts[-1].stop == columns
+    widths = [part.stop - part.start for part in parts]
+    assert width >= max(widths) and min(widths) >= min(columns, vocab_passes.FUSE_FROM)
 
 
 def test_one_reduction_of_the_hidden_gradient() -> None:
