@@ -23,8 +23,8 @@ log = logging.getLogger(__name__)
 
 R = TypeVar("R")
 
-# Local columns; compiling takes seconds, which a smaller vocabulary never earns back. The tiles that vocab_linear.py cuts
-# a larger one into are not smaller than this.
+# Local columns; compiling takes seconds, which a smaller vocabulary never earns back. vocab_linear.py cuts a larger one
+# into tiles that are not narrower than this.
 FUSE_FROM = 2048
 SPAN = 16384  # columns summed in one go: fp32 loses a digit over the 150,000 of a whole vocabulary
 
