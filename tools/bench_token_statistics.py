@@ -253,6 +253,10 @@ def memory(reset: bool = False) -> int:
 
 
 def free_bytes() -> int:
+    import torch
+
+    if torch.cuda.is_available():
+        return torch.cuda.mem_get_info()[0]
     text = Path("/proc/meminfo").read_text()
     return int(text.partition("MemAvailable:")[2].split()[0]) * 1024
 

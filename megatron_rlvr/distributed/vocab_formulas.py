@@ -146,8 +146,8 @@ def measure(real: Tensor, tokens: Tokens, shard: Shard, options: StatisticsOptio
     largest, target = all_max(local, shard.group)
     scale = vocab_passes.inverse(options.temperature, largest)
     if options.tau is not None:
-        at = vocab_passes.inverse(options.threshold_temperature, largest)
-        normaliser = all_sum(passes_for(real).threshold_sum(real, largest, at), shard.group)[0]
+        threshold_scale = vocab_passes.inverse(options.threshold_temperature, largest)
+        normaliser = all_sum(passes_for(real).threshold_sum(real, largest, threshold_scale), shard.group)[0]
         least = math.log(options.tau) + normaliser.log()
     else:
         # no threshold at all is a floor that nothing falls below

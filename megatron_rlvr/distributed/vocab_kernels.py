@@ -1,8 +1,8 @@
 """The passes of vocab_passes.py as Triton kernels, for logits on a GPU: same functions, same meaning, fp32 maths.
 
 One program takes one row of the logits, BLOCK columns at a time, and keeps its sums in registers, so that each logit is
-read once. How fast that can be is a matter of instructions before it is one of memory: a Hopper GPU issues some 16 for
-each bf16 logit in the time that its memory takes to bring it. Hence powers of two and not of e (an instruction each,
+read once. How fast that can be is a matter of instructions as much as of memory: in the time that its memory takes to
+bring a bf16 logit, an H100 issues 18 for it and an H200 12. Hence powers of two and not of e (an instruction each,
 where denormal results of exp cost three more), an indicator that is multiplied with and not chosen by, and one program
 of four warps with eight columns to a thread, so that registers leave room for half of the warps that a GPU can hold.
 
@@ -23,7 +23,7 @@ BLOCK = 1024  # columns that a program holds at a time: eight to a thread, 16 by
 WARPS = 4
 LOG2_E = tl.constexpr(math.log2(math.e))
 LN_2 = tl.constexpr(math.log(2.0))
-NOTHING = tl.constexpr(-200.0)  # 2 to it is 0 in fp32; -inf times that 0 would be NaN where the limit of p ln p is 0
+UNDERFLOW = tl.constexpr(-200.0)  # 2 to it is 0 in fp32; -inf times that 0 would be NaN where the limit of p ln p is 0
 
 
 def maximum(logits: Tensor) -> Tensor:
@@ -75,8 +75,8 @@ def _logits(logits, stride, columns, start, BLOCK: tl.constexpr):
 
 @triton.jit
 def _exponent(gap, scale):
-    """ln e / ln 2 of e = exp(gap * scale); a NaN stays one."""
-    return tl.maximum(gap * (scale * LOG2_E), NOTHING, propagate_nan=tl.PropagateNan.ALL)
+    """x of 2^x = exp(gap * scale); a NaN stays one."""
+    return tl.maximum(gap * (scale * LOG2_E), UNDERFLOW, propagate_nan=tl.PropagateNan.ALL)
 
 
 @triton.jit

@@ -188,7 +188,7 @@ def head_bytes(config: Config, architecture: Architecture, device: Device) -> in
         forward = min(tokens, max(LEAST_ROWS, block // columns)) * columns * size
         height = min(tokens, max(math.isqrt(block), block // columns))  # of a tile, whose hidden gradient is fp32
         products = 2 * PRODUCT_ROWS * h * size if size == 2 else 0
-        backward = min(height * columns, block) * size + height * h * 4 + products
+        backward = height * min(columns, block // height) * size + height * h * 4 + products
         return max(forward, backward) + hidden_gradient
     weight_gradient = columns * h * size if device.is_cpu else 0
     return tokens * columns * size + hidden_gradient + weight_gradient

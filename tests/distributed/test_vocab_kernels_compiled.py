@@ -35,8 +35,7 @@ AT_MOST = {"_maximum": 4.0, "_sums": 15.5, "_threshold_sum": 8.5, "_overwrite": 
 class Compiled(NamedTuple):
     registers: int
     spilled: int  # bytes to a thread
-    code: list[str]  # instructions
-    loop: list[str]  # of it: the largest loop's
+    loop: list[str]  # the largest one's instructions
 
 
 def build(name: str, dtype: str, capability: int) -> bytes:
@@ -72,7 +71,7 @@ def read(binary: bytes, folder: Path) -> Compiled:
             back = re.search(r"\bBRA\b.*?(\.L_x_\d+)", instruction[1])
             body = code[labels[back[1]] :] if back and back[1] in labels else []
             loop = max(loop, body, key=len)
-    return Compiled(int(usage[1]), int(usage[2]) + int(usage[3]), code, loop)
+    return Compiled(int(usage[1]), int(usage[2]) + int(usage[3]), loop)
 
 
 def count(code: list[str], operation: str) -> int:

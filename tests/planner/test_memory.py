@@ -1,0 +1,29 @@
+"""What the planner repeats of the parts that it predicts is what they say."""
+
+from __future__ import annotations
+
+import pytest
+
+from megatron_rlvr import platform
+from megatron_rlvr.distributed import vocab_linear
+from megatron_rlvr.planner import memory
+from megatron_rlvr.planner.devices import DEVICES
+from megatron_rlvr.planner.workload import Workload
+from tests.planner.test_plan import QWEN32, plan
+
+
+@pytest.mark.parametrize("gpu", [False, True])
+def test_the_planner_knows_the_sizes_of_the_statistics(gpu: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It repeats them, for to import them it would have to import torch."""
+    monkeypatch.setattr(platform, "has_gpu", lambda: gpu)
+    assert memory.LOGITS_BLOCK[not gpu] == platform.logits_block_elements()
+    assert (memory.LEAST_ROWS, memory.PRODUCT_ROWS) == (vocab_linear.LEAST_ROWS, vocab_linear.PRODUCT_ROWS)
+    config = plan(QWEN32).config
+    config.model.logits, model = "fused", Workload.of(config).policy
+    columns, h = model.padded_vocab(config.parallel.tp) // config.parallel.tp, model.hidden_size
+    tokens = memory.microbatch(config)
+    height, width = vocab_linear.tile(tokens, columns)
+    products = 2 * vocab_linear.PRODUCT_ROWS * h * 2
+    held = height * width * 2 + height * h * 4 + products
+    hidden = tokens * h * 2 * (2 if config.parallel.sequence_parallel else 1)
+    assert memory.head_bytes(config, model, DEVICES["h100" if gpu else "cpu"]) == held + hidden
