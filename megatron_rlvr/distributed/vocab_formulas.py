@@ -78,11 +78,6 @@ class Shard:
         """These of the real columns alone."""
         return Shard(self.start + columns.start, columns.stop - columns.start, self.group)
 
-    def own(self, ids: Tensor) -> tuple[Tensor, Tensor]:
-        """Whether each id is among the real columns here, and which one it is (any, where it is not)."""
-        column = ids - self.start
-        return (column >= 0) & (column < self.real), column.clamp(0, max(0, self.real - 1))
-
 
 class Tokens(NamedTuple):
     """The vocabulary entries that a row is asked about: the target, and the old policy's kept set (K = 0: none)."""
@@ -100,6 +95,10 @@ class Tokens(NamedTuple):
         ids, log_probs = old_top
         total = log_probs.to(dtype).logsumexp(1, keepdim=True)
         return Tokens(targets, ids, torch.where(total > -torch.inf, (log_probs - total).exp(), 0.0))
+
+    def ids(self) -> Tensor:
+        """[T, 1 + K]"""
+        return torch.cat([self.targets[:, None], self.old_ids], dim=1)
 
     def rows(self, rows: slice) -> Tokens:
         return Tokens(*(tensor[rows] for tensor in self))
@@ -142,7 +141,7 @@ def passes_for(logits: Tensor) -> ModuleType:
 
 def measure(real: Tensor, tokens: Tokens, shard: Shard, options: StatisticsOptions) -> Measured:
     """``real`` [T, n]: logits of this rank's real columns. One collective, one more for ``tau``, one for ``top``."""
-    local = torch.stack([passes_for(real).maximum(real), _logits_at(real, tokens.targets[:, None], shard)[:, 0]])
+    local = torch.stack([passes_for(real).maximum(real), _logits_at(real, tokens.targets[:, None], shard.start)[:, 0]])
     largest, target = all_max(local, shard.group)
     scale = vocab_passes.inverse(options.temperature, largest)
     if options.tau is not None:
@@ -153,10 +152,8 @@ def measure(real: Tensor, tokens: Tokens, shard: Shard, options: StatisticsOptio
         # no threshold at all is a floor that nothing falls below
         least = torch.full_like(largest, math.log(options.min_p) if options.min_p is not None else -torch.inf)
     floor = least * options.threshold_temperature
-    t = (_logits_at(real, tokens.old_ids, shard) - largest[:, None]) * scale
-    owned = shard.own(tokens.old_ids)[0] & (tokens.old_q > 0)
-    cross = torch.where(owned, tokens.old_q * (t - tokens.old_q.log()), 0.0).sum(1)
-    sums = torch.cat([passes_for(real).sums(real, largest, floor, target, scale), cross[None]])
+    cross = _cross(real, tokens, largest, scale, shard)
+    sums = torch.cat([passes_for(real).sums(real, largest, floor, target, scale), cross])
     top_ids, top = _top(real, options.top + 1 if options.top else 0, shard)
     return Measured(largest, target - largest, floor, sums, top_ids.t(), (top - largest[:, None]).t())
 
@@ -165,19 +162,28 @@ def derive(
     measured: Measured, tokens: Tokens, shard: Shard, options: StatisticsOptions
 ) -> tuple[tuple[Tensor | None, ...], State]:
     """(the fields of TokenStatistics in their order, what the backward needs). One collective."""
-    kept, dropped, h, squares, larger, cross = all_sum(measured.sums, shard.group)
+    totals = all_sum(measured.sums, shard.group)
+    scale = vocab_passes.inverse(options.temperature, totals)
+    values, state = _fields(measured, totals, tokens, scale)
+    most_probable = _kept_top(measured, state.s.log(), options) if options.top else (None, None, None)
+    return values + most_probable, state
+
+
+@vocab_passes.fused_on_gpu
+def _fields(
+    measured: Measured, totals: Tensor, tokens: Tokens, scale: Tensor
+) -> tuple[tuple[Tensor | None, ...], State]:
+    kept, dropped, h, squares, larger, cross = totals
     s = kept + dropped
     log_s = s.log()
-    log_prob, entropy = measured.target_gap / options.temperature - log_s, log_s - h / s
+    log_prob, entropy = measured.target_gap * scale - log_s, log_s - h / s
     # ln(kept / s) as log1p of a ratio: a dropped mass below 6e-8 would round to none in fp32
     log_kept_mass = torch.where(kept > 0, -torch.log1p(dropped / kept), 0.0)
     is_kept = measured.target_gap >= measured.floor
     proxy_log_prob = torch.where(is_kept, log_prob - log_kept_mass, -torch.inf)
     old_kl = torch.where(tokens.old_q.sum(1) > 0, log_s - cross, 0.0) if tokens.old_ids.shape[1] else None
-
     values = (log_prob, entropy, -log_s, squares / s.square(), log_kept_mass, proxy_log_prob, larger + 1, old_kl)
-    most_probable = _kept_top(measured, log_s, options) if options.top else (None, None, None)
-    return values + most_probable, State(measured.largest, measured.floor, s, kept, entropy)
+    return values, State(measured.largest, measured.floor, s, kept, entropy)
 
 
 def overwrite_with_gradient(
@@ -196,40 +202,85 @@ def overwrite_with_gradient(
     """
     if not real.numel():
         return
-    largest, floor, s, kept, entropy = state
+    scale = vocab_passes.inverse(options.temperature, state.s)
+    factors, more = _factors(tokens, state, upstream, scale)
+    columns, entries = _entries(real, tokens, state, factors, more, scale, shard.start)
+    passes_for(real).overwrite_with_gradient(real, state.largest, state.floor, factors, scale)
+    # not scatter_: on a CPU that one copies a whole bf16 matrix
+    real[torch.arange(len(real), device=real.device)[:, None], columns] = entries
+
+
+@vocab_passes.fused_on_gpu
+def _factors(
+    tokens: Tokens, state: State, upstream: tuple[Tensor | None, ...], scale: Tensor
+) -> tuple[tuple[Tensor, Tensor, Tensor], Tensor]:
+    """((a, b, c), what is added for the target and each of the old policy's tokens [T, 1 + K])."""
+    _, _, s, kept, entropy = state
     g_log_prob, g_entropy, g_kept_mass, g_kl = (_or_zero(upstream[field], s) for field in (0, 1, 4, 7))
     # where a fixed threshold keeps nothing, ln Z is the constant 0; else the most probable is kept, and kept >= 1
     g_kept_mass = torch.where(kept > 0, g_kept_mass, 0.0)
     g_old_p = torch.where(tokens.old_q.sum(1) > 0, g_kl, 0.0)
-    scale = vocab_passes.inverse(options.temperature, s)
     a = (g_old_p - g_log_prob - g_entropy * (entropy - s.log()) - g_kept_mass) / s * scale
     b = -g_entropy / s * scale
     c = g_kept_mass / kept.clamp(min=1.0) * scale
 
-    # The entries that get something more are computed whole and not added to: a sum in bf16 would round twice.
-    ids = torch.cat([tokens.targets[:, None], tokens.old_ids], dim=1)
-    is_target = ids == tokens.targets[:, None]
+    is_target = tokens.ids() == tokens.targets[:, None]
     old_q = torch.cat([(tokens.old_q * is_target[:, 1:]).sum(1, keepdim=True), tokens.old_q], dim=1)
-    more = (g_log_prob[:, None] * is_target - g_kl[:, None] * old_q) * scale
-    gap = _logits_at(real, ids, shard) - largest[:, None]
-    t = gap * scale
-    entry = t.exp() * (a[:, None] + b[:, None] * t + torch.where(gap >= floor[:, None], c[:, None], 0.0)) + more
+    return (a, b, c), (g_log_prob[:, None] * is_target - g_kl[:, None] * old_q) * scale
 
-    passes_for(real).overwrite_with_gradient(real, largest, floor, (a, b, c), scale)
-    rows, places = (t > -torch.inf).nonzero(as_tuple=True)
-    real[rows, shard.own(ids)[1][rows, places]] = entry[rows, places].to(real.dtype)
+
+@vocab_passes.fused_on_gpu
+def _entries(
+    real: Tensor,
+    tokens: Tokens,
+    state: State,
+    factors: tuple[Tensor, Tensor, Tensor],
+    more: Tensor,
+    scale: Tensor,
+    start: int,
+) -> tuple[Tensor, Tensor]:
+    """(columns, gradients there) [T, 1 + K] where ``more`` comes in; ``start`` is the id of the first column.
+
+    They are computed whole and not added to: a sum in bf16 would round twice. An id of another rank stands for one of
+    its row that is here, and where none is, for a column that gets nothing more: to leave it out is to wait for a GPU.
+    """
+    owned, column = _own(tokens.ids(), start, real.shape[1])
+    here = owned.int().argmax(1, keepdim=True)
+    column = torch.where(owned, column, column.gather(1, here))
+    more = torch.where(owned, more, torch.where(owned.gather(1, here), more.gather(1, here), 0.0))
+    a, b, c = (factor[:, None] for factor in factors)
+    gap = real.gather(1, column).to(more.dtype) - state.largest[:, None]
+    t = gap * scale
+    entry = t.exp() * (a + b * t + torch.where(gap >= state.floor[:, None], c, 0.0)) + more
+    return column, torch.where(t > -torch.inf, entry, 0.0).to(real.dtype)
 
 
 def _or_zero(gradient: Tensor | None, like: Tensor) -> Tensor:
     return torch.zeros_like(like) if gradient is None else gradient
 
 
-def _logits_at(real: Tensor, ids: Tensor, shard: Shard) -> Tensor:
+def _own(ids: Tensor, start: int, columns: int) -> tuple[Tensor, Tensor]:
+    """Whether each id is one of so many from ``start`` on, and which one it is (any, where it is not)."""
+    column = ids - start
+    return (column >= 0) & (column < columns), column.clamp(0, max(0, columns - 1))
+
+
+def _cross(real: Tensor, tokens: Tokens, largest: Tensor, scale: Tensor, shard: Shard) -> Tensor:
+    """[1, T] sum of q_old (t - ln q_old) over those of the old policy's tokens that are here."""
+    if tokens.old_ids.shape[1] == 0:
+        return torch.zeros_like(largest)[None]
+    t = (_logits_at(real, tokens.old_ids, shard.start) - largest[:, None]) * scale
+    here = _own(tokens.old_ids, shard.start, shard.real)[0] & (tokens.old_q > 0)
+    return torch.where(here, tokens.old_q * (t - tokens.old_q.log()), 0.0).sum(1)[None]
+
+
+@vocab_passes.fused_on_gpu
+def _logits_at(real: Tensor, ids: Tensor, start: int) -> Tensor:
     """[T, k] ids -> [T, k]: the logit where the id is this rank's, -inf elsewhere, in the dtype of the maths."""
-    owned, column = shard.own(ids)
     maths = vocab_passes.maths(real.dtype)
-    if shard.real == 0:
+    if real.shape[1] == 0:
         return real.new_full(ids.shape, -torch.inf, dtype=maths)
+    owned, column = _own(ids, start, real.shape[1])
     return torch.where(owned, real.gather(1, column), -torch.inf).to(maths)
 
 

@@ -12,7 +12,7 @@ import logging
 import os
 import shutil
 from collections.abc import Callable, Iterator
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -43,7 +43,7 @@ def maximum(logits: Tensor) -> Tensor:
 
 def inverse(temperature: float, like: Tensor) -> Tensor:
     """[] what a gap is multiplied with. A tensor, for a compiled loop would be compiled anew for every number."""
-    return like.new_tensor(1.0 / temperature)
+    return like.new_full((), 1.0 / temperature)
 
 
 def sums(logits: Tensor, top: Tensor, floor: Tensor, target: Tensor, scale: Tensor) -> Tensor:
@@ -123,6 +123,16 @@ def _fuses(logits: Tensor) -> bool:
 @functools.cache
 def _fused(expression: Callable) -> Callable:
     return torch.compile(expression, dynamic=True)
+
+
+def fused_on_gpu(function: Callable[..., R]) -> Callable[..., R]:
+    """``function`` of row vectors, as one kernel or two where there is a GPU: a launch takes longer than they do."""
+
+    @functools.wraps(function)
+    def run(*arguments: Any) -> R:
+        return (_fused(function) if platform.has_triton() else function)(*arguments)
+
+    return run
 
 
 @functools.cache

@@ -15,6 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from megatron_rlvr import platform
 from megatron_rlvr.config import ConfigError
 from megatron_rlvr.distributed import vocab_passes
 from megatron_rlvr.distributed.vocab import StatisticsOptions, TokenStatistics, token_statistics
@@ -406,6 +407,14 @@ def test_fused_passes_of_a_real_vocabulary(dtype: torch.dtype, options: Statisti
     error = (logits.grad.double() - gradient).norm() / gradient.norm()
     rounding = (gradient.to(dtype).double() - gradient).norm() / gradient.norm()
     assert error < rounding + 1e-6
+
+
+@pytest.mark.skipif(not vocab_passes.can_fuse(), reason="needs a C++ compiler")
+def test_what_a_gpu_fuses_gives_the_same_fused(monkeypatch: pytest.MonkeyPatch):
+    """The formulas of row vectors, compiled for the CPU."""
+    monkeypatch.setattr(platform, "has_triton", lambda: True)
+    case = make_case(7, 14, 37, 48, StatisticsOptions(min_p=0.1, temperature=0.7), holes=True, top=5)
+    check([case], torch.float32, 1)
 
 
 def test_overwriting_puts_the_gradient_where_the_logits_were():
