@@ -173,6 +173,7 @@ class TrainerConfig:
     microbatch_tokens: int = 8192  # packed tokens per microbatch, prompt and response
     eval_every: int = 0  # steps; 0: never
     eval_responses: int = 16  # per held-out prompt
+    eval_temperature: float | None = None  # of held-out responses and their perplexities; null: rollout.temperature
     save_every: int = 0  # steps; 0: only at the end
     keep_last: int = 2  # newest checkpoints that stay: one, and the one before in case the disk damages it
     keep_best: int = 0  # checkpoints with the best eval/pass@1 that stay besides

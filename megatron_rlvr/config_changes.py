@@ -17,8 +17,8 @@ from megatron_rlvr.types import Prompt
 FREE = [
     *("name", "prepare", "logging", "data.path", "data.eval_path", "data.eval_sources", "data.strict"),
     *("reward.workers", "reward.deadline", "rollout.kv_cache_mib", "rollout.gpu_memory_utilization"),
-    *("trainer.num_steps", "trainer.eval_every", "trainer.eval_responses", "trainer.log_rollouts"),
-    *("trainer.save_every", "trainer.keep_last", "trainer.keep_best"),
+    *("trainer.num_steps", "trainer.eval_every", "trainer.eval_responses", "trainer.eval_temperature"),
+    *("trainer.log_rollouts", "trainer.save_every", "trainer.keep_last", "trainer.keep_best"),
 ]
 
 # The same numbers, summed in another order.

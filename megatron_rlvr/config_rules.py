@@ -85,11 +85,15 @@ def _check_ranges(config: Config) -> None:
     }
     for name, value in at_least_one.items():
         rule(value >= 1, f"{name} must be at least 1, not {value}")
-    rule(
-        0 < config.rollout.temperature <= 2,
-        f"rollout.temperature must be in (0, 2], not {config.rollout.temperature}: "
-        f"greedy decoding has no log-probs to learn from, and the engine refuses more than 2",
-    )
+    temperatures: dict[str, float] = {"rollout.temperature": config.rollout.temperature}
+    if config.trainer.eval_temperature is not None:
+        temperatures["trainer.eval_temperature"] = config.trainer.eval_temperature
+    for name, temperature in temperatures.items():
+        rule(
+            0 < temperature <= 2,
+            f"{name} must be in (0, 2], not {temperature}: greedy decoding has no log-probs to learn from or to "
+            f"measure perplexities by, and the engine refuses more than 2",
+        )
     rule(config.run.hang_timeout > 0, f"run.hang_timeout must be above 0 seconds, not {config.run.hang_timeout}")
     rule(0 <= config.model.dropout < 1, f"model.dropout must be in [0, 1), not {config.model.dropout}")
     for section, settings in {"optimizer": config.optimizer, "critic.optimizer": config.critic.optimizer}.items():
@@ -119,12 +123,17 @@ def _check_ranges(config: Config) -> None:
         0 <= config.algorithm.clip_low <= 1,
         f"algorithm.clip_low must be in [0, 1], not {config.algorithm.clip_low}: a ratio is never negative",
     )
+    rule(
+        config.algorithm.clip_high >= 0,
+        f"algorithm.clip_high must be at least 0, not {config.algorithm.clip_high}: on-policy the ratio is 1",
+    )
 
 
 def _check_reward(config: Config) -> None:
     rule(config.reward.deadline > 0, f"reward.deadline must be above 0 seconds, not {config.reward.deadline:g}")
+    names = {term.rpartition("*")[2].strip() for term in config.verifier.split("+")}
     rule(
-        config.reward.scale == "verifier" or config.verifier != "dapo",
+        config.reward.scale == "verifier" or "dapo" not in names,
         "reward.scale=signed maps 0..1 to -1..+1, and verifier=dapo gives -1 and +1 already: drop one of them",
     )
 

@@ -189,13 +189,13 @@ def kl_penalty(micro: Microbatch, log_prob: Tensor, settings: KlConfig, meter: M
 
 def token_mean(micro: Microbatch, update: Update, length: int) -> Tensor:
     """Every loss token of the update counts the same."""
-    return micro.loss_mask.float() / update.num_tokens
+    return micro.loss_mask.float() / max(1, update.num_tokens)
 
 
 def sequence_mean(micro: Microbatch, update: Update, length: int) -> Tensor:
     """Every response counts the same, so long answers do not outweigh short ones; one without tokens adds nothing."""
     lengths = micro.per_token(micro.response_lengths)
-    return micro.loss_mask.float() / (lengths.clamp(min=1) * update.num_responses)
+    return micro.loss_mask.float() / (lengths.clamp(min=1) * max(1, update.num_responses))
 
 
 def sequence_sum(micro: Microbatch, update: Update, length: int) -> Tensor:
@@ -204,16 +204,16 @@ def sequence_sum(micro: Microbatch, update: Update, length: int) -> Tensor:
     A mean over the tokens that happen to be there would weigh a token less among long answers. Dr.GRPO
     (arXiv 2503.20783).
     """
-    return micro.loss_mask.float() / (length * update.num_responses)
+    return micro.loss_mask.float() / (length * max(1, update.num_responses))
 
 
 def microbatch_token_mean(micro: Microbatch, update: Update, length: int) -> Tensor:
-    """Token mean inside the microbatch, microbatches weighed by their number of responses.
+    """Token mean inside the microbatch, microbatches weighed by their number of scored responses.
 
     What the released Lp-Reg code computes; the result depends on how responses are packed.
     """
-    tokens = micro.loss_mask.sum().clamp(min=1)
-    return micro.loss_mask.float() / tokens * (micro.num_responses / update.num_responses)
+    tokens, responses = micro.loss_mask.sum().clamp(min=1), (micro.response_lengths > 0).sum()
+    return micro.loss_mask.float() / tokens * (responses / max(1, update.num_responses))
 
 
 REDUCTIONS: dict[str, Callable[[Microbatch, Update, int], Tensor]] = {

@@ -38,8 +38,8 @@ from megatron_rlvr.prompt_files import source_name, stem
 from megatron_rlvr.prompts import PromptSet, load_prompts
 from megatron_rlvr.recorder import FlightRecorder
 from megatron_rlvr.rollout.collect import RolloutCollector
+from megatron_rlvr.rollout.enough import Sampled, sample
 from megatron_rlvr.rollout.vllm_engine import VllmEngine
-from megatron_rlvr.rollout_metrics import rollout_metrics
 from megatron_rlvr.token_records import Recording
 from megatron_rlvr.types import Batch, Microbatch, RolloutGroup, Update
 from megatron_rlvr.value_targets import fill_targets
@@ -48,7 +48,6 @@ from megatron_rlvr.weights.weight_sync import WeightSync
 
 log = logging.getLogger(__name__)
 
-MAX_ATTEMPTS = 10  # generations per step while an exploration method turns groups away
 EVALUATION = -1  # the step that evaluation seeds are derived from: the same samples whenever the policy is the same
 
 
@@ -98,7 +97,8 @@ class Trainer:
     def step(self, step: int) -> tuple[dict[str, Any], list[RolloutGroup]]:
         """One step, counted from 1: its metrics, equal on every rank, and its rollouts."""
         started, self.seconds, meter = time.perf_counter(), {}, Meter()
-        groups = self.rollout(step)
+        sampled = self.rollout(step)
+        groups = sampled.kept
         batch = self.pack(groups, self.config.trainer.updates_per_rollout)
         self.recorder.start(batch, groups)
         policy_learns = step > self.config.critic_warmup  # the critic goes ahead
@@ -135,44 +135,35 @@ class Trainer:
         with self.phase("sync"):
             sync = self.push_weights()
         metrics = {
-            **rollout_metrics(groups),
+            **sampled.metrics(),
             **reduce.reduce_meter(meter, self.groups).means(),
             **updates.means(),
         }
         metrics |= {f"sync/{name}": value for name, value in sync.metrics().items()}
         return metrics | self._times(time.perf_counter() - started, batch), groups
 
-    def rollout(self, step: int) -> list[RolloutGroup]:
-        """Prompts, responses, verdicts; goes on sampling while a method turns groups away (DAPO's dynamic sampling)."""
-        wanted = self.config.rollout.prompts_per_step
-        groups: list[RolloutGroup] = []
-        self.on_phase("generate")
-        for attempt in range(MAX_ATTEMPTS):
-            prompts = self.prompts.take(
-                self.prompt_position, wanted - len(groups), self.config.seed, self.config.data.shuffle
-            )
+    def rollout(self, step: int) -> Sampled:
+        """Prompts, responses, verdicts; more of them while a method turns groups away."""
+
+        def collect(count: int, generation: int) -> list[RolloutGroup]:
+            prompts = self.prompts.take(self.prompt_position, count, self.config.seed, self.config.data.shuffle)
             self.prompt_position += len(prompts)
             collected = self.collector.collect(
                 prompts,
                 self.config.rollout.responses_per_prompt,
                 step=step,
-                attempt=attempt,
+                attempt=generation,
                 policy_version=self.policy_version,
+                temperature=self.config.rollout.temperature,
                 exploration=self.exploration,
             )
             for phase, seconds in collected.seconds.items():
                 self.seconds[phase] = self.seconds.get(phase, 0.0) + seconds
-            verifiers.check_error_share(
-                [rollout.verdict for group in collected.groups for rollout in group.rollouts],
-                self.config.reward.max_error_share,
-            )
-            groups += [group for group in collected.groups if self.exploration.keep_group(group)]
-            if len(groups) == wanted:
-                return groups
-        raise RuntimeError(
-            f"step {step}: after {MAX_ATTEMPTS} generations only {len(groups)} of {wanted} groups were kept; "
-            f"the exploration method turns away too many prompts, for example because all are solved or none is"
-        )
+            return collected.groups
+
+        self.on_phase("generate")
+        wanted, max_error_share = self.config.rollout.prompts_per_step, self.config.reward.max_error_share
+        return sample(wanted, collect, self.exploration.keep_group, max_error_share)
 
     def pack(self, groups: list[RolloutGroup], updates: int) -> Batch:
         """This data-parallel rank's share of the groups, in so many updates, on its device."""
@@ -236,9 +227,14 @@ class Trainer:
     def evaluate(self) -> dict[str, float]:
         """eval/* figures over every held-out prompt; eval/SOURCE/* of each source's own, where there are several."""
         prompts = [prompt for source in self.held_out.values() for prompt in source.prompts]
-        responses = self.config.trainer.eval_responses
+        settings = self.config.trainer
         groups = self.collector.collect(
-            prompts, responses, step=EVALUATION, attempt=0, policy_version=self.policy_version
+            prompts,
+            settings.eval_responses,
+            step=EVALUATION,
+            attempt=0,
+            policy_version=self.policy_version,
+            temperature=settings.eval_temperature or self.config.rollout.temperature,
         ).groups
         metrics = self.held_out_figures(groups, "eval")
         rest = iter(groups)

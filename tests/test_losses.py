@@ -212,6 +212,18 @@ def test_microbatch_token_mean_weighs_microbatches_by_responses():
     assert torch.allclose(weights, first.loss_mask / 6 * (2 / 3))
     assert torch.allclose(losses.reduction_weights(second, update, "microbatch_token_mean"), torch.tensor([1 / 3, 0.0]))
     assert torch.equal(losses.reduction_weights(_micro([0]), update, "microbatch_token_mean"), torch.zeros(1))
+    unscored = losses.reduction_weights(_micro([4, 0, 2]), update, "microbatch_token_mean")
+    assert float(unscored.sum()) == pytest.approx(2 / 3)  # two of the update's three, whoever shares the microbatch
+
+
+@pytest.mark.parametrize("reduction", losses.REDUCTIONS)
+def test_an_update_without_a_scored_response_has_no_gradient(reduction):
+    """As where the only group of an update has a gold answer that no verifier can read."""
+    micro, update = _micro([0, 0]), Update(microbatches=(), num_tokens=0, num_responses=0)
+    log_prob = torch.zeros(2, requires_grad=True)
+    weights = losses.reduction_weights(micro, update, reduction, 32)
+    torch.where(micro.loss_mask, weights * log_prob, 0.0).sum().backward()
+    assert torch.equal(log_prob.grad, torch.zeros(2))
 
 
 def test_record_counts_loss_tokens_only():

@@ -98,7 +98,7 @@ def collect(stops_in: str) -> None:
     tokenizer = SimpleNamespace(decode=lambda ids: "1+2")
     prompts = [Prompt(str(row), "", (1,), "countdown", {"numbers": [1, 2], "target": 3}) for row in range(4)]
     collector = RolloutCollector(config, cast("Engine", engine), tokenizer, pool, groups)
-    collector.collect(prompts, 2, step=1, attempt=0, policy_version=0)
+    collector.collect(prompts, 2, step=1, attempt=0, policy_version=0, temperature=1.0)
 
 
 def reduce(stops_in: str) -> None:

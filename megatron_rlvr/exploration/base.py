@@ -207,7 +207,7 @@ class TokenSelection(Exploration, ABC):
         return selected * (count / kept.clamp(min=1))
 
     def weigh(self, losses: Tensor, micro: Microbatch, weights: Tensor, meter: Meter) -> Tensor:
-        meter.add(f"{self.name}/share", (weights > 0).sum(), micro.loss_mask.sum())
+        meter.add(f"{self.name}/left_out", (micro.loss_mask & (weights == 0)).sum(), micro.loss_mask.sum())
         return torch.where(weights > 0, weights * losses, 0.0)
 
 

@@ -137,8 +137,9 @@ class Cde(Exploration):
             bonus = torch.where(in_degenerate_group(batch, groups), 0.0, bonus)
         batch.extras["cde/bonus"] = batch.per_token(bonus)
         meter.add("cde/omega", actor.omega(step))
-        meter.add("cde/bonus", bonus.sum(), bonus.numel())
-        self._record(rewards, surprise.exp(), groups, meter)
+        judged = batch.response_lengths > 0
+        meter.add("cde/bonus", bonus.sum(), judged.sum())
+        self._look_for_zero_rewards(rewards[judged], groups)
         return rewards + bonus
 
     def shape_raw_advantages(self, batch: Batch, groups: ParallelGroups, step: int, meter: Meter) -> Tensor:
@@ -158,29 +159,19 @@ class Cde(Exploration):
         meter.add("cde/critic_bonus", bonus.sum(), mask.sum())
         return batch.advantages + bonus
 
-    def _record(self, rewards: Tensor, perplexity: Tensor, groups: ParallelGroups, meter: Meter) -> None:
-        """Perplexity of right and wrong responses over every rank; at a gap of 0 calibration has collapsed."""
-        right, zero = rewards > 0, rewards == 0
-        of_right, of_wrong = torch.where(right, perplexity, 0.0), torch.where(right, 0.0, perplexity)
-        sums = [right, ~right, of_right, of_wrong, zero, zero | (rewards == 1)]
-        totals = torch.stack([item.double().sum() for item in sums])
-        num_right, num_wrong, sum_right, sum_wrong, num_zero, num_binary = reduce.all_sum(totals, groups.dp).tolist()
-        if num_right:
-            meter.add("cde/perplexity_right", sum_right / num_right)
-        if num_wrong:
-            meter.add("cde/perplexity_wrong", sum_wrong / num_wrong)
-        if num_right and num_wrong:
-            meter.add("cde/calibration_gap", sum_wrong / num_wrong - sum_right / num_right)
-        if num_zero and num_binary == num_right + num_wrong:
-            self._warn_zero_rewards(groups)
-
-    def _warn_zero_rewards(self, groups: ParallelGroups) -> None:
-        if not self._warned and groups.rank == 0:
+    def _look_for_zero_rewards(self, rewards: Tensor, groups: ParallelGroups) -> None:
+        """Warn, once, where every rank's rewards are 0 or 1."""
+        zero = rewards == 0
+        counts = torch.stack([zero.sum(), (~zero & (rewards != 1)).sum()])
+        num_zero, num_other = reduce.all_sum(counts, groups.dp).tolist()
+        if not num_zero or num_other or self._warned:
+            return
+        self._warned = True
+        if groups.rank == 0:
             log.warning(
                 "exploration.cde: every reward is 0 or 1, and a reward of 0 gets no bonus, so confident errors are not "
                 "told from doubtful ones: set reward.scale=signed"
             )
-        self._warned = True
 
 
 def in_degenerate_group(batch: Batch, groups: ParallelGroups) -> Tensor:

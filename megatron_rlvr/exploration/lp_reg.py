@@ -246,14 +246,14 @@ class LpReg(Exploration):
 
         micro.extras["lp_reg/selected"] = selected
         beta = self._beta(micro)
-        net = unclipped + beta * slope
+        if self.config.replace_clipped:
+            losses = torch.where(selected, unclipped, losses)
+        net = _slope(losses, current.log_prob) + beta * slope
         self._record(micro, candidates, kept, selected, meter)
         for name, value in {"kept_mass": log_kept_mass.exp(), "divergence": divergence, "net_coefficient": net}.items():
             meter.add(f"lp_reg/{name}", torch.where(selected, value, 0.0).sum(), selected.sum())
         if "lp_reg/cut" in micro.extras:
             meter.add("lp_reg/cut_share", (selected & micro.extras["lp_reg/cut"].bool()).sum(), selected.sum())
-        if self.config.replace_clipped:
-            losses = torch.where(selected, unclipped, losses)
         return losses + beta * torch.where(selected, divergence, 0.0)
 
     def _beta(self, micro: Microbatch) -> Tensor | float:
@@ -315,3 +315,9 @@ class LpReg(Exploration):
         meter.add("lp_reg/candidates", candidates.sum(), count)
         meter.add("lp_reg/survive_share", kept.sum(), candidates.sum())
         meter.add("lp_reg/delta", limit.exp(), limit.isfinite())
+
+
+def _slope(losses: Tensor, log_prob: Tensor) -> Tensor:
+    """[t] of each loss in its token's log-prob: 0 where a clip holds, whatever the loss and the methods before."""
+    (slope,) = torch.autograd.grad(losses.sum(), log_prob, retain_graph=True, allow_unused=True, materialize_grads=True)
+    return slope

@@ -48,6 +48,7 @@ class RolloutCollector:
         step: int,
         attempt: int,
         policy_version: int,
+        temperature: float,
         exploration: Exploration | None = None,
     ) -> Collected:
         """``responses`` samples of each prompt; they depend on (seed, step, attempt, prompt, sample) alone.
@@ -60,7 +61,7 @@ class RolloutCollector:
         watchdog.beat("generate")
         mine_of = slice(self.replica, None, self.replicas)
         share, earlier = prompts[mine_of], earlier_appearances(prompts)[mine_of]
-        samples = iter(self.engine.generate(self._requests(share, earlier, responses, step, attempt, top)))
+        samples = iter(self.engine.generate(self._requests(share, earlier, responses, step, attempt, temperature, top)))
         sampled = time.perf_counter()
         watchdog.beat("verify")
         mine = []
@@ -83,15 +84,21 @@ class RolloutCollector:
         return Collected(ordered, seconds)
 
     def _requests(
-        self, prompts: list[Prompt], earlier: list[int], responses: int, step: int, attempt: int, top: int
+        self,
+        prompts: list[Prompt],
+        earlier: list[int],
+        responses: int,
+        step: int,
+        attempt: int,
+        temperature: float,
+        top: int,
     ) -> list[Request]:
-        settings = self.config.rollout
         return [
             Request(
                 prompt_token_ids=list(prompt.token_ids),
                 seed=request_seed(self.config.seed, step, attempt, prompt.id, times * responses + sample),
-                max_tokens=settings.max_response_length,
-                temperature=settings.temperature,
+                max_tokens=self.config.rollout.max_response_length,
+                temperature=temperature,
                 top=top,
             )
             for prompt, times in zip(prompts, earlier, strict=True)

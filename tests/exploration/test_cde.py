@@ -139,28 +139,17 @@ def test_schedules(options, expected):
         assert torch.allclose(shaped - batch.rewards, 0.8 * multiplier * plain, atol=1e-6)
 
 
-def test_calibration_metrics_are_those_of_all_ranks():
-    whole = _batch([1.0, -1.0, -1.0, 0.5, -0.5])
-    perplexity = [math.exp(value) for value in _surprise(whole)]
-    right, wrong = (perplexity[0] + perplexity[3]) / 2, (perplexity[1] + perplexity[2] + perplexity[4]) / 3
-
-    def work(ranks: int):
-        groups = ParallelGroups.from_grid(dp=2) if ranks == 2 else ParallelGroups.single()
-        bounds = [(0, 1), (1, 5)][groups.dp_rank] if ranks == 2 else (0, 5)
-        meter = Meter()
-        build({"cde": {}}).shape_rewards(whole.microbatch(*bounds), groups, 0, meter)
-        return meter.means()
-
-    for means in [work(1), *run_ranks(2, work, 2, timeout=60)]:
-        assert means["cde/perplexity_right"] == pytest.approx(right, rel=1e-5)
-        assert means["cde/perplexity_wrong"] == pytest.approx(wrong, rel=1e-5)
-        assert means["cde/calibration_gap"] == pytest.approx(wrong - right, rel=1e-4)
-
-
-def test_all_right_has_no_gap():
-    _, metrics = _shape({}, _batch([1.0, 1.0]))
-    assert "cde/perplexity_right" in metrics
-    assert "cde/perplexity_wrong" not in metrics and "cde/calibration_gap" not in metrics
+def test_responses_without_a_verdict_have_no_part_in_the_metrics(caplog):
+    judged, all_of_them = _batch([1.0, -1.0]), _batch([1.0, -1.0, 0.0])
+    all_of_them.loss_mask &= all_of_them.response_index != 2
+    all_of_them.response_lengths[2] = 0
+    with caplog.at_level(logging.WARNING):
+        bonus = _shape({}, all_of_them)[1]["cde/bonus"]
+    assert bonus == pytest.approx(_shape({}, judged)[1]["cde/bonus"], rel=1e-6)
+    right = _batch([1.0, 1.0, 0.0])  # two are right and one has no verdict: nothing is wrong, and nothing to warn of
+    right.response_lengths[2] = 0
+    _shape({}, right)
+    assert not caplog.records
 
 
 @pytest.mark.parametrize(("rewards", "warnings"), [([1.0, 0.0], 1), ([1.0, 1.0], 0), ([1.0, -1.0], 0), ([0.5, 0.0], 0)])

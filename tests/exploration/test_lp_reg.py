@@ -18,6 +18,7 @@ from megatron_rlvr.distributed.groups import ParallelGroups
 from megatron_rlvr.distributed.vocab import TokenStatistics
 from megatron_rlvr.exploration.base import Exploration, Threshold, build
 from megatron_rlvr.exploration.lp_reg import DIVERGENCES, PRESETS, Config
+from megatron_rlvr.losses import LOSSES, Clip
 from megatron_rlvr.metrics import Meter
 from megatron_rlvr.types import Batch
 from tests.exploration.toy import (
@@ -229,6 +230,23 @@ def test_on_policy_the_net_coefficient_is_the_penalty_less_the_pull():
     assert metrics["lp_reg/kept_mass"] == pytest.approx(float(z[on].mean()), rel=1e-6)
 
 
+def test_the_net_coefficient_knows_where_the_loss_is_clipped():
+    """PPO's clip holds A < 0 tokens whose ratio fell below 0.8: there only the pull is left."""
+    batch, beta = make_batch(LENGTHS), 3.0
+    lp_reg = method(rho=0.3, beta=beta, divergence="k3_sampled")
+    logits = old_and_current(batch, lp_reg, 0.5)
+    micro, meter = batch.microbatch(0, len(LENGTHS)), Meter()
+    current = statistics(logits, batch, lp_reg)
+    leaf = current.log_prob.clone().requires_grad_()
+    losses, clipped = LOSSES["ppo"](leaf, micro, Clip(0.2, 0.2))
+    lp_reg.prepare_update(batch, batch.updates[0], ParallelGroups.single())
+    shaped = lp_reg.policy_loss(losses, micro, replace(current, log_prob=leaf), meter)
+    on = micro.extras["lp_reg/selected"]
+    assert (clipped & on).any() and (on & ~clipped).any()
+    wanted = torch.autograd.grad(shaped.sum(), leaf)[0][on].mean()
+    assert meter.means()["lp_reg/net_coefficient"] == pytest.approx(float(wanted), rel=1e-6)
+
+
 @pytest.mark.parametrize("split", [((0, 8),), ((0, 3), (3, 8)), tuple((place, place + 1) for place in range(8))])
 @pytest.mark.parametrize("options", [{}, {"divergence": "k2_sampled", "pos_rho": 0.1, "percentile_pool": "neg_tokens"}])
 def test_the_paper_preset_does_not_depend_on_microbatches(split, options):
@@ -259,8 +277,8 @@ def test_the_percentile_is_that_of_all_data_parallel_ranks():
             lp_reg.prepare_update(batch, update, groups)
             rows = slice(int(batch.cu_seqlens[start]), int(batch.cu_seqlens[stop]))
             micro = batch.microbatch(start, stop)
-            current, meter = statistics(logits[rows], micro, lp_reg), Meter()
-            lp_reg.policy_loss(torch.zeros(micro.num_tokens), micro, current, meter)
+            current, meter = statistics(logits[rows].requires_grad_(), micro, lp_reg), Meter()
+            lp_reg.policy_loss(0.0 * current.log_prob, micro, current, meter)
             totals.append(meter.sums)
         return totals
 

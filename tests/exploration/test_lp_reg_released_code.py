@@ -59,7 +59,7 @@ def test_the_released_code_on_one_microbatch(drift):
     assert torch.allclose(loss, expected, rtol=1e-6)
     assert torch.allclose(gradient, torch.autograd.grad(expected, leaf)[0], atol=1e-9)
     micro = batch.microbatch(0, len(LENGTHS))
-    current = statistics(logits, micro, lp_reg)
+    current = statistics(leaf, micro, lp_reg)
     surrogate, _ = policy_losses.clipped_surrogate(current.log_prob, micro, policy_losses.Clip(*CLIP))
     replaced = (lp_reg.policy_loss(surrogate, micro, current, Meter()) - surrogate).abs() > 1e-9
     assert replaced.nonzero()[:, 0].tolist() == sorted(chosen)  # those entries and no others

@@ -69,7 +69,7 @@ def test_one_update_per_rollout_with_and_without_a_pass_of_the_old_policy(train,
     train(*common, "exploration={high_entropy: {share: 1.0}}", f"run.dir={with_pass}")
     for row, other in zip(metrics(without), metrics(with_pass), strict=True):
         assert "time/log_probs" not in row and other["time/log_probs"] > 0
-        assert other["high_entropy/share"] == 1
+        assert other["high_entropy/left_out"] == 0
         assert abs(other["policy/ratio_max"] - 1) < 1e-6  # two forwards, one policy
         for key in ("policy/loss", "policy/grad_norm", "policy/entropy", "reward/mean"):
             assert close(row[key], other[key]), (row["step"], key, row[key], other[key])
