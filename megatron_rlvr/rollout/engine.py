@@ -72,6 +72,10 @@ class Engine(Protocol):
         """What the engine computes with: [rows, columns] of a matrix, all of a vector. Raises KeyError."""
         ...
 
+    def is_plain(self, parameter: str) -> bool:
+        """Whether the engine computes with that tensor itself, so that ``held`` is a view and all of it can be read."""
+        ...
+
     def close(self) -> None:
         """End the engine; the last act of a run, for the process groups end with it."""
         ...

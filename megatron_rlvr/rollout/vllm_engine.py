@@ -34,6 +34,8 @@ from megatron_rlvr.rollout.vllm_settings import (
 
 log = logging.getLogger(__name__)
 
+WEIGHTS, CACHE = "weights", "kv_cache"  # what vLLM calls the parts of its memory that sleep and wake by themselves
+
 
 class VllmEngine:
     """This rank's part of its replica: rollout.tp neighbouring ranks hold one copy of the model."""
@@ -58,27 +60,29 @@ class VllmEngine:
         self._model: Any = self._llm.apply_model(lambda model: model)[0]
         self._modules = dict(self._model.named_modules())
         self._can_sleep = self._llm.llm_engine.model_config.enable_sleep_mode
-        self._asleep = False
+        self._asleep: set[str] = set()  # of WEIGHTS and CACHE, those that give their memory to the training phases
 
     def generate(self, requests: list[Request]) -> list[Sample]:
         """One sample per request, in order; collective within the replica. Raises EngineNotReady."""
         if not self.ready:
             raise EngineNotReady("the engine's weights are not proven to be the policy's: push them first")
-        if not requests:
-            return []
         prompts = [{"prompt_token_ids": request.prompt_token_ids} for request in requests]
+        settings = [sampling(request, self._stop_ids, self._vocab_size) for request in requests]
+        outputs = []
         with _process_unchanged():
-            self._wake()
-            settings = [sampling(request, self._stop_ids, self._vocab_size) for request in requests]
-            outputs = self._llm.generate(prompts, settings, use_tqdm=False)
-            self._sleep()
+            if requests:
+                self._wake(WEIGHTS, CACHE)
+                outputs = self._llm.generate(prompts, settings, use_tqdm=False)
+            self._sleep()  # also where there was nothing to do: a push leaves the weights awake
         return [read_sample(output.outputs[0], request.top) for output, request in zip(outputs, requests, strict=True)]
 
     def load_weights(self, weights: Iterable[tuple[str, Tensor]]) -> None:
         """Stream (Hugging Face name, whole tensor) into vLLM, which fuses and cuts them itself; leaves it not ready."""
         self.ready = False
         with _process_unchanged():
-            self._wake()
+            # The cache stays away: whole tensors on their way here need its room beside the policy's training state.
+            self._sleep()
+            self._wake(WEIGHTS)
             platform.forget_expert_kernels(self._model)
             self._llm.collective_rpc("reload_weights", kwargs={"weights_iterator": iter(weights)})
             # Cached prefixes hold keys and values of the old weights, and a reload keeps them.
@@ -97,13 +101,17 @@ class VllmEngine:
         path, _, leaf = parameter.rpartition(".")
         module = self._modules[path]
         tensor = getattr(module, leaf)
-        kernel = getattr(module, "cpu_linear", None)
-        # The embedding has such a copy too, but looks its rows up in the weight itself.
-        if kernel is None or leaf != "weight" or path.endswith("embed_tokens"):
+        if self.is_plain(parameter):
             return tensor.detach() if tensor.dim() == 1 else tensor.detach()[:, columns]
         identity = torch.zeros(columns.stop - columns.start, self._columns(module), dtype=self._model_dtype)
         identity[:, columns].fill_diagonal_(1)
-        return kernel(identity, tensor, None).T
+        return module.cpu_linear(identity, tensor, None).T
+
+    def is_plain(self, parameter: str) -> bool:
+        """All but a CPU's linear layers; the embedding has such a copy too, but looks its rows up in the weight."""
+        path, _, leaf = parameter.rpartition(".")
+        is_repacked = getattr(self._modules[path], "cpu_linear", None) is not None
+        return not is_repacked or leaf != "weight" or path.endswith("embed_tokens")
 
     def close(self) -> None:
         """End vLLM, and with it the default process group: the last act of a run."""
@@ -118,15 +126,15 @@ class VllmEngine:
 
     def _sleep(self) -> None:
         """Give the accelerator's memory to the training phases; the weights wait in host memory."""
-        if self._can_sleep:
+        if self._can_sleep and WEIGHTS not in self._asleep:
             self._llm.sleep(level=1)
-            self._asleep = True
+            self._asleep = {WEIGHTS, CACHE}
 
-    def _wake(self) -> None:
-        if self._asleep:
+    def _wake(self, *parts: str) -> None:
+        if asleep := [part for part in parts if part in self._asleep]:
             platform.give_back_cached_memory()  # of the training phases
-            self._llm.wake_up()
-            self._asleep = False
+            self._llm.wake_up(tags=asleep)
+            self._asleep -= set(asleep)
 
 
 def _start(config: Config, length: int, most_log_probs: int) -> Any:

@@ -2,9 +2,10 @@
 
 After every sync each tensor is compared, value by value, with what the engine's own kernels then compute with: not with
 what was sent, and cut by a slicer of our own that shares nothing with the engine's loader. Vectors and matrices of up
-to 128 columns are compared whole every time; of a wider one some columns, all rows, others each time (WIDTHS): a whole
-round takes columns / width syncs. A stale, swapped or wrongly cut tensor shows in nearly every column; a lone
-flipped element of a wide matrix within a round.
+to 128 columns are compared whole every time; of a wider one some columns, all rows, others each time (WIDTHS), and
+where the engine computes with the tensor itself, as every GPU does, a checksum of each row's bits besides: no element
+is left out. Where a CPU computes with a repacked copy, a stale, swapped or wrongly cut tensor shows in nearly every
+column; a lone flipped element of a wide matrix within a round of columns / width syncs.
 """
 
 from __future__ import annotations
@@ -44,7 +45,7 @@ class SyncReport:
     proof_seconds: float
     bytes: int  # of the whole tensors
     checked: int  # tensors compared on this rank
-    share: float  # of this rank's elements that were compared
+    share: float  # of this rank's elements that were compared or are in a checksum
 
     def metrics(self) -> dict[str, float | bool]:
         names = ("verified", "seconds", "proof_seconds", "share")
@@ -63,6 +64,15 @@ class Destination:
     held_rows: slice  # within the engine's tensor
     rows: slice  # of the whole tensor
     columns: slice
+
+
+@dataclass(frozen=True, eq=False)
+class Expected:
+    """What a destination must hold: the values of some columns, and a checksum of each row's bits."""
+
+    window: slice
+    values: Tensor
+    checksums: Tensor | None = None  # [rows] int64; None where the values are all, or the engine cannot be read whole
 
 
 class WeightSync:
@@ -87,7 +97,7 @@ class WeightSync:
         """
         started = time.perf_counter()
         self.engine.ready, self.policy_version = False, None
-        stream = _Stream(weights, self.plan, self.architecture.tied, self._syncs)
+        stream = _Stream(weights, self.plan, self.engine, self.architecture.tied, self._syncs)
         self._syncs += 1
         failure, cause = "", None
         try:
@@ -110,17 +120,22 @@ class WeightSync:
             share=stream.compared_elements / max(1, stream.elements),
         )
 
-    def _compare(self, expected: dict[Destination, tuple[slice, Tensor]]) -> str:
+    def _compare(self, expected: dict[Destination, Expected]) -> str:
         """The first difference between what must be there and what the engine holds, or nothing."""
         read, held = "", torch.empty(0)  # stacked parts follow one another: their matrix is read once
         for source, places in self.plan.items():
             for place in places:
-                window, wanted = expected[place]
+                wanted = expected[place]
                 if read != place.parameter:
-                    read, held = place.parameter, self.engine.held(place.parameter, window)
+                    read, held = place.parameter, self.engine.held(place.parameter, wanted.window)
                 found = held[place.held_rows]
-                if not _equal(found, wanted):
-                    return f"{source} differs in the engine's {place.parameter}: {_difference(found, wanted)}"
+                where = f"{source} differs in the engine's {place.parameter}"
+                if not _equal(found, wanted.values):
+                    return f"{where}: {_difference(found, wanted.values)}"
+                if wanted.checksums is not None:
+                    whole = self.engine.held(place.parameter, _ALL)[place.held_rows]
+                    if wrong := int((_checksums(whole) != wanted.checksums).sum()):
+                        return f"{where}: {wrong} of {len(whole)} rows have other bits"
         return ""
 
     def _agree(self, failure: str, cause: Exception | None) -> None:
@@ -137,10 +152,15 @@ class _Stream:
     """Passes weights on, and keeps of each what this engine rank must hold afterwards."""
 
     def __init__(
-        self, weights: Iterator[tuple[str, Tensor]], plan: dict[str, list[Destination]], tied: bool, syncs: int
+        self,
+        weights: Iterator[tuple[str, Tensor]],
+        plan: dict[str, list[Destination]],
+        engine: Engine,
+        tied: bool,
+        syncs: int,
     ) -> None:
-        self._weights, self._plan, self._tied, self._syncs = weights, plan, tied, syncs
-        self.expected: dict[Destination, tuple[slice, Tensor]] = {}
+        self._weights, self._plan, self._engine, self._tied, self._syncs = weights, plan, engine, tied, syncs
+        self.expected: dict[Destination, Expected] = {}
         self._seen: set[str] = set()
         self.seconds, self.bytes, self.elements, self.compared_elements = 0.0, 0, 0, 0
 
@@ -165,22 +185,32 @@ class _Stream:
         self._seen.add(name)
         for destination in self._plan[name]:
             part = tensor[destination.rows]
-            window = _ALL
             if part.dim() == 2:
                 part = part[:, destination.columns]
-                window = _window(part.shape[1], self._syncs)
+            self.expected[destination] = expected = self._of_part(part, destination.parameter)
             self.elements += part.numel()
-            if part.dim() == 2:
-                part = part[:, window]
-            self.compared_elements += part.numel()
-            self.expected[destination] = (window, _by_columns(part))
+            self.compared_elements += (part if expected.checksums is not None else expected.values).numel()
         self.bytes += tensor.nbytes
         self.seconds += time.perf_counter() - started
+
+    def _of_part(self, part: Tensor, parameter: str) -> Expected:
+        if part.dim() == 1:
+            return Expected(_ALL, part.clone())
+        window = _window(part.shape[1], self._syncs)
+        # An exclusive or does not see the order of a row; the window does, for a wrong order is one everywhere.
+        is_cut = window.stop - window.start < part.shape[1]
+        checksums = _checksums(part) if is_cut and self._engine.is_plain(parameter) else None
+        return Expected(window, _by_columns(part[:, window]), checksums)
+
+
+def _checksums(matrix: Tensor) -> Tensor:
+    """[n, k] -> [n]: the exclusive or of each row's bits, as whole numbers that every device can compare."""
+    return torch.hash_tensor(matrix, 1).view(torch.int64)
 
 
 def _by_columns(part: Tensor) -> Tensor:
     """A copy laid out column after column, as a kernel gives it back: equal strides compare four times faster."""
-    return part.clone() if part.dim() == 1 else part.T.clone(memory_format=torch.contiguous_format).T
+    return part.T.clone(memory_format=torch.contiguous_format).T
 
 
 def _window(columns: int, syncs: int) -> slice:

@@ -6,6 +6,7 @@ python -m tests.rollout.engine_checks FOLDER FAMILY TIED TP
 from __future__ import annotations
 
 import json
+import math
 import os
 import random
 import sys
@@ -24,6 +25,7 @@ from megatron_rlvr.distributed.collect import barrier
 from megatron_rlvr.distributed.groups import ParallelGroups
 from megatron_rlvr.rollout.engine import EngineNotReady, Request, Sample
 from megatron_rlvr.rollout.vllm_engine import VllmEngine
+from megatron_rlvr.weights import weight_sync
 from megatron_rlvr.weights.weight_sync import WeightSync, WeightSyncError
 from tests.weights.tiny_models import END, make_model, save_model, weights_of
 
@@ -210,6 +212,24 @@ class Checks:
         message = self.spoilt(flip)
         assert f"failed on rank {self.groups.world_size - 1}" in message
         assert "self_attn.k_proj.weight differs in the engine's model.layers.2.self_attn.qkv_proj.weight" in message
+
+    def check_a_flipped_element_of_any_column_is_caught(self) -> None:
+        """Of a matrix that the engine computes with itself, though only one column's values are compared."""
+        widths, weight_sync.WIDTHS = weight_sync.WIDTHS, ((math.inf, 1),)
+        name = "model.embed_tokens.weight"
+
+        def flip() -> None:
+            matrix = self.engine.held(name, slice(None))
+            column = (self.sync._syncs + 3) % matrix.shape[1]  # not the one that is compared
+            matrix[2, column] *= -1
+
+        try:
+            message = self.spoilt(flip)
+            assert f"{name} differs in the engine's {name}: 1 of " in message and "rows have other bits" in message
+            report = self.push()
+            assert report.verified and report.share < 1  # linear layers are repacked on a CPU: one column of each
+        finally:
+            weight_sync.WIDTHS = widths
 
     def check_a_stale_head_is_caught(self) -> None:
         """What a reload does to a tied head on a CPU when nobody sends it."""
