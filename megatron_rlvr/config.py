@@ -190,6 +190,11 @@ class RunConfig:
     # seconds that one phase of a step may take; then every rank writes its stacks to RUN/logs/hang and the run ends
     hang_timeout: float = 1800.0
 
+    @property
+    def collective_timeout(self) -> float:
+        """Seconds after which a rank that waits for its peers fails by itself: when the watchdog has had its say."""
+        return self.hang_timeout + 600.0
+
 
 @dataclass
 class LoggingConfig:

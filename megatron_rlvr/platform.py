@@ -86,6 +86,9 @@ def give_back_cached_memory() -> None:
 
 def start_rank() -> None:
     """Settings of a rank's process, before any tensor is made."""
+    # One queue to the GPU: Megatron's tensor-parallel sends start before the products that they overlap with
+    # (tensor_parallel/layers.py:526).
+    os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
     if has_gpu():
         torch.cuda.set_device(device())
     else:

@@ -32,7 +32,6 @@ from megatron_rlvr.trainer import Trainer
 from megatron_rlvr.types import RolloutGroup
 from megatron_rlvr.weights.convert import save_hf
 
-COLLECTIVE_GRACE = 600.0  # seconds after run.hang_timeout at which a rank that waits for its peers fails by itself
 REPORT_EVERY = 50  # steps
 WARN_EVERY = 10  # steps
 
@@ -43,7 +42,7 @@ class Run:
     def __init__(self, config: Config, console: Console, stop: StopRequest) -> None:
         self.config, self.folder, self.console, self.stop = config, config.run_dir, console, stop
         platform.start_rank()
-        process_groups.init(platform.backend(), config.run.hang_timeout + COLLECTIVE_GRACE)
+        process_groups.init(platform.backend(), config.run.collective_timeout)
         watchdog.watch(self.folder / HANG, *process_groups.place(), config.run.hang_timeout, console.file)
         _seed_everything(config.seed)
         self.trainer = Trainer(config)

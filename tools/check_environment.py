@@ -8,7 +8,7 @@ from importlib import import_module, metadata
 from importlib.util import find_spec
 
 TORCH = "2.13.0"
-AGAIN = "`rm -rf .venv && make install` on a CPU, `pip install -e .[gpu]` on a GPU machine"
+AGAIN = "`rm -rf .venv && make install` on a CPU, the two commands under 'On GPUs' in README.md on a GPU machine"
 
 
 def import_error(name: str) -> str:

@@ -24,7 +24,9 @@ def write(tensors: dict[str, Any], planner: dcp.SavePlanner, folder: Path, group
 
     Raises OSError on every rank when one of them cannot write, with that rank's reason.
     """
-    writer = dcp.FileSystemWriter(folder, thread_count=1, sync_files=True)
+    # The tensors are host copies. With copies ahead torch would ask CUDA for a stream, which in a thread of its own is
+    # one of GPU 0: every rank of a node would open a context there.
+    writer = dcp.FileSystemWriter(folder, thread_count=1, sync_files=True, per_thread_copy_ahead=0)
     with _failures_as_errors():
         dcp.save(tensors, storage_writer=writer, planner=planner, process_group=group)
 

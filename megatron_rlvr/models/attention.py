@@ -134,7 +134,7 @@ def rotary_frequencies(size: int, base: float, scaling: RopeScaling | None, devi
     return kept * frequencies + (1 - kept) * frequencies / scaling.factor
 
 
-@functools.lru_cache(maxsize=32)
+@functools.lru_cache(maxsize=2)  # for the layers of a microbatch; lengths hardly ever come again
 def _rotation(
     length: int, size: int, base: float, scaling: RopeScaling | None, dtype: torch.dtype, device: torch.device
 ) -> tuple[Tensor, Tensor]:

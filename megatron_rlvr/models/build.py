@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import logging
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -39,6 +40,7 @@ def initialize_parallel(config: Config) -> ParallelGroups:
             tensor_model_parallel_size=parallel.tp,
             pipeline_model_parallel_size=parallel.pp,
             virtual_pipeline_model_parallel_size=parallel.vpp if parallel.vpp > 1 else None,
+            distributed_timeout_minutes=math.ceil(config.run.collective_timeout / 60),
         )
         groups = ParallelGroups.from_megatron()
         # Layers of different stages, and replicas, drop with masks of their own; Megatron tells tp ranks apart itself.
@@ -82,7 +84,9 @@ def transformer_config(config: Config, architecture: Architecture) -> Transforme
         overlap_p2p_comm=parallel.vpp > 1,
         use_cpu_initialization=not platform.has_gpu(),
         **_experts(architecture),
-        gradient_accumulation_fusion=platform.has_apex_weight_gradient_kernel() or platform.has_transformer_engine(),
+        # With Transformer Engine too: the output layer is Megatron's own, which knows no kernel but apex's.
+        gradient_accumulation_fusion=platform.has_apex_weight_gradient_kernel(),
+        bias_activation_fusion=platform.has_gpu(),  # else an MLP keeps two matrices more for its backward
         apply_rope_fusion=platform.has_transformer_engine(),
         masked_softmax_fusion=False,
         # The losses divide by their own global denominators: gradients are summed, never averaged.

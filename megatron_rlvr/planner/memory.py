@@ -22,6 +22,8 @@ MIB = 2**20
 MATERIALISED_LIMIT = 2**30  # models/build.py: above it model.logits=auto fuses
 LOGITS_BLOCK = {True: 1 << 24, False: 1 << 26}  # platform.logits_block_elements, on a CPU and on a GPU
 LEAST_ROWS, PRODUCT_ROWS = 64, 2048  # distributed/vocab_linear.py
+TOKENS_AT_A_TIME = 8192  # rollout/vllm_settings.py
+CUDA_GRAPHS = GIB // 2  # of the engine; an estimate
 FRAGMENTATION = 0.03  # of the device, which the caching allocator's rounding may cost a training pass; a judgement
 
 
@@ -131,7 +133,8 @@ def training_items(config: Config, workload: Workload, device: Device, stage: in
         total = stage_parameters(workload.policy, config.parallel.tp, config.parallel.pp, stage).total
         why = f"4 B x {total:,}: gloo reduces a copy of the buffer, when the activations are gone"
         moments.append((Item("gradient reduction", 4 * total, why),))
-    return (batch, *max(moments, key=_sum))
+    graphs = () if device.is_cpu else (Item("CUDA graphs", CUDA_GRAPHS, "estimate: kept while the engine sleeps"),)
+    return (batch, *graphs, *max(moments, key=_sum))
 
 
 def _batch_item(config: Config, workload: Workload) -> Item:
@@ -159,7 +162,7 @@ def _backward(config: Config, architecture: Architecture, device: Device, stage:
     if is_last:
         kept += tokens * norm_bytes(config, architecture, local)
     gradients = max(
-        _layer_gradients(config, architecture, tokens, local),
+        _layer_gradients(config, architecture, tokens),
         head_bytes(config, architecture, device) if is_last and not heads else 0,
     )
     name = "activations" if not heads else "critic activations"
@@ -170,12 +173,12 @@ def _backward(config: Config, architecture: Architecture, device: Device, stage:
     )
 
 
-def _layer_gradients(config: Config, architecture: Architecture, tokens: int, local: bool) -> int:
-    """Gradients alive at once in the gated MLP's backward, and where no kernel adds into the buffer its weight's."""
+def _layer_gradients(config: Config, architecture: Architecture, tokens: int) -> int:
+    """Gradients alive at once in the gated MLP's backward, and its weight's: apex alone adds into the buffer."""
     tp, size = config.parallel.tp, itemsize(config)
     columns = architecture.ffn_size // tp
     passing = tokens * (2 * columns + 2 * architecture.hidden_size) * size
-    return passing + (2 * columns * architecture.hidden_size * size if local else 0)
+    return passing + 2 * columns * architecture.hidden_size * size
 
 
 def head_bytes(config: Config, architecture: Architecture, device: Device) -> int:
@@ -190,8 +193,7 @@ def head_bytes(config: Config, architecture: Architecture, device: Device) -> in
         products = 2 * PRODUCT_ROWS * h * size if size == 2 else 0
         backward = height * min(columns, block // height) * size + height * h * 4 + products
         return max(forward, backward) + hidden_gradient
-    weight_gradient = columns * h * size if device.is_cpu else 0
-    return tokens * columns * size + hidden_gradient + weight_gradient
+    return tokens * columns * size + hidden_gradient + columns * h * size  # the last: its weight's gradient
 
 
 def logits_form(config: Config, architecture: Architecture) -> str:
@@ -207,7 +209,10 @@ def logits_form(config: Config, architecture: Architecture) -> str:
 
 
 def engine_items(config: Config, workload: Workload, device: Device) -> tuple[Item, ...]:
-    """vLLM's part: on a GPU the share of the device that it is given, on a CPU its weights and its cache."""
+    """vLLM's part: on a CPU its weights and its cache; on a GPU the share of the device that it is given.
+
+    Its weights come while its cache is away, so that only a very small share is less than what a sync takes.
+    """
     weights = engine_weights(config, workload)
     if device.is_cpu:
         return (
@@ -215,10 +220,15 @@ def engine_items(config: Config, workload: Workload, device: Device) -> tuple[It
             Item("engine KV cache", config.rollout.kv_cache_mib * MIB, "rollout.kv_cache_mib"),
         )
     share = config.rollout.gpu_memory_utilization
-    return (
-        Item("engine", int(share * device.memory), f"rollout.gpu_memory_utilization {share} x {device.name}"),
-        Item("CUDA graphs", GIB // 2, "estimate: captured outside the engine's share"),
+    largest = workload.policy.vocab_size * workload.policy.hidden_size * itemsize(config)
+    passing = largest + largest // config.parallel.tp + largest // config.rollout_tp
+    why = f"rollout.gpu_memory_utilization {share} x {device.name}"
+    generation = (Item("engine", int(share * device.memory), why),)
+    sync = (
+        Item("engine weights", weights, f"{itemsize(config)} B x parameters / rollout.tp {config.rollout_tp}"),
+        Item("weight sync", passing, "the largest tensor whole, the own part of it and the engine's new one"),
     )
+    return max(generation, sync, key=_sum)
 
 
 def engine_weights(config: Config, workload: Workload) -> int:
@@ -228,14 +238,14 @@ def engine_weights(config: Config, workload: Workload) -> int:
 def kv_cache(config: Config, workload: Workload, device: Device) -> int:
     """Bytes left for keys and values: the engine's share without weights and the buffers of its profiling run.
 
-    Those are, for 8,192 tokens at a time (vLLM's default), hidden states and the MLP, and fp32 logits of the running
-    sequences with their sorted copy.
+    Those are, for TOKENS_AT_A_TIME, hidden states and the MLP, fp32 logits of the running sequences with their sorted
+    copy, and CUDA graphs.
     """
     if device.is_cpu:
         return config.rollout.kv_cache_mib * MIB
     model, tp = workload.policy, config.rollout_tp
-    passing = 8192 * (2 * model.ffn_size // tp + 4 * model.hidden_size) * itemsize(config)
-    passing += config.rollout.max_running * model.vocab_size * 8
+    passing = TOKENS_AT_A_TIME * (2 * model.ffn_size // tp + 4 * model.hidden_size) * itemsize(config)
+    passing += config.rollout.max_running * model.vocab_size * 8 + CUDA_GRAPHS
     share = int(config.rollout.gpu_memory_utilization * device.memory)
     return share - engine_weights(config, workload) - passing
 

@@ -65,7 +65,7 @@ class Sampler:
             skip_tokenizer_init=True,
             enforce_eager=not platform.has_gpu(),  # compiling takes longer than a small evaluation
             seed=0,
-            **prompt_settings(max_length),
+            **prompt_settings(max_length, max_running),
             **memory_settings(kv_cache_mib, gpu_memory_utilization),
         )
 

@@ -157,7 +157,7 @@ def _start(config: Config, length: int, most_log_probs: int) -> Any:
         enforce_eager=not platform.has_gpu(),  # compiling takes longer than a small run
         enable_sleep_mode=current_platform.is_sleep_mode_available(),
         seed=0,
-        **prompt_settings(length),
+        **prompt_settings(length, config.rollout.max_running),
         **memory_settings(config.rollout.kv_cache_mib, config.rollout.gpu_memory_utilization),
     )
 

@@ -18,6 +18,9 @@ _SETTINGS = {
 }
 
 
+TOKENS_AT_A_TIME = 8192  # of prompts, on a GPU; vLLM's own choice is twice that on a large one, and so are its buffers
+
+
 def set_environment() -> None:
     """What vLLM reads while it is imported; settings of the user's own stay."""
     os.environ.update({name: value for name, value in _SETTINGS.items() if name not in os.environ})
@@ -43,14 +46,14 @@ def memory_settings(kv_cache_mib: int, gpu_memory_utilization: float) -> dict[st
     return {"kv_cache_memory_bytes": kv_cache_mib << 20}
 
 
-def prompt_settings(max_length: int) -> dict[str, Any]:
-    """Prompts of up to ``max_length`` tokens go in whole on a CPU.
+def prompt_settings(max_length: int, max_running: int) -> dict[str, Any]:
+    """How many tokens vLLM takes at a time; on a CPU prompts of up to ``max_length`` go in whole.
 
     A seeded request whose prompt is cut ends vLLM there, because a CPU's random generator has no offset to set back
     (v1/worker/gpu_model_runner.py:3502).
     """
     if platform.has_gpu():
-        return {}
+        return {"max_num_batched_tokens": max(TOKENS_AT_A_TIME, max_running)}
     return {"enable_chunked_prefill": False, "max_num_batched_tokens": max(max_length, 4096)}
 
 

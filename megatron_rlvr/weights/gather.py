@@ -61,9 +61,10 @@ def hf_weights(
         offset = 0
         for entry, shape in bucket.shards:
             stop = offset + math.prod(shape)
-            shards = [flat[offset:stop].view(shape) for flat in gathered]
+            shards = gathered[:, offset:stop].view(-1, *shape)
             yield from zip(entry.hf, mapping.to_hf(entry, shards, architecture), strict=True)
             offset = stop
+        del gathered, shards  # before the next bucket is made
 
 
 @dataclass(frozen=True)

@@ -247,8 +247,11 @@ def extra_state(entry: Entry, shape: tuple[int, ...]) -> str | None:
     return f"{name.removesuffix('weight')}_extra_state/shard_{places}_{sizes}"
 
 
-def to_hf(entry: Entry, shards: Sequence[Tensor], architecture: Architecture) -> list[Tensor]:
-    """Every rank's Megatron tensor, in rank order -> whole tensors in the order of ``entry.hf``, contiguous."""
+def to_hf(entry: Entry, shards: Tensor | Sequence[Tensor], architecture: Architecture) -> list[Tensor]:
+    """Every rank's Megatron tensor, in rank order -> whole tensors in the order of ``entry.hf``, contiguous.
+
+    ``shards`` that lie behind one another as one tensor, the embedding's above all, are not copied to be joined.
+    """
     if entry.kind == "replicated":
         return [shards[0]]
     if entry.kind == "row":
@@ -265,5 +268,7 @@ def to_hf(entry: Entry, shards: Sequence[Tensor], architecture: Architecture) ->
     return [part.flatten(0, 1).contiguous() for part in parts]
 
 
-def _joined(parts: Sequence[Tensor], dim: int) -> Tensor:
-    return parts[0] if len(parts) == 1 else torch.cat(list(parts), dim=dim)
+def _joined(parts: Tensor | Sequence[Tensor], dim: int) -> Tensor:
+    if len(parts) == 1:
+        return parts[0]
+    return parts.flatten(0, 1) if isinstance(parts, Tensor) and dim == 0 else torch.cat(list(parts), dim=dim)

@@ -1,4 +1,4 @@
-"""When a policy does without logits; that it may is in test_invariance.py."""
+"""What a model is built with: logits or none (that it may do without is in test_invariance.py), and which kernels."""
 
 from __future__ import annotations
 
@@ -6,9 +6,11 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from megatron.core.models.common.embeddings import rope_utils
 
+from megatron_rlvr import platform
 from megatron_rlvr.architecture import Architecture
-from megatron_rlvr.models.build import fuses_logits
+from megatron_rlvr.models.build import fuses_logits, transformer_config
 from tests.tiny import make_config, make_folder
 
 
@@ -36,3 +38,16 @@ def test_logits_are_left_out_where_they_would_take_more_than_a_gib(
     for logits in ("materialised", "fused"):
         tree["model"]["logits"] = logits
         assert fuses_logits(make_config(Path("unused"), tree), large) == (logits == "fused")
+
+
+@pytest.mark.parametrize("transformer_engine", [False, True])
+@pytest.mark.parametrize("apex", [False, True])
+def test_weight_gradients_are_fused_where_apex_is_there(
+    architecture: Architecture, apex: bool, transformer_engine: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Megatron refuses to build its own output layer with the fusion but without apex, whatever the other layers are."""
+    monkeypatch.setattr(platform, "has_apex_weight_gradient_kernel", lambda: apex)
+    monkeypatch.setattr(platform, "has_transformer_engine", lambda: transformer_engine)
+    for kernel in ("fused_apply_rotary_pos_emb", "fused_apply_rotary_pos_emb_thd"):
+        monkeypatch.setattr(rope_utils, kernel, object())  # Transformer Engine's
+    assert transformer_config(make_config(Path("unused")), architecture).gradient_accumulation_fusion == apex

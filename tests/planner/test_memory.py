@@ -9,14 +9,16 @@ from megatron_rlvr.distributed import vocab_linear
 from megatron_rlvr.planner import memory
 from megatron_rlvr.planner.devices import DEVICES
 from megatron_rlvr.planner.workload import Workload
+from megatron_rlvr.rollout import vllm_settings
 from tests.planner.test_plan import QWEN32, plan
 
 
 @pytest.mark.parametrize("gpu", [False, True])
-def test_the_planner_knows_the_sizes_of_the_statistics(gpu: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_planner_knows_the_sizes_of_what_it_does_not_import(gpu: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """It repeats them, for to import them it would have to import torch."""
     monkeypatch.setattr(platform, "has_gpu", lambda: gpu)
     assert memory.LOGITS_BLOCK[not gpu] == platform.logits_block_elements()
+    assert memory.TOKENS_AT_A_TIME == vllm_settings.TOKENS_AT_A_TIME
     assert (memory.LEAST_ROWS, memory.PRODUCT_ROWS) == (vocab_linear.LEAST_ROWS, vocab_linear.PRODUCT_ROWS)
     config = plan(QWEN32).config
     config.model.logits, model = "fused", Workload.of(config).policy
@@ -27,3 +29,15 @@ def test_the_planner_knows_the_sizes_of_the_statistics(gpu: bool, monkeypatch: p
     held = height * width * 2 + height * h * 4 + products
     hidden = tokens * h * 2 * (2 if config.parallel.sequence_parallel else 1)
     assert memory.head_bytes(config, model, DEVICES["h100" if gpu else "cpu"]) == held + hidden
+
+
+def test_a_small_share_of_the_engine_is_less_than_a_weight_sync() -> None:
+    config = plan(QWEN32).config
+    workload, device = Workload.of(config), DEVICES["h100"]
+    assert [item.name for item in memory.engine_items(config, workload, device)] == ["engine"]
+    config.rollout.gpu_memory_utilization = 0.2
+    weights, sync = memory.engine_items(config, workload, device)
+    model = workload.policy
+    embedding = 2 * model.vocab_size * model.hidden_size
+    assert weights.bytes == memory.engine_weights(config, workload)
+    assert embedding < sync.bytes < 3 * embedding
