@@ -105,9 +105,9 @@ class Architecture:
             f"{key}: a {self.family} model is converted and evaluated here, but not trained: give a dense model",
         )
 
-    def check_engine_layout(self, tp: int) -> None:
-        """Whether the rollout engine can be cut into tp ranks. Raises ConfigError."""
-        name = f"the rollout engine's tp={tp} (rollout.tp, or parallel.tp where that is 0)"
+    def check_engine_layout(self, tp: int, key: str = "rollout.tp, or parallel.tp where that is 0") -> None:
+        """Whether the rollout engine can be cut into tp ranks, which ``key`` sets. Raises ConfigError."""
+        name = f"the rollout engine's tp={tp} ({key})"
         rule(self.num_heads % tp == 0, f"{name} must divide the model's {self.num_heads} attention heads")
         rule(self.ffn_size % tp == 0, f"{name} must divide the model's {self.ffn_size} feed-forward columns")
         rule(
@@ -115,11 +115,11 @@ class Architecture:
             f"{name} must divide the model's {self.num_kv_heads} key-value heads, or be a multiple of them",
         )
 
-    def check_length(self, tokens: int) -> None:
-        """Whether a sequence of ``tokens`` fits the positions the model knows. Raises ConfigError."""
+    def check_length(self, tokens: int, keys: str = "data.max_prompt_length + rollout.max_response_length") -> None:
+        """Whether a sequence of ``tokens`` fits the positions the model knows; ``keys`` set it. Raises ConfigError."""
         rule(
             tokens <= self.max_positions,
-            f"data.max_prompt_length + rollout.max_response_length = {tokens} tokens, but the model's positions end at "
+            f"{keys} = {tokens} tokens, but the model's positions end at "
             f"{self.max_positions} (max_position_embeddings in its config.json): shorten one of the two",
         )
 

@@ -9,12 +9,16 @@ Every layout that these files come in is one that prompt_rows.py recognises.
 from __future__ import annotations
 
 import difflib
+import hashlib
+import json
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from megatron_rlvr.config import ConfigError, DataConfig, SourceConfig, rule
 from megatron_rlvr.prompts import PromptSet, load_prompts
+from megatron_rlvr.types import Prompt
 
 
 @dataclass(frozen=True)
@@ -84,3 +88,10 @@ def read(benchmark: Benchmark, folder: str, data: DataConfig, tokenizer: Any) ->
     prompts = load_prompts([source(benchmark, folder)], replace(data, strict=True), tokenizer, benchmark.verifier)
     renamed = [replace(item, id=f"{benchmark.name}/{item.id.rpartition('/')[2]}") for item in prompts.prompts]
     return replace(prompts, prompts=renamed)
+
+
+def digest(benchmark: Benchmark, prompts: Sequence[Prompt]) -> str:
+    """Of the problems as they are asked, their answers and who judges: what samples under one name must share."""
+    rows = [[prompt.id, prompt.token_ids, prompt.answer] for prompt in prompts]
+    text = json.dumps([benchmark.verifier, rows], default=str)
+    return hashlib.blake2b(text.encode(), digest_size=8).hexdigest()

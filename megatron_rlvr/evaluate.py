@@ -13,7 +13,8 @@ from typing import Any
 from rich.console import Console
 from rich.table import Column, Table
 
-from megatron_rlvr.benchmarks import Benchmark, find, read
+from megatron_rlvr.benchmarks import Benchmark, digest, find, read
+from megatron_rlvr.config import rule
 from megatron_rlvr.evaluation import Estimate, figures, mean
 from megatron_rlvr.evaluation_critic import EvaluationCritic
 from megatron_rlvr.evaluation_models import find_critic, find_model, hugging_face, identity
@@ -30,6 +31,9 @@ def evaluate(settings: Settings, console: Console) -> dict[str, Any]:
     """
     settings.check()
     model, benchmarks = find_model(settings.model), [find(name, settings.verifier) for name in settings.benchmarks]
+    names = [benchmark.name for benchmark in benchmarks]
+    twice = next((name for name in names if names.count(name) > 1), None)
+    rule(twice is None, f"two benchmarks are called {twice}, and their samples share a file: rename one, or drop it")
     critic = find_critic(settings.critic, model) if settings.critic else None
     from transformers import AutoTokenizer  # an import of seconds, which no mistake above waits for
 
@@ -37,7 +41,7 @@ def evaluate(settings: Settings, console: Console) -> dict[str, Any]:
     problems = [(item, _problems(item, settings, tokenizer, console)) for item in benchmarks]
     output = Path(settings.output)
     sampled = settings.identity() | {"model": identity(model), "critic": identity(critic) if critic else None}
-    store = SampleStore(output, sampled)
+    store = SampleStore(output, sampled, {item.name: digest(item, prompts) for item, prompts in problems})
     jobs = [
         Job(benchmark, prompt, number)
         for benchmark, prompts in problems

@@ -11,7 +11,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from megatron_rlvr.config import ConfigError
+from megatron_rlvr.config import ConfigError, rule
 from megatron_rlvr.evaluation import Outcome
 from megatron_rlvr.types import FinishReason
 from megatron_rlvr.verdict import Verdict, VerdictStatus
@@ -51,25 +51,32 @@ class StoredSample:
 
 
 class SampleStore:
-    """The samples under ``folder``. Raises ConfigError where it holds samples of other ``settings``."""
+    """The samples under ``folder``; ``problems`` holds a digest of each benchmark's.
 
-    def __init__(self, folder: Path, settings: dict[str, Any]) -> None:
+    Raises ConfigError where it holds samples of other ``settings``, or of other problems under the same name.
+    """
+
+    def __init__(self, folder: Path, settings: dict[str, Any], problems: dict[str, str]) -> None:
         self.folder = folder
         try:
             (folder / "samples").mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise ConfigError(f"cannot make the output folder {folder}: {error.strerror}") from error
         written = folder / "settings.json"
-        if written.exists():
-            earlier = json.loads(written.read_text())
-            differing = [name for name in settings if earlier.get(name) != settings[name]]
-            if differing:
-                name = differing[0]
-                raise ConfigError(
-                    f"{folder} holds samples with {name}={earlier.get(name)!r}, not {settings[name]!r}: name another "
-                    f"output folder, or delete this one"
-                )
-        written.write_text(json.dumps(settings, indent=1) + "\n")
+        earlier = json.loads(written.read_text()) if written.exists() else settings
+        there, way_out = earlier.get("problems", {}), "name another output folder, or delete this one"
+        for name, value in settings.items():
+            rule(
+                earlier.get(name) == value,
+                f"{folder} holds samples with {name}={earlier.get(name)!r}, not {value!r}: {way_out}",
+            )
+        for name, digest in problems.items():
+            rule(
+                there.get(name, digest) == digest,
+                f"{folder} holds samples of other problems by the name of {name}, whose file, answers or verifier have "
+                f"changed since: {way_out}",
+            )
+        written.write_text(json.dumps(settings | {"problems": there | problems}, indent=1) + "\n")
 
     def read(self, benchmark: str) -> dict[tuple[str, int], StoredSample]:
         """(problem id, sample index) -> sample; the line that a killed evaluation was writing is cut off the file."""

@@ -236,6 +236,16 @@ def test_a_file_of_ones_own_is_judged_by_the_verifier_that_is_named(ready: Setti
     assert evaluate.evaluate(ready, Console(quiet=True))["benchmarks"]["one"] | {"title": "one.jsonl"} == own
 
 
+def test_a_file_that_has_changed_is_not_taken_for_the_one_that_was_sampled(ready: Settings, tmp_path: Path) -> None:
+    evaluate.evaluate(ready, Console(quiet=True))
+    file = tmp_path / "one.jsonl"
+    file.write_text(file.read_text().replace(json.dumps(ANSWERS[0]), json.dumps("another"), 1))
+    with pytest.raises(ConfigError, match="other problems by the name of one, whose file, answers or verifier"):
+        evaluate.evaluate(ready, Console(quiet=True))
+    ready.output += "-again"
+    evaluate.evaluate(ready, Console(quiet=True))
+
+
 @pytest.mark.parametrize(
     ("changed", "says"),
     [
@@ -248,6 +258,7 @@ def test_a_file_of_ones_own_is_judged_by_the_verifier_that_is_named(ready: Setti
         ({"gpu_memory": 0.0}, r"gpu_memory must be in \(0, 1\]"),
         ({"critic": "nowhere"}, "critic='nowhere' is no critic"),
         ({"benchmarks": ["three"]}, "unknown benchmark 'three'"),
+        ({"benchmarks": ["one", "two", "one"]}, "two benchmarks are called one"),
     ],
 )
 def test_wrong_settings_are_refused_before_anything_is_written(ready: Settings, changed: dict, says: str) -> None:

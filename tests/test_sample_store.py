@@ -16,11 +16,11 @@ def stored(index: int, **changed) -> StoredSample:
 
 
 def test_samples_come_back_as_they_were(tmp_path: Path) -> None:
-    store = SampleStore(tmp_path / "new" / "folder", {"seed": 0})
+    store = SampleStore(tmp_path / "new" / "folder", {"seed": 0}, {})
     assert store.read("p") == {}
     store.append("p", [stored(1), stored(2)])
     store.append("p", [stored(3, log_prob=-1 / 3)])
-    assert list(SampleStore(tmp_path / "new" / "folder", {"seed": 0}).read("p").values()) == [
+    assert list(SampleStore(tmp_path / "new" / "folder", {"seed": 0}, {}).read("p").values()) == [
         *(stored(1), stored(2), stored(3, log_prob=-1 / 3))
     ]
     assert store.read("other") == {}
@@ -28,7 +28,7 @@ def test_samples_come_back_as_they_were(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("kept", [0, 1])
 def test_half_a_line_is_cut_off(tmp_path: Path, kept: int) -> None:
-    store = SampleStore(tmp_path, {})
+    store = SampleStore(tmp_path, {}, {})
     store.append("p", [stored(index) for index in range(kept)])
     path = tmp_path / "samples/p.jsonl"
     with path.open("a") as file:
@@ -39,13 +39,13 @@ def test_half_a_line_is_cut_off(tmp_path: Path, kept: int) -> None:
 
 
 def test_other_settings_are_refused_and_nothing_is_lost(tmp_path: Path) -> None:
-    SampleStore(tmp_path, {"seed": 0, "temperature": 0.6}).append("p", [stored(1)])
+    SampleStore(tmp_path, {"seed": 0, "temperature": 0.6}, {}).append("p", [stored(1)])
     with pytest.raises(ConfigError, match="holds samples with temperature=0.6, not 1.0: name another output folder"):
-        SampleStore(tmp_path, {"seed": 0, "temperature": 1.0})
-    assert len(SampleStore(tmp_path, {"seed": 0, "temperature": 0.6}).read("p")) == 1
+        SampleStore(tmp_path, {"seed": 0, "temperature": 1.0}, {})
+    assert len(SampleStore(tmp_path, {"seed": 0, "temperature": 0.6}, {}).read("p")) == 1
     (tmp_path / "file").write_text("")
     with pytest.raises(ConfigError, match="cannot make the output folder"):
-        SampleStore(tmp_path / "file", {})
+        SampleStore(tmp_path / "file", {}, {})
 
 
 def test_an_outcome_counts_what_was_judged() -> None:
@@ -53,3 +53,12 @@ def test_an_outcome_counts_what_was_judged() -> None:
     lost = stored(1, status="timeout", reward=0.0).outcome
     assert lost.right is None and lost.answer is None
     assert stored(1, finish_reason="length").outcome.truncated
+
+
+def test_samples_of_other_problems_by_the_same_name_are_refused(tmp_path: Path):
+    SampleStore(tmp_path, {"seed": 0}, {"aime24": "a"})
+    SampleStore(tmp_path, {"seed": 0}, {"mine": "b"})  # another benchmark joins
+    for name, digest in {"aime24": "b", "mine": "c"}.items():
+        with pytest.raises(ConfigError, match=f"other problems by the name of {name}, whose file, answers or verifier"):
+            SampleStore(tmp_path, {"seed": 0}, {name: digest})
+    SampleStore(tmp_path, {"seed": 0}, {"aime24": "a", "mine": "b"})

@@ -45,8 +45,8 @@ class Sampler:
         gpu_memory_utilization: float = 0.9,
     ) -> None:
         architecture = Architecture.from_folder(path)
-        architecture.check_engine_layout(tp)
-        architecture.check_length(max_length)
+        architecture.check_engine_layout(tp, key="--tp")
+        architecture.check_length(max_length, keys="the longest prompt + --max-tokens")
         self._stop_ids, self._vocab_size = stop_token_ids(path), architecture.vocab_size
         set_environment()
         platform.spare_vllm_small_compiles()

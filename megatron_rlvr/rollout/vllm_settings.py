@@ -15,6 +15,8 @@ _SETTINGS = {
     "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
     "VLLM_LOGGING_LEVEL": "ERROR",
     "VLLM_NO_USAGE_STATS": "1",
+    # Its workers start anew where it has any (an evaluation on several GPUs): this process may have threads by then.
+    "VLLM_WORKER_MULTIPROC_METHOD": "spawn",
 }
 
 

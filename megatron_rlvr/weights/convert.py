@@ -17,7 +17,7 @@ from megatron_rlvr.distributed.groups import ParallelGroups
 from megatron_rlvr.weights import mapping
 from megatron_rlvr.weights.gather import global_parameters
 from megatron_rlvr.weights.megatron_folder import FORMAT
-from megatron_rlvr.weights.partial_folder import copy_companions
+from megatron_rlvr.weights.partial_folder import copy_companions, readable
 from megatron_rlvr.weights.sources import open_source
 
 SHARD_BYTES = 4 << 30
@@ -87,7 +87,9 @@ def _write_shards(weights: Iterator[tuple[str, Tensor]], folder: Path, shard_byt
     dtype = ""
 
     def flush() -> None:
-        save_file(held, folder / f"{len(shards)}.safetensors", metadata={"format": "pt"})
+        file = folder / f"{len(shards)}.safetensors"
+        save_file(held, file, metadata={"format": "pt"})
+        readable(file)
         shards.append(list(held))
         held.clear()
 

@@ -11,6 +11,7 @@ from safetensors.torch import save_file
 
 from megatron_rlvr.architecture import Architecture
 from megatron_rlvr.weights.mapping import hf_shapes
+from megatron_rlvr.weights.partial_folder import readable
 
 STD = 0.02  # of the matrices, where config.json gives no initializer_range
 
@@ -38,4 +39,5 @@ def write_initial(source: str | Path, target: str | Path, seed: int) -> None:
         else:
             weights[name] = std * torch.randn(shape, generator=generator)
     save_file(weights, partial / "model.safetensors", metadata={"format": "pt"})
+    readable(partial / "model.safetensors")
     partial.rename(target)  # a run that is killed here starts it anew instead of taking half of it

@@ -41,13 +41,18 @@ class PartialFolder:
         fill(unfinished)
         with unfinished.open("rb") as file:
             os.fsync(file.fileno())
-        unfinished.chmod(self.path.stat().st_mode & 0o666)  # safetensors would keep it to its owner
+        readable(unfinished)
         unfinished.rename(self.path / name)
 
     def finish(self) -> None:
         """Give the folder its name."""
         (self.path / _TASK).unlink()
         self.path.rename(self.target)
+
+
+def readable(file: Path) -> None:
+    """Let others read what its folder lets them see: safetensors keeps a file to its owner."""
+    file.chmod(file.parent.stat().st_mode & 0o666)
 
 
 def fingerprint(folder: Path, names: list[str]) -> list[Any]:

@@ -45,7 +45,7 @@ def test_logits_are_left_out_where_they_would_take_more_than_a_gib(
 def test_weight_gradients_are_fused_where_apex_is_there(
     architecture: Architecture, apex: bool, transformer_engine: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Megatron refuses to build its own output layer with the fusion but without apex, whatever the other layers are."""
+    """Megatron refuses to build its own output layer with the fusion and no apex, whatever the other layers are."""
     monkeypatch.setattr(platform, "has_apex_weight_gradient_kernel", lambda: apex)
     monkeypatch.setattr(platform, "has_transformer_engine", lambda: transformer_engine)
     for kernel in ("fused_apply_rotary_pos_emb", "fused_apply_rotary_pos_emb_thd"):

@@ -39,6 +39,7 @@ def test_saved_folder_loads_in_transformers(saved, tmp_path, shard_bytes, shards
     files = sorted(file.name for file in target.glob("*.safetensors"))
     assert files[0] == ("model.safetensors" if shards == 1 else f"model-00001-of-{shards:05}.safetensors")
     assert len(files) == shards
+    assert {(target / file).stat().st_mode & 0o077 for file in files} == {target.stat().st_mode & 0o066}  # others
     loaded = transformers.AutoModelForCausalLM.from_pretrained(target).eval()
     ids = torch.arange(20)[None]
     assert torch.equal(loaded(ids).logits, model(ids).logits)
