@@ -20,6 +20,7 @@ from megatron_rlvr.evaluation_critic import EvaluationCritic
 from megatron_rlvr.evaluation_models import find_critic, find_model, hugging_face, identity
 from megatron_rlvr.evaluation_sampling import Job, sample
 from megatron_rlvr.evaluation_settings import Settings
+from megatron_rlvr.records import finite
 from megatron_rlvr.sample_store import SampleStore
 from megatron_rlvr.types import Prompt
 
@@ -56,7 +57,7 @@ def evaluate(settings: Settings, console: Console) -> dict[str, Any]:
         sample(jobs, settings, folder, tokenizer, spread, store, console)
     results = {item.name: _results(item, prompts, settings.samples, store) for item, prompts in problems}
     written = {"settings": sampled | {"samples": settings.samples}, "benchmarks": results}
-    (output / "results.json").write_text(json.dumps(written, indent=1) + "\n")
+    (output / "results.json").write_text(json.dumps(finite(written), indent=1, allow_nan=False) + "\n")
     console.print(_table(results))
     return written
 

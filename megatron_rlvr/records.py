@@ -16,9 +16,9 @@ def read_rows(path: Path) -> list[dict]:
     Raises ValueError: a whole line that is not a JSON object, with the file and the line.
     """
     rows = []
-    with open(path, encoding="utf-8") as file:
+    with open(path, "rb") as file:  # a cut may go through a character
         for number, line in enumerate(file, start=1):
-            if not line.endswith("\n"):
+            if not line.endswith(b"\n"):
                 break
             rows.append(_parse(line, path, number))
     return rows

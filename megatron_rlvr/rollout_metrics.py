@@ -15,9 +15,10 @@ RIGHT_ABOVE = 0.5  # reward of a response that counts as right
 def rollout_metrics(groups: list[RolloutGroup]) -> dict[str, float]:
     """reward/*, tokens/*, verifier/* and rollout/*, over every response of the step.
 
-    Rewards are as the verifier gives them. rollout/perplexity_right and _wrong are means over responses of
-    exp(-mean_t ln p(o_t)), as sampled; rollout/calibration_gap is wrong less right (CDE, arXiv 2509.09675v1, Fig 9).
-    Each is left out where there is no such response.
+    Rewards are as the verifier gives them; reward/right_share is of all responses, judged or not.
+    rollout/perplexity_right and _wrong are means over responses of exp(-mean_t ln p(o_t)), as sampled;
+    rollout/calibration_gap is wrong less right (CDE, arXiv 2509.09675v1, Fig 9). Each is left out where there is no
+    such response.
     """
     rollouts = [rollout for group in groups for rollout in group.rollouts]
     scored = [rollout for rollout in rollouts if verifiers.is_scored(rollout.verdict)]
@@ -27,6 +28,7 @@ def rollout_metrics(groups: list[RolloutGroup]) -> dict[str, float]:
     return {
         "reward/mean": float(rewards.mean()) if rewards.numel() else float("nan"),
         "reward/std": float(rewards.std(correction=0)) if rewards.numel() else float("nan"),
+        "reward/right_share": int((rewards > RIGHT_ABOVE).sum()) / len(rollouts),
         "tokens/response_mean": float(lengths.mean()),
         "tokens/response_max": float(lengths.max()),
         "rollout/truncated_share": sum(rollout.finish_reason == "length" for rollout in rollouts) / len(rollouts),

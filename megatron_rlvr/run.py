@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import logging
 import random
 import signal
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +33,8 @@ from megatron_rlvr.token_records import Recording, TokenWriter
 from megatron_rlvr.trainer import Trainer
 from megatron_rlvr.types import RolloutGroup
 from megatron_rlvr.weights.convert import save_hf
+
+log = logging.getLogger(__name__)
 
 REPORT_EVERY = 50  # steps
 WARN_EVERY = 10  # steps
@@ -98,6 +102,7 @@ class Run:
             self._say(problem)
         if path is None:
             rule(not problems, f"no checkpoint in {self.folder} can be used: " + "; ".join(problems))
+            self._say(f"{self.folder} holds no checkpoint: the run begins with step 1, and earlier records of it go")
             return 0
         saved = json.loads((path / "run.json").read_text())["config"]
         for line in check_resume(saved, self.settings, self.config.run.accept_changes):
@@ -174,12 +179,14 @@ class Records:
     def write(self, step: int, metrics: dict[str, Any], groups: list[RolloutGroup], recording: Recording) -> None:
         self.metrics.write(step, metrics)
         self.rollouts.write(step, groups)
-        self.tokens.write(step, recording)
+        with _may_fail(f"the tokens of step {step}"):
+            self.tokens.write(step, recording)
         self.rows.append({"step": step} | metrics)
         if step % WARN_EVERY == 0 and (found := warnings(self.rows)):
             self.warning = f"from step {found[-1].step}: {found[-1].title}, {found[-1].found}"
         if step % REPORT_EVERY == 0:
-            build_report(self.folder)
+            with _may_fail("the report"):
+                build_report(self.folder)
 
     def __enter__(self) -> Records:
         return self
@@ -200,6 +207,15 @@ class NoRecords(Records):
 
     def __exit__(self, *exception: object) -> None:
         pass
+
+
+@contextmanager
+def _may_fail(what: str) -> Iterator[None]:
+    """What people look at may be missing: no run ends for it, nor before a checkpoint that is due."""
+    try:
+        yield
+    except (OSError, ValueError) as error:
+        log.warning("%s could NOT be written, and the run goes on: %s", what, error)
 
 
 def print_batch_table(config: Config, console: Console) -> None:

@@ -21,7 +21,6 @@ LOCK = "lock"  # held while a run goes on
 PATIENCE = 240.0  # seconds in which a network file system forgets the locks of a node that died
 INITIAL = "initial_hf"  # a run's own folder of random weights
 RECORDS = (
-    "config.yaml",
     "starts.jsonl",
     "metrics.jsonl",
     "rollouts.jsonl",
@@ -38,6 +37,7 @@ RECORDS = (
     "hf",
     INITIAL,
     "logs",
+    "config.yaml",  # last: it says that a run is here, so that a deletion that is killed begins again
 )
 
 

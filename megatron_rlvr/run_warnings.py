@@ -60,13 +60,13 @@ def trend(rows: Sequence[dict], *metrics: str) -> Trend:
     return Trend(steps, values, float(values[:WINDOW].mean()) if len(values) else float("nan"), recent)
 
 
-def began(steps: np.ndarray, fault: np.ndarray) -> int | None:
-    """The first of SUSTAINED steps in a row that have the fault, the first WINDOW steps aside."""
+def began(fault: np.ndarray) -> int | None:
+    """The first place of SUSTAINED in a row that have the fault, the first WINDOW places aside."""
     run = 0
     for place, is_bad in enumerate(fault):
         run = run + 1 if is_bad and place >= WINDOW else 0
         if run == SUSTAINED:
-            return int(steps[place - SUSTAINED + 1])
+            return place - SUSTAINED + 1
     return None
 
 
@@ -77,7 +77,7 @@ def entropy_collapse(rows: Sequence[dict]) -> RunWarning | None:
         entropy,
         entropy.recent < 0.2 * entropy.first,
         "Entropy collapse",
-        "{first:.3f} nats per token at first, {last:.3f} now",
+        "{first:.3f} nats per token at first, {last:.3f} {when}",
         "Samples of a prompt become alike, so that advantages vanish and nothing new is tried. Lp-Reg, a higher "
         "clip_high or an entropy bonus hold it up.",
     )
@@ -90,7 +90,7 @@ def entropy_explosion(rows: Sequence[dict]) -> RunWarning | None:
         entropy,
         (entropy.recent > 3 * entropy.first) & (entropy.recent > entropy.first + 0.5),
         "Entropy explosion",
-        "{first:.3f} nats per token at first, {last:.3f} now",
+        "{first:.3f} nats per token at first, {last:.3f} {when}",
         "The policy drifts towards noise: lower an entropy bonus, or the share of tokens that are protected from "
         "learning.",
     )
@@ -105,7 +105,7 @@ def calibration_collapse(rows: Sequence[dict]) -> RunWarning | None:
         gap,
         (gap.recent < 0.1 * gap.first) & clear,
         "Calibration collapse",
-        "perplexity of wrong answers less that of right ones: {first:.3f} at first, {last:.3f} now",
+        "perplexity of wrong answers less that of right ones: {first:.3f} at first, {last:.3f} {when}",
         "The policy is as sure of its errors as of its successes. CDE's perplexity bonus is made against this.",
     )
 
@@ -118,9 +118,9 @@ def length_without_reward(rows: Sequence[dict]) -> RunWarning | None:
         return None
     return _warn(
         length,
-        (length.recent > 1.5 * length.first) & (reward.recent < 1.1 * reward.first + 0.01),
+        (length.recent > 1.5 * length.first) & (reward.recent < reward.first + 0.1 * abs(reward.first) + 0.01),
         "Longer, not better",
-        "{first:.0f} tokens per response at first, {last:.0f} now, at the same reward",
+        "{first:.0f} tokens per response at first, {last:.0f} {when}, at the same reward",
         "Length is being rewarded by itself, by the loss's reduction or by the verifier. reduction: sequence_sum "
         "weighs tokens alike, exploration.overlong makes length cost.",
     )
@@ -128,15 +128,19 @@ def length_without_reward(rows: Sequence[dict]) -> RunWarning | None:
 
 def format_hacking(rows: Sequence[dict]) -> RunWarning | None:
     """The reward rose because more answers can be read, not because more of those are right."""
-    held = [row for row in rows if is_number(row.get("reward/mean")) and row.get("verifier/ok_share")]
-    held = [row | {"of_readable": row["reward/mean"] / row["verifier/ok_share"]} for row in held]
-    reward, readable = trend(held, "reward/mean"), trend(held, "of_readable")
-    gain = reward.recent - reward.first
+    held = [row for row in rows if is_number(row.get("reward/right_share")) and row.get("verifier/ok_share")]
+    held = [
+        row | {"of_readable": row["reward/right_share"] / row["verifier/ok_share"]}
+        for row in held
+        if is_number(row.get("reward/mean"))
+    ]
+    reward, right, readable = (trend(held, name) for name in ("reward/mean", "reward/right_share", "of_readable"))
+    gain = right.recent - right.first
     return _warn(
         reward,
-        (gain > 0.1) & (readable.recent - readable.first < 0.2 * gain),
+        (reward.recent - reward.first > 0.1) & (readable.recent - readable.first < 0.2 * gain.clip(0.0)),
         "Reward for the format alone",
-        "reward {first:.3f} at first, {last:.3f} now, and the same share of the readable answers is right",
+        "reward {first:.3f} at first, {last:.3f} {when}, and the same share of the readable answers is right",
         "What was learned is how to be parsed. Compare the held-out figures before trusting the curve.",
     )
 
@@ -164,7 +168,7 @@ def truncation(rows: Sequence[dict]) -> RunWarning | None:
         share,
         (share.recent > 0.3) & (share.recent > share.first + 0.1),
         "Responses are cut off",
-        "{first:.1%} met the length limit at first, {last:.1%} now",
+        "{first:.1%} met the length limit at first, {last:.1%} {when}",
         "A cut answer is judged wrong whatever it was about to say: raise rollout.max_response_length, or use "
         "exploration.overlong.",
     )
@@ -177,7 +181,7 @@ def log_prob_gap(rows: Sequence[dict]) -> RunWarning | None:
         gap,
         (gap.recent > 3 * gap.first) & (gap.recent > 0.005),
         "Growing log-prob gap",
-        "{first:.1e} nats per token between policy and engine at first, {last:.1e} now",
+        "{first:.1e} nats per token between policy and engine at first, {last:.1e} {when}",
         "The samples come from another policy than the one that learns from them. "
         "exploration.rollout_correction weighs them; fp32 or the same kernels close the gap.",
     )
@@ -206,7 +210,7 @@ def dead_method(rows: Sequence[dict]) -> RunWarning | None:
             done,
             done.recent.round(9) == 0,
             f"{metric.partition('/')[0]} does nothing",
-            f"{metric} " + "{first:.2g} at first, {last:.2g} now",
+            f"{metric} " + "{first:.2g} at first, {last:.2g} {when}",
             "The run is its baseline from here on: look at the method's threshold and share.",
             from_start=True,
         )
@@ -252,11 +256,16 @@ def warnings(rows: Sequence[dict]) -> list[RunWarning]:
 def _warn(
     of: Trend, fault: np.ndarray, title: str, found: str, why: str, from_start: bool = False
 ) -> RunWarning | None:
-    """The warning where the fault has lasted; one that needs no comparison may have been there from the start."""
-    steps = of.steps
-    if from_start:  # as if WINDOW steps without it had come before
-        steps, fault = np.concatenate([np.zeros(WINDOW, int), steps]), np.concatenate([np.zeros(WINDOW, bool), fault])
-    step = began(steps, fault)
-    if step is None:
+    """The warning where the fault has lasted; one that needs no comparison may have been there from the start.
+
+    {last} is the mean at the fault's end and {when} that step, or "now".
+    """
+    before = WINDOW if from_start else 0  # as if so many steps without it had come before
+    place = began(np.concatenate([np.zeros(before, bool), fault]))
+    if place is None:
         return None
-    return RunWarning(step, title, found.format(first=of.first, last=of.recent[-1]), why)
+    place -= before
+    rest = np.flatnonzero(~fault[place:])
+    end = place + int(rest[0]) - 1 if len(rest) else len(fault) - 1
+    when = f"by step {of.steps[end]}, and no more" if len(rest) else "now"
+    return RunWarning(int(of.steps[place]), title, found.format(first=of.first, last=of.recent[end], when=when), why)

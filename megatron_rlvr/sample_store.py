@@ -6,6 +6,7 @@ OUTPUT/settings.json says what they are samples of, OUTPUT/samples/NAME.jsonl ho
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -83,9 +84,9 @@ class SampleStore:
         path = self._path(benchmark)
         if not path.exists():
             return {}
-        whole, _, torn = path.read_bytes().rpartition(b"\n")
+        whole, newline, torn = path.read_bytes().rpartition(b"\n")
         if torn:
-            path.write_bytes(whole + b"\n" if whole else b"")
+            os.truncate(path, len(whole + newline))
         samples = [StoredSample(**json.loads(line)) for line in whole.splitlines()]
         return {(sample.id, sample.sample): sample for sample in samples}
 

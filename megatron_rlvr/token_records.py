@@ -19,6 +19,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
+from megatron_rlvr.checkpoint_folder import sync
 from megatron_rlvr.metrics import rollout_row
 from megatron_rlvr.records import finite
 from megatron_rlvr.types import Prompt, Rollout
@@ -62,6 +63,13 @@ class TokenRecord:
         """[Lr] a column at the tokens of one response."""
         return self.columns[column][response["start"] : response["stop"]]
 
+    def judged(self) -> Tensor:
+        """[n] bool, the tokens of responses that a verifier could judge; the columns of others are 0."""
+        found = torch.zeros(len(self.texts), dtype=torch.bool)
+        for row in self.responses:
+            found[row["start"] : row["stop"]] = row["status"] in ("ok", "unparseable")
+        return found
+
 
 class TokenWriter:
     """Writes a step's file; one rank holds it. ``decode`` turns token ids into text, as a tokenizer does."""
@@ -73,6 +81,8 @@ class TokenWriter:
             if step > resume_step:
                 record_path(run_dir, step).unlink()
                 page_path(run_dir, step).unlink(missing_ok=True)
+        for draft in self._folder.glob("*.new"):
+            draft.unlink()
 
     def write(self, step: int, recording: Recording) -> None:
         """Nothing is written where nothing is recorded."""
@@ -92,6 +102,7 @@ class TokenWriter:
         draft = target.with_suffix(".new")
         tensors = {"token_ids": torch.tensor(ids, dtype=torch.int32), **recording.columns}
         draft.write_bytes(save(tensors, metadata={"record": json.dumps(about, default=str)}))
+        sync(draft)  # else a machine that fails may leave an empty file under the name
         os.replace(draft, target)
 
 

@@ -41,7 +41,7 @@ def open_tensorboard(run_dir: Path, resume_step: int) -> Tracker:
             f"logging.tensorboard is on but tensorboard cannot be imported ({error}): "
             "pip install tensorboard, or set logging.tensorboard=false"
         ) from error
-    writer = SummaryWriter(str(run_dir / "tensorboard"), purge_step=resume_step + 1 if resume_step else None)
+    writer = SummaryWriter(str(run_dir / "tensorboard"), purge_step=resume_step + 1)
 
     def log_step(step: int, values: dict[str, float]) -> None:
         for name, value in values.items():

@@ -52,6 +52,7 @@ def _prepare(config: Config) -> IO[str]:
     Returns the file that keeps other runs out of the folder as long as it is open.
     """
     from megatron_rlvr import preflight
+    from megatron_rlvr.checkpoint_folder import checkpoints
     from megatron_rlvr.config_changes import check_newest
     from megatron_rlvr.environment import record_start
     from megatron_rlvr.weights.initial import write_initial
@@ -63,7 +64,7 @@ def _prepare(config: Config) -> IO[str]:
     if config.run.resume != "never":
         check_newest(config, folder)
     record_start(folder)
-    if config.model.random_init and not (folder / INITIAL).exists():
+    if config.model.random_init and not checkpoints(folder):
         write_initial(config.model.path, folder / INITIAL, config.seed)
     return lock
 

@@ -279,7 +279,7 @@ class Trainer:
 
     def _times(self, total: float, batch: Batch) -> dict[str, float]:
         times = {f"time/{phase}": seconds for phase, seconds in self.seconds.items()}
-        tokens = float(reduce.all_sum(torch.tensor(float(batch.num_tokens)), self.groups.dp))
+        tokens = sum(update.num_tokens for update in batch.updates)  # of every rank's responses
         used = torch.tensor(float(platform.memory_in_use()), device=platform.device()) / 2**30
         most, least = reduce.all_max(torch.stack([used, -used]), self.groups.world).tolist()
         memory = {"memory/rank_most_gib": most, "memory/rank_least_gib": -least}

@@ -102,6 +102,9 @@ def test_resuming_writes_each_step_once(tmp_path):
     with open(tmp_path / "metrics.jsonl", "a") as file:
         file.write('{"step": 6, "ru')  # cut by a kill
     assert len(read_rows(tmp_path / "metrics.jsonl")) == 5
+    with open(tmp_path / "metrics.jsonl", "ab") as file:
+        file.write("数".encode()[:2])  # in the middle of a character
+    assert len(read_rows(tmp_path / "metrics.jsonl")) == 5
     with MetricsWriter(tmp_path, OFF, resume_step=3) as writer:
         for step in range(4, 7):
             writer.write(step, {"run": "second"})
@@ -144,6 +147,10 @@ def test_tensorboard_holds_the_numbers(tmp_path):
     events = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
     assert sorted(events.Tags()["scalars"]) == ["reward/mean", "sync/verified"]
     assert [(event.step, event.value) for event in events.Scalars("reward/mean")] == [(1, 0.25), (2, 0.5)]
+    with MetricsWriter(tmp_path, LoggingConfig(tensorboard=True)) as writer:  # begun again, for there is no checkpoint
+        writer.write(1, {"reward/mean": 0.75})
+    events = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
+    assert [(event.step, event.value) for event in events.Scalars("reward/mean")] == [(1, 0.75)]
 
 
 class FakeWandb(SimpleNamespace):

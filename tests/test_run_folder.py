@@ -1,14 +1,15 @@
-"""Two runs in one folder: the second is refused, or waits for the first one's end where it goes on with it."""
+"""Two runs in one folder: the second is refused, waits for the first one's end to go on with it, or takes its place."""
 
 from __future__ import annotations
 
+import shutil
 import threading
 from pathlib import Path
 
 import pytest
 
-from megatron_rlvr.config import ConfigError
-from megatron_rlvr.run_folder import hold
+from megatron_rlvr.config import Config, ConfigError, from_dict
+from megatron_rlvr.run_folder import hold, prepare_folder
 
 
 def test_one_run_at_a_time(tmp_path: Path) -> None:
@@ -29,3 +30,20 @@ def test_a_folder_that_cannot_be_made(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(ConfigError, match="cannot make the run's folder .*; set run.dir"):
         hold(tmp_path / "file" / "run")
+
+
+def test_a_deletion_that_was_killed_is_begun_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Else checkpoints of the run before would stay beside those of the new one, and be taken for its newest."""
+    config = from_dict(Config, {"run": {"dir": str(tmp_path), "overwrite": True}})
+    (tmp_path / "config.yaml").write_text("name: earlier")
+    (tmp_path / "checkpoints" / "step_200").mkdir(parents=True)
+
+    def killed(path: Path) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as during, pytest.raises(KeyboardInterrupt):
+        during.setattr(shutil, "rmtree", killed)
+        prepare_folder(config)
+    assert (tmp_path / "checkpoints" / "step_200").exists()
+    prepare_folder(config)
+    assert not (tmp_path / "checkpoints").exists() and not (tmp_path / "config.yaml").exists()

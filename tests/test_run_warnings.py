@@ -24,6 +24,7 @@ def healthy(seed: int = 0) -> list[dict]:
         row |= {"policy/entropy": 0.7 - 0.35 * done + 0.03 * noise, "tokens/response_mean": 6 + 0.1 * noise}
         row |= {"rollout/calibration_gap": 2.0 - done + abs(0.5 * noise), "rollout/truncated_share": 0.01}
         row |= {"rollout/log_prob_gap_mean": 3e-7 * (1 + abs(noise)), "lp_reg/share": 0.05 * abs(noise)}
+        row["reward/right_share"] = row["reward/mean"]
         row |= {"verifier/ok_share": 0.98, "verifier/error_share": 0.0, "verifier/timeout_share": 0.0}
         row |= {"cde/bonus": 0.1 * (1 - done), "cde/omega": 1 - done, "cde/critic_bonus": 0.01, "cde/critic_omega": 0.5}
         if step % 10 == 0:
@@ -49,7 +50,7 @@ FAULTS = {
     "entropy_explosion": lambda row, far: {"policy/entropy": 4.0},
     "calibration_collapse": lambda row, far: {"rollout/calibration_gap": -0.01},
     "length_without_reward": lambda row, far: {"tokens/response_mean": 15.0, "reward/mean": 0.12},
-    "format_hacking": lambda row, far: {"reward/mean": 0.5, "verifier/ok_share": 0.98},
+    "format_hacking": lambda row, far: {"reward/mean": 0.5, "reward/right_share": 0.5, "verifier/ok_share": 0.98},
     "reward_hacking": lambda row, far: (
         {"reward/mean": 0.6} | ({"eval/pass@1": 0.05 - 0.03 * far} if "eval/pass@1" in row else {})
     ),
@@ -71,7 +72,7 @@ def test_a_fault_is_found_where_it_begins(name, seed):
     rows = broken(FAULTS[name], seed)
     if name == "format_hacking":  # half of the answers could not be read at first, and just as many of the others
         for row in rows[: FAULT - 1]:
-            row |= {"reward/mean": 0.25, "verifier/ok_share": 0.49}
+            row |= {"reward/mean": 0.25, "reward/right_share": 0.25, "verifier/ok_share": 0.49}
     check = getattr(run_warnings, name)
     assert check(rows[: FAULT - 1]) is None
     found = check(rows)
@@ -93,6 +94,22 @@ def test_a_real_run_raises_none():
     rows = read_rows(Path(__file__).with_name("countdown_metrics.jsonl"))
     assert len(rows) == 60 and rows[0].keys() >= {"reward/mean", "policy/entropy", "lp_reg/share", "eval/pass@1"}
     assert warnings(rows) == []
+
+
+def test_a_fault_that_has_passed_is_told_as_it_was():
+    rows = [row | ({"policy/entropy": 0.02} if 80 <= row["step"] < 140 else {}) for row in healthy()]
+    (found,) = warnings(rows)
+    assert found.title == "Entropy collapse" and "and no more" in found.found
+    assert float(found.found.split(" at first, ")[1].split()[0]) < 0.2 * 0.7  # and not the mean of today
+    assert "now" in warnings(rows[:139])[0].found
+
+
+def test_rewards_below_zero_are_judged_by_the_same_rules():
+    """DAPO's verifier: -1 and +1; the responses grow and are no better."""
+    rows = [row | {"reward/mean": 2 * 0.12 - 1} for row in healthy()]
+    longer = [row | ({"tokens/response_mean": 15.0} if row["step"] >= FAULT else {}) for row in rows]
+    assert [found.title for found in warnings(longer)] == ["Longer, not better"]
+    assert warnings([row | {"reward/mean": 2 * (0.12 + 0.002 * row["step"]) - 1} for row in rows]) == []
 
 
 def test_what_switched_off_by_its_schedule_is_not_dead():

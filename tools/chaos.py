@@ -15,6 +15,7 @@ import json
 import multiprocessing
 import os
 import random
+import re
 import shutil
 import signal
 import sys
@@ -60,7 +61,7 @@ def disturb(folder: Path, whole: Path, options: argparse.Namespace) -> bool:
     runs, moments = 0, []
     while done < options.kills:
         runs += 1
-        run = folder / f"run_{runs}"
+        run, saved = folder / f"run_{runs}", list[int]()
         attempt = Attempt(run, options.steps)
         while done < options.kills:
             moments = moments or draw.sample(MOMENTS, len(MOMENTS))
@@ -68,9 +69,11 @@ def disturb(folder: Path, whole: Path, options: argparse.Namespace) -> bool:
                 break  # the run ended first
             done, moment = done + 1, moments.pop()
             print(json.dumps({"kill": done, "run": runs, "moment": moment, "steps": steps_done(run)}), flush=True)
+            saved.append(steps_done(run)[1])
             attempt = Attempt(run, options.steps)
         code = attempt.finish()
         found = [f"run {runs} ended with {code}: {last_words(run)}"] if code else difference(run, whole)
+        found += not_resumed(run, saved)
         print(json.dumps({"run": runs, "equal": not found}), flush=True)
         differences += found
         shutil.rmtree(run)
@@ -212,6 +215,13 @@ def steps_done(run: Path) -> list[int]:
 
     rows = (run / "metrics.jsonl").read_text().count("\n") if (run / "metrics.jsonl").exists() else 0
     return [rows, max((step_of(path) for path in checkpoints(run)), default=0)]
+
+
+def not_resumed(run: Path, saved: list[int]) -> list[str]:
+    """What says that a start did not go on from the newest checkpoint: begun anew, a run would end the same."""
+    said = [int(step) for step in re.findall(r"resuming .* after step (\d+)", run.with_suffix(".log").read_text())]
+    wanted = [step for step in saved if step]
+    return [] if said == wanted else [f"{run.name}: resumed after steps {said}, but had checkpoints of {wanted}"]
 
 
 def difference(run: Path, whole: Path) -> list[str]:

@@ -135,9 +135,10 @@ class CheckpointWriter:
         for name in RECORDS:
             if (self.run / name).exists():
                 checkpoint_folder.sync(self.run / name)
-        checkpoint_folder.seal(folder, entries)
+        now = checkpoint_folder.step_of(checkpoint_folder.seal(folder, entries))
         keep, there = self.config.trainer, checkpoint_folder.checkpoints(self.run)
-        steps = [checkpoint_folder.step_of(path) for path in there]
+        # Those of later steps are of a future that this run has turned from: the newest to stay is the one just made.
+        steps = [step for path in there if (step := checkpoint_folder.step_of(path)) <= now]
         for step in checkpoint_folder.superfluous(steps, _scores(self.run), keep.keep_last, keep.keep_best):
             checkpoint_folder.remove(self.run / "checkpoints" / f"step_{step}")
 

@@ -104,7 +104,8 @@ class Trainable:
             updated, grad_norm, _ = self.optimizer.step()
         if not updated or not math.isfinite(grad_norm):
             raise TrainingDiverged(
-                f"the gradient norm is {grad_norm}: lower {self.section}.lr or look for bad rewards in rollouts.jsonl"
+                f"the gradient norm is {grad_norm}: see in metrics.jsonl from where policy/grad_norm or "
+                f"policy/ratio_max grew, and lower {self.section}.lr or the clips"
             )
         return StepResult(losses, float(grad_norm), self.optimizer.param_groups[0]["lr"])
 

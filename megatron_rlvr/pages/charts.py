@@ -12,6 +12,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatch
 from html import escape
+from itertools import cycle
 from typing import Any, Literal
 
 import numpy as np
@@ -75,6 +76,11 @@ class Line:
     steps: np.ndarray
     values: np.ndarray
 
+    @property
+    def peak(self) -> Callable[[np.ndarray], float]:
+        """What stands for a span of steps: of a metric that is a maximum, the largest."""
+        return np.max if self.name.endswith("_max") else np.mean
+
 
 def draw(chart: Chart, rows: Sequence[dict]) -> Drawing | None:
     """The chart over the rows of metrics.jsonl, or None where fewer than two rows have what it shows."""
@@ -92,10 +98,12 @@ def draw(chart: Chart, rows: Sequence[dict]) -> Drawing | None:
 
 
 def _data(lines: list[Line], axes: Axes) -> dict[str, Any]:
-    def plain(values: np.ndarray) -> list[float]:
-        return [float(f"{value:.5g}") for value in thin(values)]
+    def plain(values: np.ndarray, reduce: Callable[[np.ndarray], float] = np.mean) -> list[float]:
+        return [float(f"{value:.5g}") for value in thin(values, reduce)]
 
-    series = [{"label": line.label, "steps": plain(line.steps), "values": plain(line.values)} for line in lines]
+    series = [
+        {"label": line.label, "steps": plain(line.steps), "values": plain(line.values, line.peak)} for line in lines
+    ]
     return {"x": [float(end) for end in axes.get_xlim()], "lines": series}
 
 
@@ -104,13 +112,22 @@ def read_lines(chart: Chart, rows: Sequence[dict]) -> list[Line]:
     names = sorted({name for row in rows for name in row}, key=_by_number)
     found = []
     for place, (pattern, label) in enumerate(chart.metrics.items()):
-        for colour, name in zip(COLOURS[place:], (name for name in names if fnmatch(name, pattern)), strict=False):
+        for colour, name in zip(cycle(COLOURS[place:] + COLOURS[:place]), matching(names, pattern), strict=False):
             pairs = [(row["step"], row[name]) for row in rows if is_number(row.get(name))]
             if len(pairs) > 1:
                 steps, values = np.array(pairs, dtype=float).T
-                between, _, last = name.partition("/")[2].rpartition("/")
-                found.append(Line(name, between if label == "*" else label or last, colour, steps, values))
+                found.append(Line(name, label_of(name, label), colour, steps, values))
     return found
+
+
+def matching(names: Sequence[str], pattern: str) -> list[str]:
+    return [name for name in names if fnmatch(name, pattern)]
+
+
+def label_of(name: str, label: str) -> str:
+    """What a legend calls the metric: its ``label`` in the chart; "": its last part, "*": what is in the middle."""
+    between, _, last = name.partition("/")[2].rpartition("/")
+    return between if label == "*" else label or last
 
 
 def is_number(value: object) -> bool:
@@ -137,7 +154,8 @@ def _trend(axes: Axes, lines: list[Line], chart: Chart, rows: Sequence[dict]) ->
     faint = 0.45 if len(lines) == 1 else 0.2
     for line in lines:
         smooth = running_mean(line.values, min(REACH, len(line.values) // 10))
-        axes.plot(thin(line.steps), thin(line.values), color=line.colour, linewidth=0.9, alpha=faint, clip_on=False)
+        values = thin(line.values, line.peak)
+        axes.plot(thin(line.steps), values, color=line.colour, linewidth=0.9, alpha=faint, clip_on=False)
         axes.plot(thin(line.steps), thin(smooth), color=line.colour, linewidth=1.9, clip_on=False)
     return _legend(chart, [(line.label, line.colour) for line in lines])
 
@@ -145,7 +163,7 @@ def _trend(axes: Axes, lines: list[Line], chart: Chart, rows: Sequence[dict]) ->
 def _lines(axes: Axes, lines: list[Line], chart: Chart, rows: Sequence[dict]) -> list[tuple[str, str]]:
     marker = "o" if chart.kind == "points" else ""
     for line in lines:
-        values = thin(line.values, np.max if line.name.endswith("_max") else np.mean)
+        values = thin(line.values, line.peak)
         axes.plot(
             thin(line.steps), values, color=line.colour, linewidth=1.5, marker=marker, markersize=3.5, clip_on=False
         )
@@ -155,7 +173,7 @@ def _lines(axes: Axes, lines: list[Line], chart: Chart, rows: Sequence[dict]) ->
 def _stack(axes: Axes, lines: list[Line], chart: Chart, rows: Sequence[dict]) -> list[tuple[str, str]]:
     whole = read_lines(Chart("", "", "lines", {chart.whole: ""}), rows)
     steps = whole[0].steps if whole else lines[0].steps
-    parts = [np.interp(steps, line.steps, line.values) for line in lines]
+    parts = [np.where(np.isin(steps, line.steps), np.interp(steps, line.steps, line.values), 0.0) for line in lines]
     entries = [(line.label, line.colour) for line in lines]
     if whole:
         parts.append(np.maximum(0.0, whole[0].values - sum(parts)))

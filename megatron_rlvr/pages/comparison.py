@@ -10,7 +10,7 @@ from typing import Any, Literal
 import yaml
 
 from megatron_rlvr.pages import page, report_parts
-from megatron_rlvr.pages.charts import COLOURS, Chart, is_number
+from megatron_rlvr.pages.charts import COLOURS, Chart, is_number, label_of, matching
 from megatron_rlvr.pages.key_figures import WINDOW, mean, values
 from megatron_rlvr.pages.report import run_rows, steps_done
 from megatron_rlvr.pages.report_charts import CHARTS
@@ -115,10 +115,7 @@ def _metrics(chart: Chart, names: list[str]) -> dict[str, str]:
         return {chart.whole: ""}
     found: dict[str, str] = {}
     for pattern, label in chart.metrics.items():
-        if pattern.endswith("*"):
-            found |= {name: name.rpartition("/")[2] for name in names if name.startswith(pattern[:-1])}
-        elif pattern in names:
-            found[pattern] = label
+        found |= {name: label_of(name, label) if "*" in pattern else label for name in matching(names, pattern)}
     return found
 
 

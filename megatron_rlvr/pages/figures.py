@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from matplotlib import rc_context
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
@@ -165,12 +166,10 @@ def _curves(runs: Sequence[RunData], labels: dict[str, str], unit: str, smooth: 
 
 
 def _points(records: Sequence[TokenRecord]) -> np.ndarray:
-    """[n, 2] probability and entropy; none for a response that no verifier could judge, whose columns are 0."""
+    """[n, 2] probability and entropy, of judged responses, those of the last steps first."""
     pairs = [
-        np.stack([record.of(row, "log_prob").exp().numpy(), record.of(row, "entropy").numpy()], axis=1)
+        torch.stack([record.columns["log_prob"].exp(), record.columns["entropy"]], dim=1)[record.judged()].numpy()
         for record in reversed(records)
-        for row in record.responses
-        if row["status"] in ("ok", "unparseable")
     ]
     return np.concatenate(pairs)[:MOST_POINTS] if pairs else np.zeros((0, 2))
 

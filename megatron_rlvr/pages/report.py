@@ -71,7 +71,8 @@ def run_rows(run_dir: Path) -> list[dict]:
     if not rows:
         raise ValueError(f"{source} holds no step yet: the report can be built once the first one is logged")
     summary = json.loads(_read(run_dir / "summary.json") or "{}")
-    final = {key: value for key, value in summary.items() if key.startswith("eval/")}
+    is_of_now = summary.get("steps") == rows[-1]["step"]  # and not of the run before it was given more steps
+    final = {key: value for key, value in summary.items() if is_of_now and key.startswith("eval/")}
     return [*rows, {"step": rows[-1]["step"] + 1, **final}] if final else rows
 
 

@@ -6,6 +6,7 @@ Lp-Reg (arXiv 2510.03222v2) holds that the first are what is lost when improbabl
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
@@ -18,11 +19,15 @@ MOST_RECORDS = 50  # steps that are read, evenly over the run
 
 
 def some_records(run_dir: Path) -> list[TokenRecord]:
-    """The records of a run, at most MOST_RECORDS: evenly spaced, with the first and the last."""
+    """The records of a run, at most MOST_RECORDS: evenly spaced, with the first and the last; none that is damaged."""
     steps = recorded_steps(run_dir)
     if len(steps) > MOST_RECORDS:
         steps = [steps[round(place)] for place in np.linspace(0, len(steps) - 1, MOST_RECORDS)]
-    return [read_record(run_dir, step) for step in steps]
+    found = []
+    for step in steps:
+        with suppress(ValueError):
+            found.append(read_record(run_dir, step))
+    return found
 
 
 def word_rows(records: Sequence[TokenRecord]) -> list[dict]:
@@ -33,8 +38,9 @@ def word_rows(records: Sequence[TokenRecord]) -> list[dict]:
     rows = []
     for record in records:
         row: dict = {"step": record.step}
-        words = np.array([text.strip().lower() for text in record.texts])
-        probabilities = record.columns["log_prob"].exp().numpy()
+        judged = record.judged().numpy()
+        words = np.array([text.strip().lower() for text in record.texts])[judged]
+        probabilities = record.columns["log_prob"].exp().numpy()[judged]
         for name, wanted in (("words/exploratory", EXPLORATORY), ("words/irrelevant", IRRELEVANT)):
             found = probabilities[np.isin(words, wanted)]
             if len(found):

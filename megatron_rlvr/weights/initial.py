@@ -17,7 +17,7 @@ STD = 0.02  # of the matrices, where config.json gives no initializer_range
 
 
 def write_initial(source: str | Path, target: str | Path, seed: int) -> None:
-    """``source``'s config and tokenizer with weights drawn from ``seed``.
+    """``source``'s config and tokenizer with weights drawn from ``seed``, in the place of what lies there.
 
     Matrices are N(0, initializer_range), norms 1, biases 0. One process writes. Raises ConfigError for a source that is
     no supported model.
@@ -40,4 +40,5 @@ def write_initial(source: str | Path, target: str | Path, seed: int) -> None:
             weights[name] = std * torch.randn(shape, generator=generator)
     save_file(weights, partial / "model.safetensors", metadata={"format": "pt"})
     readable(partial / "model.safetensors")
+    shutil.rmtree(target, ignore_errors=True)
     partial.rename(target)  # a run that is killed here starts it anew instead of taking half of it

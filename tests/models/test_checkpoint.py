@@ -300,16 +300,20 @@ def _room(case: Case, run: Path) -> list[Any]:
         without_room = sorted(path.name for path in (run / "checkpoints").iterdir())
         (run / "checkpoints/step_12.partial").mkdir()  # of a run that was killed meanwhile
         writer.save({"step": 12})
-        return [problem, without_room, writer.wait(), [path.name for path in checkpoints(run)]]
+        found = [writer.wait(), [path.name for path in checkpoints(run)]]
+        writer.save({"step": 5})  # of a run that went back, because later checkpoints are damaged
+        writer.wait()
+        return [problem, without_room, *found, [path.name for path in checkpoints(run)]]
 
 
 def test_no_checkpoint_goes_before_the_next_is_there(cases: dict[str, Case], tmp_path: Path) -> None:
     run = tmp_path / "run"
-    ((problem, without_room, again, found),) = run_ranks(1, _room, cases["qwen3-tied"], run, timeout=60)
+    ((problem, without_room, again, found, gone_back),) = run_ranks(1, _room, cases["qwen3-tied"], run, timeout=60)
     assert "rank 0" in problem and "MiB are free" in problem
     assert without_room == ["step_10", "step_11", "step_9"]  # the newest two, and the best
     assert again == "" and found == ["step_9", "step_11", "step_12"]
-    assert {path.name for path in (run / "checkpoints").iterdir()} == set(found)  # nothing half written is left
+    assert gone_back == ["step_5", *found]
+    assert {path.name for path in (run / "checkpoints").iterdir()} == set(gone_back)  # nothing half written is left
 
 
 def test_a_flat_range_is_cut_into_boxes() -> None:

@@ -41,6 +41,15 @@ def test_every_metric_has_a_line_per_run(page):
     assert sum(label.startswith("Calibration: right") for label in labels) == 1
 
 
+def test_every_held_out_source_has_its_chart(tmp_path):
+    folders = []
+    for name in ("one", "two"):
+        rows = [step_row(step, **{"eval/aime24/pass@1": 0.2, "eval/aime24/head_std": 0.1}) for step in (1, 2, 3)]
+        folders.append(write_run(tmp_path / name, rows))
+    found = Page(build_comparison(folders, tmp_path / "comparison.html").read_text()).text
+    assert "Held-out sources: aime24" in found and "Disagreement of the critic's heads: aime24" in found
+
+
 def test_the_table_has_means_of_the_last_steps(page):
     text = re.sub(r"\s+", " ", page.text)
     assert "Run" in text and "evil<b>" in text

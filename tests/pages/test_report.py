@@ -13,12 +13,15 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from matplotlib.figure import Figure
 
 from megatron_rlvr.config import Config, dump
+from megatron_rlvr.pages import charts
 from megatron_rlvr.pages.charts import Chart, draw, read_lines, running_mean, thin
 from megatron_rlvr.pages.key_figures import key_figures
-from megatron_rlvr.pages.report import build_report
+from megatron_rlvr.pages.report import build_report, run_rows
 from megatron_rlvr.pages.report_charts import CHARTS
+from megatron_rlvr.pages.words import some_records
 from megatron_rlvr.token_records import TokenWriter
 from tests.test_recorder import one_rank
 
@@ -270,6 +273,27 @@ def test_the_report_links_to_the_tokens(tmp_path):
     assert not (folder / "tokens/step_2.html").exists()
 
 
+def test_a_damaged_record_of_tokens_costs_its_own_points_alone(tmp_path):
+    folder = write_run(tmp_path / "run", [step_row(1), step_row(2), step_row(3)])
+    recording, _ = one_rank(2)
+    for step in (1, 2, 3):
+        TokenWriter(folder, str, step - 1).write(step, recording)
+    (folder / "tokens/step_2.safetensors").write_bytes(b"")
+    assert [record.step for record in some_records(folder)] == [1, 3]
+    build_report(folder)
+    (folder / "tokens/step_4.new").write_bytes(b"half")
+    TokenWriter(folder, str, 3)
+    assert not (folder / "tokens/step_4.new").exists()
+
+
+def test_held_out_figures_of_a_run_that_was_given_more_steps_are_not_its_last(tmp_path):
+    folder = write_run(tmp_path / "run", [step_row(1), step_row(2)])
+    (folder / "summary.json").write_text(json.dumps({"steps": 2, "eval/pass@1": 0.4}))
+    assert run_rows(folder)[-1] == {"step": 3, "eval/pass@1": 0.4}
+    write_run(folder, [step_row(1), step_row(2), step_row(3)])
+    assert run_rows(folder)[-1]["step"] == 3 and "eval/pass@1" not in run_rows(folder)[-1]
+
+
 def test_running_mean_is_centred():
     values = np.array([0.0, 3.0, 6.0, 9.0, 30.0])
     assert running_mean(values, 1).tolist() == [1.5, 3.0, 6.0, 15.0, 19.5]
@@ -289,6 +313,24 @@ def test_long_runs_are_thinned_and_peaks_survive():
     drawing = draw(CHARTS[0], rows)
     assert drawing is not None
     assert len(drawing.svg) < 60_000
+    rows = [{"step": step, "policy/ratio_max": 50.0 if step == 1234 else 1.0} for step in range(1, 4001)]
+    drawing = draw(Chart("Largest ratio", "", "trend", {"policy/ratio_max": ""}), rows)
+    assert drawing is not None and max(drawing.data["lines"][0]["values"]) == 50.0
+
+
+def test_more_lines_than_colours_and_phases_that_come_later():
+    sources = Chart("S", "", "points", {"critic/head_std": "training", "eval/*/head_std": "*"})
+    rows = [{"step": step} | {f"eval/{name}/head_std": 0.1 for name in "abcdefgh"} for step in (1, 2)]
+    lines = read_lines(sources, rows)
+    assert [line.label for line in lines] == list("abcdefgh")
+    assert len({line.colour for line in lines[:6]}) == 6
+    phases = Chart("T", "", "stack", {"time/a": "a", "time/b": "b"}, whole="time/step")
+    later = {"time/b": 6.0}
+    rows = [{"step": step, "time/step": 10.0, "time/a": 4.0} | (later if step > 5 else {}) for step in range(1, 11)]
+    axes = Figure().add_subplot()
+    charts._stack(axes, read_lines(phases, rows), phases, rows)
+    heights = [[y for x, y in axes.collections[1].get_paths()[0].vertices if x == step] for step in (1, 10)]
+    assert [max(of) - min(of) for of in heights] == [0.0, 6.0]  # at first there was no such phase
 
 
 def test_lines_keep_their_colour_whatever_is_missing():
