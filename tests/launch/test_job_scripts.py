@@ -112,7 +112,8 @@ def test_a_sweep_is_an_array_over_methods_and_seeds(login_node: dict[str, str]) 
         (f"slurm/train.sh {COUNTDOWN} --seeds", "--seeds needs a list"),
         (f"slurm/train.sh {COUNTDOWN} parallel.tp=10 --dry-run --no-plan", "10 ranks do not fill nodes of 8"),
         (f"slurm/train.sh {COUNTDOWN} parallel.td=5 --dry-run --no-plan", "did you mean parallel.'tp'?"),
-        ("slurm/baseline.sh grpo", "there are: clip_higher_off"),
+        ("slurm/baseline.sh grpo", "no method 'grpo'; there are: clip_higher_off"),
+        ("slurm/baseline.sh", "no method ''; there are: clip_higher_off"),
         (f"slurm/train.sh {COUNTDOWN} examples/cde/ppo.yaml --dry-run --no-plan", "as many ranks each: 2 and 8"),
     ],
 )
