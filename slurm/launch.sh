@@ -30,6 +30,7 @@ elif [ -n "${SITE:-}" ]; then
 fi
 : "${PYTHON:=.venv/bin/python}" "${LOGIN_PYTHON:=$PYTHON}" "${GPU_TYPE:=h100}" "${RANKS_PER_NODE:=8}"
 : "${MODELS:=models}" "${DATA:=data}"
+export PYTHONPATH=$PWD${PYTHONPATH:+:$PYTHONPATH} # LOGIN_PYTHON has not installed the package
 script=slurm/${0##*/}
 [ "$script" != slurm/slurm_script ] || script=slurm/$(basename "$(about_job Command)") # Slurm's own copy of it
 
@@ -44,6 +45,8 @@ SMOKE=(
 
 launch() { # "$@" of the script, less what it has used up
     parse "$@"
+    command -v "$LOGIN_PYTHON" >/dev/null ||
+        fail "LOGIN_PYTHON=$LOGIN_PYTHON: there is no such program; name a Python 3.11 that has PyYAML in $site"
     [ ${#configs[@]} -gt 0 ] || fail "which config? For example: bash $script examples/countdown_cpu/config.yaml"
     tasks=$((${#configs[@]} * (${#seeds[@]} > 0 ? ${#seeds[@]} : 1)))
     if [ -n "${SLURM_JOB_ID:-}" ]; then
@@ -101,8 +104,9 @@ resolve() { # sets NAME, RUN_DIR, RANKS
 
 show_plan() { # ends the script where the plan says no
     [ "$plan" = yes ] || return 0
-    "$LOGIN_PYTHON" tools/plan.py "${arguments[@]}" --gpus "$RANKS" --gpu "$GPU_TYPE" ||
-        fail "the plan says no to ${arguments[0]}; --no-plan goes on all the same"
+    "$LOGIN_PYTHON" tools/plan.py "${arguments[@]}" --gpus "$RANKS" --gpu "$GPU_TYPE" && return
+    [ $? -eq 2 ] || fail "tools/plan.py could not plan, see above; --no-plan goes without"
+    fail "the plan says no to ${arguments[0]}; --no-plan goes on all the same"
 }
 
 submit() { # the first door
