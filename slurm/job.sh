@@ -10,6 +10,7 @@ job() {
         fail "the job has $SLURM_NTASKS tasks, but parallel.tp * pp * dp = $RANKS: bash $script asks for the right number"
     show_plan
     meeting_point
+    share_cores
     container
     mkdir -p "$RUN_DIR/logs"
     ranks -m megatron_rlvr.launch.health "$RUN_DIR" --device "$([ "$GPU_TYPE" = cpu ] && echo cpu || echo gpu)"
@@ -26,9 +27,10 @@ meeting_point() {
     MASTER_ADDR=$(scontrol --oneliner show node "$first" | grep -o 'NodeAddr=[^ ]*' | cut -d= -f2)
     MASTER_PORT=$((20000 + SLURM_JOB_ID % 10000))
     export MASTER_ADDR MASTER_PORT WORLD_SIZE=$RANKS OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
-    # srun would give a rank one core, for itself, its engine and its verifiers.
-    export SRUN_CPUS_PER_TASK=$((SLURM_CPUS_ON_NODE * SLURM_JOB_NUM_NODES / SLURM_NTASKS))
 }
+
+# srun would give a task one core, for itself, its engine and its verifiers.
+share_cores() { export SRUN_CPUS_PER_TASK=$((SLURM_CPUS_ON_NODE * SLURM_JOB_NUM_NODES / SLURM_NTASKS)); }
 
 container() { # sets what comes before a rank's command, and what srun itself must know
     step=() inside=()

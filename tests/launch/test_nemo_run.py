@@ -23,14 +23,14 @@ def without_noise(text: str, home: Path) -> str:
     text = text.replace(str(home), "NEMORUN_HOME").replace(str(ROOT), "ROOT")
     text = re.sub("─+", "─", re.sub(r"_\d{19}", "_ID", text))
     lines = [re.sub(r" +(launcher|experiment)\.py:\d+$", "", line.rstrip()) for line in text.splitlines()]
-    return "\n".join(re.sub(r"^(\[[\d:]+\]| {10}) ", "", line).rstrip() for line in lines)
+    return "\n".join(re.sub(r"^(\[[\d:]+\]| {10})( |$)", "", line).rstrip() for line in lines)
 
 
 def test_a_dry_run_shows_everything_that_would_run(tmp_path: Path) -> None:
     shown = launch(
         tmp_path,
         *("--executor", "slurm", "--dryrun", "run.executor.account=me", "workdir=/shared/megatron_rlvr"),
-        *("convert=true", 'evaluation=["--benchmarks","aime24"]', 'overrides=["trainer.num_steps=2"]'),
+        *("convert=true", 'evaluation=["--benchmarks","aime24","--tp","4"]', 'overrides=["trainer.num_steps=2"]'),
     )
     assert "predicted memory of the fullest rank" in shown
     config = load_config(ROOT / "examples/lp_reg/qwen2.5_32b/lp_reg_on.yaml", ["trainer.num_steps=2"])

@@ -123,6 +123,20 @@ def test_a_plan_that_says_no_ends_the_job_at_once(cluster: Cluster, tmp_path: Pa
     assert not (tmp_path / "run").exists(), "no rank was started"
 
 
+def test_a_tool_has_the_cores_of_its_job(cluster: Cluster, tmp_path: Path) -> None:
+    program = tmp_path / "cores.py"
+    program.write_text(
+        "import os, subprocess\n"
+        "step = os.environ['SLURM_JOB_ID'] + '.' + os.environ['SLURM_STEP_ID']\n"
+        "shown = subprocess.run(['scontrol', '-o', 'show', 'step', step], capture_output=True, text=True).stdout\n"
+        f"open({str(tmp_path / 'cores')!r}, 'a').write(shown.split(' CPUs=')[1].split()[0] + ' ')\n"
+    )
+    for options in ("", "-- --cpus-per-task=6"):
+        job = cluster.submit(f"bash slurm/tool.sh {program} {options}")
+        assert cluster.wait(job, deadline=60)["JobState"] == "COMPLETED"
+    assert (tmp_path / "cores").read_text() == "8 6 "
+
+
 def planning_site(cluster: Cluster, folder: Path) -> Path:
     """The site's file with a GPU to plan for."""
     site = folder / "site.sh"
