@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from megatron_rlvr.config import ConfigError
-from megatron_rlvr.run_folder import hold
+from megatron_rlvr.config import Config, ConfigError, RunConfig
+from megatron_rlvr.run_folder import hold, prepare_folder
 
 
 def test_one_run_at_a_time(tmp_path: Path) -> None:
@@ -29,3 +29,17 @@ def test_a_folder_that_cannot_be_made(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(ConfigError, match="cannot make the run's folder .*; set run.dir"):
         hold(tmp_path / "file" / "run")
+
+
+@pytest.mark.parametrize("rank", ["", "0"])
+def test_an_earlier_run_is_replaced_but_not_the_logs_of_ranks_that_have_begun(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, rank: str
+) -> None:
+    """A launcher prepares the folder before it starts ranks; under torchrun or srun rank 0 does, beside the others."""
+    monkeypatch.setenv("RANK", rank) if rank else monkeypatch.delenv("RANK", raising=False)
+    (tmp_path / "logs").mkdir()
+    for name in ("config.yaml", "metrics.jsonl", "logs/rank_1.log"):
+        (tmp_path / name).write_text("earlier")
+    prepare_folder(Config(run=RunConfig(dir=str(tmp_path), overwrite=True)))
+    left = ["logs", "logs/rank_1.log"] if rank else ["logs"]
+    assert sorted(str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*")) == left
