@@ -26,6 +26,11 @@ def has_gpu() -> bool:
     return torch.cuda.is_available()
 
 
+def gpus() -> int:
+    """How many GPUs this process sees; it computes on number LOCAL_RANK."""
+    return torch.cuda.device_count() if has_gpu() else 0
+
+
 def device() -> torch.device:
     """The device of this rank: its own GPU under torchrun's LOCAL_RANK, else the CPU."""
     return torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if has_gpu() else torch.device("cpu")
