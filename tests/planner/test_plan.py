@@ -131,6 +131,8 @@ def test_the_door() -> None:
     refused = run("--gpus", "63")
     assert refused.returncode == 2 and "REFUSED" in refused.stdout and "fix:" not in refused.stderr
     assert run("--gpus", "64", "prepare=make.py", "model.path=not/there").returncode == 0  # the run makes it first
+    negative = run("--gpus", "64", "--response-tokens", "-5")
+    assert negative.returncode == 2 and "--response-tokens must be above 0, not -5" in negative.stdout
     mistaken = run("--gpus", "64", "paralel.tp=2")
     assert mistaken.returncode == 2 and "did you mean" in mistaken.stdout
 
