@@ -29,7 +29,9 @@ def refusal(path: Path, *overrides: str) -> str:
 
 def test_overrides_change_single_keys(tmp_path):
     path = write(tmp_path, **SMALLEST, optimizer={"lr": "1e-6"}, exploration={"lp_reg": {"rho": 0.01, "beta": 2.0}})
-    config = load_config(path, ["parallel.tp=2", "exploration.lp_reg.rho=0.02", "exploration.cde=", "data.eval_path="])
+    config = load_config(
+        path, ["parallel.tp=2", "exploration.lp_reg.rho=0.02", "exploration.cde={}", "data.eval_path="]
+    )
     assert (config.parallel.tp, config.optimizer.lr, config.data.eval_path) == (2, 1e-6, "")
     assert config.exploration == {"lp_reg": {"rho": 0.02, "beta": 2.0}, "cde": {}}
     assert config.rollout_tp == 2 and config.world_size == 2 and config.run_dir == Path("runs/run")
@@ -77,6 +79,11 @@ def test_bases_that_cannot_be_read(tmp_path):
         ("algorithm.loss=pbo", "algorithm.loss must be one of"),
         ("optimizer.betas=0.9", "optimizer.betas must be a list"),
         ("parallel=2", "parallel must be a mapping"),
+        (
+            "exploration.lp_reg=null",
+            "exploration.lp_reg is null, which could mean on or off: write {} for its defaults",
+        ),
+        ("exploration={lp_reg: , cde: {}}", "name those that stay, as in exploration={}"),
         ("seed.x=2", "'seed' holds a value"),
         ("parallel.tp", "must look like key.sub=value"),
         ("seed=[1", "is not a YAML value"),
