@@ -101,7 +101,7 @@ def test_a_bare_sbatch_of_a_sweep_is_refused(cluster: Cluster, site: str, tmp_pa
     for sweep in ("baseline.sh grpo_on,gspo_off --seeds 1,2,3", "train.sh examples/cde/ppo.yaml --seeds 0,1,2,3,4,5"):
         cluster.shell(f"sbatch {options} slurm/{sweep} --no-plan", code=2, SITE=site)
         remedy = f"bash slurm/{sweep.partition(' ')[0]} makes it one, or sbatch --array=0-5"
-        assert log.read_text() == f"error: 6 runs are asked for, but the job is no array: {remedy}\n"
+        assert log.read_text() == f"error: 6 runs, but the job is no array: {remedy}\n"
 
 
 def test_a_killed_rank_ends_the_job_and_is_named_on_top(cluster: Cluster, submit) -> None:
