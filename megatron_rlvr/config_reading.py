@@ -119,7 +119,13 @@ def _convert(hint: Any, value: Any, name: str) -> Any:
             return {}
         if not isinstance(value, dict):
             raise ConfigError(f"{name} must be a mapping, not {value!r}")
-        return {key: {} if item is None else item for key, item in value.items()}
+        for key, item in value.items():
+            rule(
+                item is not None,
+                f"{name}.{key} is null, which could mean on or off: write {{}} for its defaults; to leave it out, name "
+                f"those that stay, as in {name}={{}}",
+            )
+        return value
     return _convert_scalar(hint, value, name)
 
 

@@ -7,12 +7,15 @@ from typing import TYPE_CHECKING
 from megatron_rlvr.config_reading import rule
 
 if TYPE_CHECKING:  # config.py imports this file
-    from megatron_rlvr.config import Config, DataConfig
+    from megatron_rlvr.config import AlgorithmConfig, Config, DataConfig, OptimizerConfig
 
 
 def check(config: Config) -> None:
     """Every rule between keys that needs nothing but the config. Raises ConfigError."""
     _check_ranges(config)
+    for section, optimizer in {"optimizer": config.optimizer, "critic.optimizer": config.critic.optimizer}.items():
+        _check_optimizer(section, optimizer)
+    _check_algorithm(config.algorithm)
     _check_reward(config)
     _check_batch(config)
     if config.has_critic:
@@ -80,11 +83,24 @@ def _check_ranges(config: Config) -> None:
         "trainer.updates_per_rollout": config.trainer.updates_per_rollout,
         "trainer.num_steps": config.trainer.num_steps,
         "trainer.keep_last": config.trainer.keep_last,
+        "trainer.eval_responses": config.trainer.eval_responses,
         "reward.workers": config.reward.workers,
+        "rollout.kv_cache_mib": config.rollout.kv_cache_mib,
+        "rollout.max_running": config.rollout.max_running,
         "data.max_prompt_length": config.data.max_prompt_length,
     }
     for name, value in at_least_one.items():
         rule(value >= 1, f"{name} must be at least 1, not {value}")
+    at_least_zero = {
+        "rollout.tp": config.rollout.tp,
+        "trainer.eval_every": config.trainer.eval_every,
+        "trainer.save_every": config.trainer.save_every,
+        "trainer.keep_best": config.trainer.keep_best,
+        "trainer.log_rollouts": config.trainer.log_rollouts,
+        "logging.record_responses": config.logging.record_responses,
+    }
+    for name, value in at_least_zero.items():
+        rule(value >= 0, f"{name} must be at least 0, not {value}")
     temperatures: dict[str, float] = {"rollout.temperature": config.rollout.temperature}
     if config.trainer.eval_temperature is not None:
         temperatures["trainer.eval_temperature"] = config.trainer.eval_temperature
@@ -96,36 +112,53 @@ def _check_ranges(config: Config) -> None:
         )
     rule(config.run.hang_timeout > 0, f"run.hang_timeout must be above 0 seconds, not {config.run.hang_timeout}")
     rule(0 <= config.model.dropout < 1, f"model.dropout must be in [0, 1), not {config.model.dropout}")
-    for section, settings in {"optimizer": config.optimizer, "critic.optimizer": config.critic.optimizer}.items():
-        rule(settings.lr > 0, f"{section}.lr must be above 0, not {settings.lr}")
-        rule(len(settings.betas) == 2, f"{section}.betas must hold two numbers, not {settings.betas}")
+    utilization = config.rollout.gpu_memory_utilization
     rule(
-        config.algorithm.dual_clip == 0 or config.algorithm.dual_clip > 1,
-        f"algorithm.dual_clip must be above 1 (or 0 for off), not {config.algorithm.dual_clip}: "
+        0 < utilization <= 1,
+        f"rollout.gpu_memory_utilization must be in (0, 1], not {utilization}: it is the engine's share of a GPU",
+    )
+
+
+def _check_optimizer(section: str, optimizer: OptimizerConfig) -> None:
+    rule(optimizer.lr > 0, f"{section}.lr must be above 0, not {optimizer.lr}")
+    rule(
+        len(optimizer.betas) == 2 and all(0 <= beta < 1 for beta in optimizer.betas),
+        f"{section}.betas must hold two numbers in [0, 1), not {optimizer.betas}: each is what a mean keeps per update",
+    )
+    rule(optimizer.eps > 0, f"{section}.eps must be above 0, not {optimizer.eps}: it keeps Adam from dividing by 0")
+    for name in ("min_lr", "weight_decay", "warmup_steps", "clip_grad"):
+        value = getattr(optimizer, name)
+        rule(value >= 0, f"{section}.{name} must be at least 0, not {value}")
+
+
+def _check_algorithm(algorithm: AlgorithmConfig) -> None:
+    rule(
+        algorithm.dual_clip == 0 or algorithm.dual_clip > 1,
+        f"algorithm.dual_clip must be above 1 (or 0 for off), not {algorithm.dual_clip}: "
         f"it bounds a ratio that is 1 on-policy",
     )
     rule(
-        config.algorithm.kl.coefficient >= 0,
-        f"algorithm.kl.coefficient must be at least 0, not {config.algorithm.kl.coefficient}: below 0 it would drive "
+        algorithm.kl.coefficient >= 0,
+        f"algorithm.kl.coefficient must be at least 0, not {algorithm.kl.coefficient}: below 0 it would drive "
         f"the policy away from the reference",
     )
     rule(
-        config.algorithm.loss == "ppo" or not config.algorithm.dual_clip,
-        f"algorithm.dual_clip is a part of algorithm.loss=ppo and has no effect with {config.algorithm.loss}: "
+        algorithm.loss == "ppo" or not algorithm.dual_clip,
+        f"algorithm.dual_clip is a part of algorithm.loss=ppo and has no effect with {algorithm.loss}: "
         f"drop one of them",
     )
     rule(
-        config.algorithm.loss != "gspo" or config.algorithm.reduction == "sequence_mean",
-        f"algorithm.loss=gspo needs algorithm.reduction=sequence_mean, not {config.algorithm.reduction}: "
+        algorithm.loss != "gspo" or algorithm.reduction == "sequence_mean",
+        f"algorithm.loss=gspo needs algorithm.reduction=sequence_mean, not {algorithm.reduction}: "
         f"its ratio belongs to a response, which must count once whatever its length",
     )
     rule(
-        0 <= config.algorithm.clip_low <= 1,
-        f"algorithm.clip_low must be in [0, 1], not {config.algorithm.clip_low}: a ratio is never negative",
+        0 <= algorithm.clip_low <= 1,
+        f"algorithm.clip_low must be in [0, 1], not {algorithm.clip_low}: a ratio is never negative",
     )
     rule(
-        config.algorithm.clip_high >= 0,
-        f"algorithm.clip_high must be at least 0, not {config.algorithm.clip_high}: on-policy the ratio is 1",
+        algorithm.clip_high >= 0,
+        f"algorithm.clip_high must be at least 0, not {algorithm.clip_high}: on-policy the ratio is 1",
     )
 
 

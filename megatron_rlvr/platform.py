@@ -20,10 +20,17 @@ from typing import Any
 import torch
 import torch.utils._device  # torch itself imports it only when a tensor is built under `with device`
 
+from megatron_rlvr.config_reading import rule
+
 
 def has_gpu() -> bool:
     """Whether this process computes on a CUDA GPU."""
     return torch.cuda.is_available()
+
+
+def gpus() -> int:
+    """How many GPUs this process sees; it computes on number LOCAL_RANK."""
+    return torch.cuda.device_count() if has_gpu() else 0
 
 
 def device() -> torch.device:
@@ -85,12 +92,18 @@ def give_back_cached_memory() -> None:
 
 
 def start_rank() -> None:
-    """Settings of a rank's process, before any tensor is made."""
+    """Settings of a rank's process, before any tensor is made. Raises ConfigError: a rank without a GPU of its own."""
     # One queue to the GPU: Megatron's tensor-parallel sends start before the products that they overlap with
     # (tensor_parallel/layers.py:526).
     os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
     if has_gpu():
-        torch.cuda.set_device(device())
+        place = device().index
+        rule(
+            place < gpus(),
+            f"LOCAL_RANK={place}, but this process sees {gpus()} GPU(s): start no more ranks on a node than it has, "
+            f"and let each see all of them",
+        )
+        torch.cuda.set_device(place)
     else:
         # Two ranks with two threads each on two cores spin against one another and run six times slower.
         torch.set_num_threads(1)

@@ -7,6 +7,7 @@ tensorboard/, checkpoints/step_N/, logs/rank_R.log, hf/.
 from __future__ import annotations
 
 import fcntl
+import os
 import shutil
 import time
 from pathlib import Path
@@ -80,6 +81,8 @@ def prepare_folder(config: Config) -> Path:
             )
         print(f"replacing the earlier run in {folder}")
         for name in RECORDS:
+            if name == "logs" and "RANK" in os.environ:
+                continue  # the other ranks of this start write there already
             path = folder / name
             shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
     watchdog.clear(folder / HANG)

@@ -23,9 +23,9 @@ qwen2.5_32b) path=Qwen2.5-32B ;;
 *) fail "MODEL=$MODEL: qwen3_14b or qwen2.5_32b" ;;
 esac
 IFS=, read -r -a methods <<<"${1:-}"
-for method in "${methods[@]}"; do
+for method in "${methods[@]:-}"; do
     configs+=("examples/lp_reg/$MODEL/$method.yaml")
-    [ -e "${configs[-1]}" ] || fail "no method $method; there are: $(cd "examples/lp_reg/$MODEL" && echo *.yaml | sed 's/.yaml//g')"
+    [ -e "${configs[-1]}" ] || fail "no method '$method'; there are: $(cd "examples/lp_reg/$MODEL" && echo *.yaml | sed 's/.yaml//g')"
 done
 overrides=(model.path="$MODELS/$path" data.path="$DATA/dapo_math_17k.parquet" data.eval_path="$DATA/aime24.jsonl")
 launch "${@:2}"

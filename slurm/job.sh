@@ -3,15 +3,18 @@
 # they do. Exit codes are those of megatron_rlvr.train; a run that was asked to save goes on in the same job, requeued.
 
 job() {
+    [ "$tasks" -eq 1 ] || [ -n "${SLURM_ARRAY_TASK_ID:-}" ] ||
+        fail "$tasks runs, but the job is no array: bash $script makes it one, or sbatch --array=0-$((tasks - 1))"
     choose "${SLURM_ARRAY_TASK_ID:-0}"
     [ "$RANKS" = "$SLURM_NTASKS" ] ||
-        fail "the job has $SLURM_NTASKS tasks, but parallel.tp * pp * dp = $RANKS: bash $0 asks for the right number"
+        fail "the job has $SLURM_NTASKS tasks, but parallel.tp * pp * dp = $RANKS: bash $script asks for as many"
     show_plan
     meeting_point
+    share_cores
     container
     mkdir -p "$RUN_DIR/logs"
     ranks -m megatron_rlvr.launch.health "$RUN_DIR" --device "$([ "$GPU_TYPE" = cpu ] && echo cpu || echo gpu)"
-    "${srun[@]}" || fail "not fit to train: see above; bash $0 ... -- --exclude=NODE goes without one"
+    "${srun[@]}" || fail "not fit to train: see above; bash $script ... -- --exclude=NODE goes without one"
     # A requeued job goes on; a new one that finds a run in its folder is a mistake, and train.py says so.
     [ "${SLURM_RESTART_COUNT:-0}" -eq 0 ] || arguments+=(run.resume=auto)
     train
@@ -24,9 +27,10 @@ meeting_point() {
     MASTER_ADDR=$(scontrol --oneliner show node "$first" | grep -o 'NodeAddr=[^ ]*' | cut -d= -f2)
     MASTER_PORT=$((20000 + SLURM_JOB_ID % 10000))
     export MASTER_ADDR MASTER_PORT WORLD_SIZE=$RANKS OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
-    # srun would give a rank one core, for itself, its engine and its verifiers.
-    export SRUN_CPUS_PER_TASK=$((SLURM_CPUS_ON_NODE * SLURM_JOB_NUM_NODES / SLURM_NTASKS))
 }
+
+# srun would give a task one core, for itself, its engine and its verifiers.
+share_cores() { export SRUN_CPUS_PER_TASK=$((SLURM_CPUS_ON_NODE * SLURM_JOB_NUM_NODES / SLURM_NTASKS)); }
 
 container() { # sets what comes before a rank's command, and what srun itself must know
     step=() inside=()
@@ -67,7 +71,7 @@ train() {
     rm "$errors"
     case $first in
     *"exit code 138" | *"User defined signal 1") # 128 + USR1: saved, or not even begun
-        scontrol requeue "$SLURM_JOB_ID" && sleep 60 ;; # which ends this shell
+        scontrol requeue "$JOB" && sleep 60 ;; # which ends this shell
     *"exit code 143" | '') ;; # told to stop by TERM, and saved; or no rank failed
     *) first_error_on_top "$first" ;;
     esac
@@ -79,7 +83,7 @@ first_error_on_top() {
     local first=$1 log rank whole
     whole=$(mktemp)
     rank=$(sed -E 's/.*tasks? ([0-9]+).*/\1/' <<<"$first")
-    log=$(scontrol --oneliner show job "$SLURM_JOB_ID" | grep -o 'StdOut=[^ ]*' | cut -d= -f2)
+    log=$(about_job StdOut)
     {
         echo "rank $rank ended first: ${first#srun: error: }. The end of $RUN_DIR/logs/rank_$rank.log:"
         tail -n 25 "$RUN_DIR/logs/rank_$rank.log" 2>/dev/null | sed 's/^/    /'

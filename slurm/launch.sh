@@ -14,6 +14,10 @@
 
 fail() { echo "error: $*" >&2; exit 2; }
 
+# Of an array's last task, the job's own number is the array's: only ARRAY_TASK names that task alone.
+JOB=${SLURM_ARRAY_TASK_ID:+${SLURM_ARRAY_JOB_ID}_}${SLURM_ARRAY_TASK_ID:-${SLURM_JOB_ID:-}}
+about_job() { scontrol --oneliner show job "$JOB" | grep -o " $1=[^ ]*" | cut -d= -f2; } # StdOut, Command ...
+
 everything=("$@") # what the script got, for the job to read again
 configs=() overrides=() asked=() smoke=() seeds=() SBATCH_OPTIONS=() OVERRIDES=() # X.sh fills the first two
 dry_run=no plan=${PLAN:-yes} # PLAN=no comes from the first door, which has planned
@@ -26,6 +30,9 @@ elif [ -n "${SITE:-}" ]; then
 fi
 : "${PYTHON:=.venv/bin/python}" "${LOGIN_PYTHON:=$PYTHON}" "${GPU_TYPE:=h100}" "${RANKS_PER_NODE:=8}"
 : "${MODELS:=models}" "${DATA:=data}"
+export PYTHONPATH=$PWD${PYTHONPATH:+:$PYTHONPATH} # LOGIN_PYTHON has not installed the package
+script=slurm/${0##*/}
+[ "$script" != slurm/slurm_script ] || script=slurm/$(basename "$(about_job Command)") # Slurm's own copy of it
 
 SMOKE=(
     prepare=examples/countdown_cpu/prepare.py verifier=countdown
@@ -38,7 +45,10 @@ SMOKE=(
 
 launch() { # "$@" of the script, less what it has used up
     parse "$@"
-    [ ${#configs[@]} -gt 0 ] || fail "which config? For example: bash $0 examples/countdown_cpu/config.yaml"
+    command -v "$LOGIN_PYTHON" >/dev/null ||
+        fail "LOGIN_PYTHON=$LOGIN_PYTHON: there is no such program; name a Python 3.11 that has PyYAML in $site"
+    [ ${#configs[@]} -gt 0 ] || fail "which config? For example: bash $script examples/countdown_cpu/config.yaml"
+    tasks=$((${#configs[@]} * (${#seeds[@]} > 0 ? ${#seeds[@]} : 1)))
     if [ -n "${SLURM_JOB_ID:-}" ]; then
         source slurm/job.sh
         job
@@ -94,12 +104,13 @@ resolve() { # sets NAME, RUN_DIR, RANKS
 
 show_plan() { # ends the script where the plan says no
     [ "$plan" = yes ] || return 0
-    "$LOGIN_PYTHON" tools/plan.py "${arguments[@]}" --gpus "$RANKS" --gpu "$GPU_TYPE" ||
-        fail "the plan says no to ${arguments[0]}; --no-plan goes on all the same"
+    "$LOGIN_PYTHON" tools/plan.py "${arguments[@]}" --gpus "$RANKS" --gpu "$GPU_TYPE" && return
+    [ $? -eq 2 ] || fail "tools/plan.py could not plan, see above; --no-plan goes without"
+    fail "the plan says no to ${arguments[0]}; --no-plan goes on all the same"
 }
 
 submit() { # the first door
-    local index each=$((${#seeds[@]} > 0 ? ${#seeds[@]} : 1)) tasks first='' array=() id=%j
+    local index each=$((tasks / ${#configs[@]})) first='' array=() id=%j
     for index in "${!configs[@]}"; do
         choose $((index * each))
         show_plan
@@ -107,7 +118,6 @@ submit() { # the first door
         [ "${first:-$RANKS}" = "$RANKS" ] || fail "the configs of a sweep must take as many ranks each: $first and $RANKS"
         first=$RANKS
     done
-    tasks=$((${#configs[@]} * each))
     [ "$tasks" -eq 1 ] && [ ${#seeds[@]} -eq 0 ] || array=(--array="0-$((tasks - 1))") id=%A_%a
     shape
     echo "megatron_rlvr.train $(printf '%q ' "${arguments[@]}")"
@@ -119,7 +129,7 @@ send() { # LOG OPTIONS ...: the script itself, with what the site and the comman
     command=(
         sbatch --parsable --output="$log" "${@:2}" ${ACCOUNT:+--account="$ACCOUNT"}
         ${PARTITION:+--partition="$PARTITION"} ${QOS:+--qos="$QOS"} ${TIME_LIMIT:+--time="$TIME_LIMIT"}
-        "${SBATCH_OPTIONS[@]}" "slurm/${0##*/}" "${everything[@]}"
+        "${SBATCH_OPTIONS[@]}" "$script" "${everything[@]}"
     )
     printf '%q ' "${command[@]}" && echo
     [ "$dry_run" = no ] || return 0

@@ -29,7 +29,9 @@ def refusal(path: Path, *overrides: str) -> str:
 
 def test_overrides_change_single_keys(tmp_path):
     path = write(tmp_path, **SMALLEST, optimizer={"lr": "1e-6"}, exploration={"lp_reg": {"rho": 0.01, "beta": 2.0}})
-    config = load_config(path, ["parallel.tp=2", "exploration.lp_reg.rho=0.02", "exploration.cde=", "data.eval_path="])
+    config = load_config(
+        path, ["parallel.tp=2", "exploration.lp_reg.rho=0.02", "exploration.cde={}", "data.eval_path="]
+    )
     assert (config.parallel.tp, config.optimizer.lr, config.data.eval_path) == (2, 1e-6, "")
     assert config.exploration == {"lp_reg": {"rho": 0.02, "beta": 2.0}, "cde": {}}
     assert config.rollout_tp == 2 and config.world_size == 2 and config.run_dir == Path("runs/run")
@@ -77,6 +79,11 @@ def test_bases_that_cannot_be_read(tmp_path):
         ("algorithm.loss=pbo", "algorithm.loss must be one of"),
         ("optimizer.betas=0.9", "optimizer.betas must be a list"),
         ("parallel=2", "parallel must be a mapping"),
+        (
+            "exploration.lp_reg=null",
+            "exploration.lp_reg is null, which could mean on or off: write {} for its defaults",
+        ),
+        ("exploration={lp_reg: , cde: {}}", "name those that stay, as in exploration={}"),
         ("seed.x=2", "'seed' holds a value"),
         ("parallel.tp", "must look like key.sub=value"),
         ("seed=[1", "is not a YAML value"),
@@ -90,6 +97,15 @@ def test_bases_that_cannot_be_read(tmp_path):
         ("rollout.temperature=0", "rollout.temperature must be in (0, 2]"),
         ("algorithm.dual_clip=0.5", "algorithm.dual_clip must be above 1"),
         ("optimizer.lr=0", "optimizer.lr must be above 0"),
+        ("optimizer.betas=[2, 3]", "optimizer.betas must hold two numbers in [0, 1), not [2.0, 3.0]"),
+        ("critic.optimizer.betas=[0.9, 1]", "critic.optimizer.betas must hold two numbers in [0, 1)"),
+        ("optimizer.eps=-1", "optimizer.eps must be above 0, not -1"),
+        ("optimizer.weight_decay=-1", "optimizer.weight_decay must be at least 0, not -1"),
+        ("rollout.tp=-1", "rollout.tp must be at least 0, not -1"),
+        ("rollout.max_running=0", "rollout.max_running must be at least 1, not 0"),
+        ("rollout.gpu_memory_utilization=1.5", "rollout.gpu_memory_utilization must be in (0, 1], not 1.5"),
+        ("trainer.eval_responses=0", "trainer.eval_responses must be at least 1, not 0"),
+        ("trainer.save_every=-1", "trainer.save_every must be at least 0, not -1"),
         ("model.dropout=1", "model.dropout must be in [0, 1)"),
         ("trainer.keep_last=0", "trainer.keep_last must be at least 1"),
         ("trainer.keep_best=1", "trainer.keep_best=1 needs held-out figures of every checkpoint"),

@@ -10,6 +10,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from megatron_rlvr import platform
+from megatron_rlvr.config import ConfigError
 from tests.ranks import run_ranks
 from tests.tiny import make_folder
 
@@ -76,6 +77,18 @@ def test_with_a_gpu_nothing_is_replaced(monkeypatch: pytest.MonkeyPatch) -> None
     assert platform.backend() == "cuda:nccl,cpu:gloo"
     monkeypatch.setenv("LOCAL_RANK", "3")
     assert platform.device() == torch.device("cuda", 3)
+
+
+def test_a_rank_without_a_gpu_of_its_own_is_told_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(platform, "has_gpu", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "set_device", taken := [].append)
+    monkeypatch.setenv("LOCAL_RANK", "2")
+    with pytest.raises(ConfigError, match=r"LOCAL_RANK=2, but this process sees 2 GPU\(s\): start no more ranks"):
+        platform.start_rank()
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    platform.start_rank()
+    assert taken.__self__ == [1]
 
 
 def test_a_machine_without_gpu() -> None:

@@ -18,7 +18,7 @@ def test_a_record_or_a_report_that_cannot_be_written_is_said_and_the_run_goes_on
 ) -> None:
     config = from_dict(Config, {"logging": {"tensorboard": False}})
     monkeypatch.setattr(run, "REPORT_EVERY", 1)
-    recording, groups = one_rank(2)
+    recording, _ = one_rank(2)
     with run.Records(config, tmp_path, str, 0) as records, caplog.at_level(logging.WARNING):
         records.write(1, {"reward/mean": 0.5}, [], recording)
         assert (tmp_path / "report.html").exists() and not caplog.records

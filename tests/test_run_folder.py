@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from megatron_rlvr.config import Config, ConfigError, from_dict
+from megatron_rlvr.config import Config, ConfigError, RunConfig
 from megatron_rlvr.run_folder import hold, prepare_folder
 
 
@@ -34,7 +34,7 @@ def test_a_folder_that_cannot_be_made(tmp_path: Path) -> None:
 
 def test_a_deletion_that_was_killed_is_begun_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Else checkpoints of the run before would stay beside those of the new one, and be taken for its newest."""
-    config = from_dict(Config, {"run": {"dir": str(tmp_path), "overwrite": True}})
+    config = Config(run=RunConfig(dir=str(tmp_path), overwrite=True))
     (tmp_path / "config.yaml").write_text("name: earlier")
     (tmp_path / "checkpoints" / "step_200").mkdir(parents=True)
 
@@ -47,3 +47,17 @@ def test_a_deletion_that_was_killed_is_begun_again(tmp_path: Path, monkeypatch: 
     assert (tmp_path / "checkpoints" / "step_200").exists()
     prepare_folder(config)
     assert not (tmp_path / "checkpoints").exists() and not (tmp_path / "config.yaml").exists()
+
+
+@pytest.mark.parametrize("rank", ["", "0"])
+def test_an_earlier_run_is_replaced_but_not_the_logs_of_ranks_that_have_begun(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, rank: str
+) -> None:
+    """A launcher prepares the folder before it starts ranks; under torchrun or srun rank 0 does, beside the others."""
+    monkeypatch.setenv("RANK", rank) if rank else monkeypatch.delenv("RANK", raising=False)
+    (tmp_path / "logs").mkdir()
+    for name in ("config.yaml", "metrics.jsonl", "logs/rank_1.log"):
+        (tmp_path / name).write_text("earlier")
+    prepare_folder(Config(run=RunConfig(dir=str(tmp_path), overwrite=True)))
+    left = ["logs", "logs/rank_1.log"] if rank else ["logs"]
+    assert sorted(str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*")) == left

@@ -8,6 +8,7 @@ import sys
 
 import nemo_run as run
 
+from megatron_rlvr.config import ConfigError
 from megatron_rlvr.launch.nemo_run import EnvironmentPlugin, Job, PreemptionPlugin, add_tasks, describe
 from megatron_rlvr.planner.plan import make_plan
 from megatron_rlvr.planner.shapes import NotMadeYet
@@ -71,14 +72,18 @@ def lpreg(
     On Slurm nothing is submitted that the planner refuses for this ``gpu``, unless ``plan`` is false.
     """
     job = Job(config, overrides, python, workdir, convert, evaluation)
-    if plan and isinstance(ctx.executor, run.SlurmExecutor):
-        show_plan(job, gpu)
-    if ctx.dryrun:
-        print(describe(job))
     plugins = [EnvironmentPlugin(), PreemptionPlugin(seconds_before=seconds_before, requeues=requeues), *ctx.plugins]
-    with run.Experiment(job.resolved().name) as experiment:
-        add_tasks(experiment, job, ctx.executor, plugins)
-        ctx.launch(experiment)
+    try:
+        if plan and isinstance(ctx.executor, run.SlurmExecutor):
+            show_plan(job, gpu)
+        if ctx.dryrun:
+            print(describe(job))
+        with run.Experiment(job.resolved().name) as experiment:
+            add_tasks(experiment, job, ctx.executor, plugins)
+            ctx.launch(experiment)
+    except ConfigError as error:  # NeMo-Run would call it unexpected, and end with 0
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
 
 
 def show_plan(job: Job, gpu: str) -> None:

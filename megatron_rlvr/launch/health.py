@@ -58,7 +58,7 @@ def look(folder: Path) -> dict[str, Any]:
     from megatron_rlvr import platform
 
     report: dict[str, Any] = {"node": os.environ.get("SLURMD_NODENAME") or os.uname().nodename}
-    report["gpu"] = platform.has_gpu()
+    report["gpus"], report["local_rank"] = platform.gpus(), int(os.environ.get("LOCAL_RANK", 0))
     report["versions"] = versions()
     probe = folder / f".disk_{os.environ['RANK']}"
     try:
@@ -79,8 +79,8 @@ def local_faults(reports: dict[int, dict[str, Any]], ranks: int, device: str) ->
     usual = _usual_versions(list(reports.values()))
     for rank, report in sorted(reports.items()):
         here = f"node {report['node']}, rank {rank}"
-        if device == "gpu" and not report["gpu"]:
-            faults.append(f"{here}: no GPU is visible")
+        if device == "gpu" and report["local_rank"] >= report["gpus"]:
+            faults.append(f"{here}: no GPU for local rank {report['local_rank']}; {report['gpus']} are visible")
         if report["disk"]:
             faults.append(f"{here}: cannot write to the run's folder: {report['disk']}")
         elif report["free"] < LEAST_FREE:

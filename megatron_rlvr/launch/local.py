@@ -11,17 +11,18 @@ from types import FrameType
 
 from megatron_rlvr.processes import StopRequest, free_port
 
-STOP_GRACE = 120.0  # seconds that asked ranks have to finish their step and save
+STOPPED = 128 + signal.SIGTERM  # the exit code of a rank that was asked to stop, and has saved
 CRASH_GRACE = 5.0  # seconds that the other ranks have once one has failed
 POLL = 0.1
 
 
 def run_ranks(command: list[str], count: int, port: int, extra: dict[str, str]) -> int:
-    """Run ``command`` as ranks 0 .. count-1 and wait. Returns the first failing rank's exit code, or 0.
+    """Run ``command`` as ranks 0 .. count-1 and wait. Returns the first failing rank's exit code (128 + N: killed by
+    signal N), or 0; 128 + N of the launcher's own signal where the ranks have stopped as it asks.
 
     Each rank has a session of its own, so Ctrl-C reaches the launcher alone, which passes it on as one SIGTERM each, as
-    it does TERM and USR1; a second one kills. A rank dies with the launcher, whatever ends that
-    (processes.die_with_parent).
+    it does TERM and USR1; a second one kills. There is no deadline: a step takes what it takes, and one that hangs is
+    the watchdog's. A rank dies with the launcher, whatever ends that (processes.die_with_parent).
     """
     port = port or free_port()
     ranks = [_start(command, rank, count, port, extra) for rank in range(count)]
@@ -40,7 +41,7 @@ def run_ranks(command: list[str], count: int, port: int, extra: dict[str, str]) 
         _signal_all(ranks, signal.SIGKILL)
         for number, handler in before.items():
             signal.signal(number, handler)
-    return 128 + asked[0] if asked else code
+    return 128 + asked[0] if asked and code == STOPPED else code
 
 
 def _start(command: list[str], rank: int, count: int, port: int, extra: dict[str, str]) -> subprocess.Popen:
@@ -58,19 +59,19 @@ def _start(command: list[str], rank: int, count: int, port: int, extra: dict[str
 
 
 def _wait(ranks: list[subprocess.Popen], asked: list[int]) -> int:
-    deadline = None
-    failed = 0
-    while None in (codes := [rank.poll() for rank in ranks]):
-        if not failed and (first := next((rank for rank, code in enumerate(codes) if code), None)) is not None:
-            failed = codes[first] or 0
-            if failed < 0 and not asked:  # it could not say so itself, and the others only know that it is gone
+    failed, deadline = 0, 0.0
+    while True:
+        codes = [rank.poll() for rank in ranks]
+        first = next((rank for rank, code in enumerate(codes) if code not in (None, 0, STOPPED)), None)
+        if first is not None and not failed:
+            failed, deadline = codes[first] or 0, time.monotonic() + CRASH_GRACE
+            if failed < 0 and len(asked) < 2:  # it could not say so itself, and the others only know that it is gone
                 print(f"error: rank {first} was killed by {signal.Signals(-failed).name}", file=sys.stderr, flush=True)
-        if deadline is None and (failed or asked):
-            deadline = time.monotonic() + (STOP_GRACE if asked else CRASH_GRACE)
-        if deadline is not None and time.monotonic() > deadline:
+        if None not in codes:
+            return 128 - failed if failed < 0 else failed or max(code or 0 for code in codes)
+        if failed and time.monotonic() > deadline:
             _signal_all(ranks, signal.SIGKILL)
         time.sleep(POLL)
-    return failed or next((code for code in codes if code), 0)
 
 
 def _signal_all(ranks: list[subprocess.Popen], number: int) -> None:

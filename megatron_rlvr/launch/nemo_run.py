@@ -7,6 +7,7 @@ has ended and saved).
 """
 
 # No postponed annotations: NeMo-Run's command line reads the fields' types as they are.
+import argparse
 import os
 import shlex
 from dataclasses import dataclass, field
@@ -41,11 +42,12 @@ class Job:
 
 @dataclass(frozen=True)
 class Task:
-    """One job of the experiment. Task("report", script, ranks=1, after=["evaluate"])."""
+    """One job of the experiment. Task("report", script, ranks=1, gpus=1, after=["evaluate"])."""
 
     name: str
     script: run.Script
     ranks: int
+    gpus: int  # of one rank
     after: list[str]
 
 
@@ -67,8 +69,16 @@ def tasks(job: Job) -> list[Task]:
     commands.append(("report", ["tools/report.py", folder], 1))
     found: list[Task] = []
     for name, arguments, ranks in commands:
-        found.append(Task(name, _script(job, arguments, ranks), ranks, [found[-1].name] if found else []))
+        gpus = _engine_ranks(job.evaluation) if name == "evaluate" else 1
+        found.append(Task(name, _script(job, arguments, ranks), ranks, gpus, [found[-1].name] if found else []))
     return found
+
+
+def _engine_ranks(evaluation: list[str]) -> int:
+    """The --tp of tools/evaluate.py, whose one process has its engine start the others."""
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser.add_argument("--tp", type=int, default=1)
+    return parser.parse_known_args(evaluation)[0].tp
 
 
 def _script(job: Job, arguments: list[str], ranks: int) -> run.Script:
@@ -127,14 +137,18 @@ def for_task(executor: run.Executor, job: Job, task: Task) -> run.Executor:
             raise ConfigError(f"{task.ranks} ranks do not fill executor.nodes={nodes} evenly: change one of them")
         made.nodes, made.ntasks_per_node = nodes, task.ranks // nodes
         if made.gpus_per_node:
-            made.gpus_per_node = made.ntasks_per_node
-        if task.ranks > 1:
-            made.setup_lines = MEETING_POINT
+            made.gpus_per_node = made.ntasks_per_node * task.gpus
+        made.setup_lines = CORES + (MEETING_POINT if task.ranks > 1 else "")
     elif task.ranks > 1:
         made.launcher, made.ntasks_per_node = "torchrun", task.ranks
         made.env_vars = made.env_vars | {"PATH": f"{Path(job.workdir, job.python).parent}:{os.environ['PATH']}"}
     return made
 
+
+# srun would give a task one core, for itself, its engine and its verifiers.
+CORES = """\
+export SRUN_CPUS_PER_TASK=$((SLURM_CPUS_ON_NODE * SLURM_JOB_NUM_NODES / SLURM_NTASKS))
+"""
 
 # What torchrun would set. The address is the one at which Slurm itself reaches the first node.
 MEETING_POINT = """\

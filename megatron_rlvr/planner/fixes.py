@@ -132,19 +132,20 @@ GROUPS: list[Callable[[Config, Workload, Machine], Iterator[Change]]] = [
 
 def suggestions(config: Config, workload: Workload, machine: Machine, lengths: Lengths, most: int) -> list[Suggestion]:
     """The ``most`` quickest layouts of these GPUs that fit, by predicted seconds of a step, then by memory."""
-    found = [_best(apply(config, layout), workload, machine, lengths) for layout in _layouts(config, workload, machine)]
+    found = [_best(config, layout, workload, machine, lengths) for layout in _layouts(config, workload, machine)]
     fitting = [item for item in found if item is not None]
     return sorted(fitting, key=lambda item: (item.step_seconds, item.peak))[:most]
 
 
-def _best(config: Config, workload: Workload, machine: Machine, lengths: Lengths) -> Suggestion | None:
-    """The quickest choice of recomputation and engine ranks for the config's tp x pp x dp."""
-    found = []
+def _best(config: Config, layout: Change, workload: Workload, machine: Machine, lengths: Lengths) -> Suggestion | None:
+    """The quickest choice of recomputation and engine ranks for the config in this layout."""
+    found, parallel = [], apply(config, layout).parallel
     for recompute in ("none", "full"):
         for rollout_tp in (tp for tp in _divisors(machine.gpus) if tp <= min(8, machine.device.per_node)):
             change = {
-                **{f"parallel.{name}": getattr(config.parallel, name) for name in ("tp", "pp", "dp")},
-                "parallel.sequence_parallel": config.parallel.tp > 1,
+                **{f"parallel.{name}": getattr(parallel, name) for name in ("tp", "pp", "dp")},
+                **layout,
+                "parallel.sequence_parallel": parallel.tp > 1,
                 "model.recompute": recompute,
                 "rollout.tp": rollout_tp,
             }

@@ -91,12 +91,16 @@ def make_plan(
     """Read the config, which may break its own rules, and judge it on ``gpus`` of kind ``gpu``.
 
     ``prompt_tokens`` and ``response_tokens`` are the means that times rest on; 0: an eighth and a half of the longest.
-    Raises ConfigError: a config that cannot be read, a model whose shape is unknown, a GPU that is not in the table.
+    Raises ConfigError: a config that cannot be read, a model whose shape is unknown, a GPU that is not in the table,
+    a length below 0.
     """
     if gpu not in DEVICES:
         raise ConfigError(f"--gpu {gpu} is not known here; known: {', '.join(DEVICES)}")
     if gpus < 1:
         raise ConfigError(f"--gpus must be at least 1, not {gpus}")
+    for name, tokens in (("prompt", prompt_tokens), ("response", response_tokens)):
+        if tokens < 0:
+            raise ConfigError(f"--{name}-tokens must be above 0, not {tokens:g}: it is a mean length")
     tree = read_tree(Path(path))
     for override in overrides:
         apply_override(tree, override)

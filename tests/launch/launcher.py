@@ -15,8 +15,8 @@ DEADLINE = 600.0  # seconds, on a machine with other work
 needs_launcher = pytest.mark.skipif(not (LAUNCHER / "bin/python").exists(), reason="make launcher has not been run")
 
 
-def launch(home: Path, *arguments: str, **variables: str) -> str:
-    """What the example prints, in one column as wide as its longest line."""
+def launch(home: Path, *arguments: str, code: int = 0, **variables: str) -> str:
+    """What the example prints, in one column as wide as its longest line; ``code`` is the exit code it must have."""
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "NEMORUN_HOME": str(home), "COLUMNS": "500", **variables}
     environment["PATH"] = f"{LAUNCHER / 'bin'}:{os.environ['PATH']}"
     done = subprocess.run(
@@ -28,5 +28,5 @@ def launch(home: Path, *arguments: str, **variables: str) -> str:
         text=True,
         timeout=DEADLINE,
     )
-    assert done.returncode == 0, done.stdout[-3000:]
+    assert done.returncode == code, done.stdout[-3000:]
     return done.stdout

@@ -16,23 +16,25 @@ VERSIONS = {"python": "3.11.7", "torch": "2.13.0", "vllm": "0.32.0"}
 
 
 def report(rank: int, **change: Any) -> dict[str, Any]:
-    return {"node": f"n{rank // 2}", "gpu": True, "versions": VERSIONS, "free": 1 << 40, "disk": ""} | change
+    machine = {"node": f"n{rank // 2}", "gpus": 2, "local_rank": rank % 2, "free": 1 << 40, "disk": ""}
+    return {"versions": VERSIONS} | machine | change
 
 
 def reports(**changes: dict[str, Any]) -> dict[int, dict[str, Any]]:
-    """Six ranks on three nodes; ``changes`` by rank: r4={"gpu": False}."""
+    """Six ranks on three nodes; ``changes`` by rank: r4={"gpus": 0}."""
     return {rank: report(rank, **changes.get(f"r{rank}", {})) for rank in range(6)}
 
 
 def test_good_nodes_have_no_faults() -> None:
     assert local_faults(reports(), 6, "gpu") == []
-    assert local_faults(reports(r0={"gpu": False}), 6, "cpu") == []
+    assert local_faults(reports(r0={"gpus": 0}), 6, "cpu") == []
 
 
 def test_each_fault_names_its_node() -> None:
     other = VERSIONS | {"torch": "2.12.0"}
     cases = {
-        "node n2, rank 4: no GPU is visible": {"r4": {"gpu": False}},
+        "node n2, rank 4: no GPU for local rank 0; 0 are visible": {"r4": {"gpus": 0}},
+        "node n2, rank 5: no GPU for local rank 1; 1 are visible": {"r4": {"gpus": 1}, "r5": {"gpus": 1}},
         "node n1, rank 3: cannot write to the run's folder: Read-only file system": {
             "r3": {"disk": "Read-only file system", "free": 0}
         },
@@ -112,8 +114,10 @@ def test_whoever_does_not_come_is_missed_and_nobody_else() -> None:
 
 def test_a_rank_sees_its_own_machine(tmp_path, monkeypatch) -> None:
     monkeypatch.setenv("RANK", "0")
+    monkeypatch.setenv("LOCAL_RANK", "3")
     monkeypatch.setenv("SLURMD_NODENAME", "n7")
     seen = look(tmp_path)
-    assert seen["node"] == "n7" and seen["disk"] == "" and seen["free"] > 0 and seen["versions"]["torch"]
+    assert seen["node"] == "n7" and seen["local_rank"] == 3 and seen["gpus"] == torch.cuda.device_count()
+    assert seen["disk"] == "" and seen["free"] > 0 and seen["versions"]["torch"]
     assert look(tmp_path / "absent")["disk"] == "No such file or directory"
     assert list(tmp_path.iterdir()) == []

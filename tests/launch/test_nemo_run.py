@@ -23,14 +23,14 @@ def without_noise(text: str, home: Path) -> str:
     text = text.replace(str(home), "NEMORUN_HOME").replace(str(ROOT), "ROOT")
     text = re.sub("─+", "─", re.sub(r"_\d{19}", "_ID", text))
     lines = [re.sub(r" +(launcher|experiment)\.py:\d+$", "", line.rstrip()) for line in text.splitlines()]
-    return "\n".join(re.sub(r"^(\[[\d:]+\]| {10}) ", "", line).rstrip() for line in lines)
+    return "\n".join(re.sub(r"^(\[[\d:]+\]| {10})( |$)", "", line).rstrip() for line in lines)
 
 
 def test_a_dry_run_shows_everything_that_would_run(tmp_path: Path) -> None:
     shown = launch(
         tmp_path,
         *("--executor", "slurm", "--dryrun", "run.executor.account=me", "workdir=/shared/megatron_rlvr"),
-        *("convert=true", 'evaluation=["--benchmarks","aime24"]', 'overrides=["trainer.num_steps=2"]'),
+        *("convert=true", 'evaluation=["--benchmarks","aime24","--tp","4"]', 'overrides=["trainer.num_steps=2"]'),
     )
     assert "predicted memory of the fullest rank" in shown
     config = load_config(ROOT / "examples/lp_reg/qwen2.5_32b/lp_reg_on.yaml", ["trainer.num_steps=2"])
@@ -42,8 +42,21 @@ def test_a_dry_run_shows_everything_that_would_run(tmp_path: Path) -> None:
 
 
 def test_what_the_planner_refuses_is_not_submitted(tmp_path: Path) -> None:
-    with pytest.raises(AssertionError, match="fix: parallel"):
-        launch(tmp_path, "--executor", "slurm", 'overrides=["parallel.tp=16","parallel.dp=4"]')
+    shown = launch(tmp_path, "--executor", "slurm", 'overrides=["parallel.tp=16","parallel.dp=4"]', code=2)
+    assert "fix: parallel" in shown
+
+
+@pytest.mark.parametrize(
+    ("argument", "message"),
+    [
+        ('overrides=["paralel.tp=2"]', "error: unknown key 'paralel'; did you mean 'parallel'"),
+        ("config=nowhere.yaml", "error: cannot read the config nowhere.yaml"),
+        ("run.executor.nodes=3", "error: 64 ranks do not fill executor.nodes=3 evenly"),
+    ],
+)
+def test_a_mistake_is_one_line_and_exit_code_2(tmp_path: Path, argument: str, message: str) -> None:
+    shown = launch(tmp_path, "--executor", "slurm", "--dryrun", argument, code=2)
+    assert message in shown and "Unexpected error" not in shown
 
 
 def test_an_experiment_on_this_machine(tmp_path: Path) -> None:

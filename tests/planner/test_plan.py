@@ -10,10 +10,8 @@ from pathlib import Path
 import pytest
 
 from megatron_rlvr.planner.devices import DEVICES
-from megatron_rlvr.planner.fixes import apply
 from megatron_rlvr.planner.memory import predict
 from megatron_rlvr.planner.plan import Plan, make_plan
-from megatron_rlvr.planner.problems import problems
 from megatron_rlvr.planner.text import as_overrides, as_text
 from megatron_rlvr.planner.workload import Workload
 from tests.test_examples import CONFIGS
@@ -104,10 +102,12 @@ def test_an_invalid_layout_is_refused_with_a_fix_that_passes(name: str) -> None:
     assert f"fix: {as_overrides(found.fix)}" in as_text(found)
 
 
-def test_every_suggestion_fits_and_the_quickest_is_first() -> None:
-    found = plan(QWEN32)
+@pytest.mark.parametrize("asked", [(QWEN32, "", 64), (CDE, "parallel.pp=2 parallel.vpp=2 parallel.dp=2", 8)])
+def test_every_suggestion_fits_and_the_quickest_is_first(asked: tuple[str, str, int]) -> None:
+    """Behind the same command, as a person would use it; where one stage is left, nothing interleaves."""
+    found, (name, overrides, gpus) = plan(*asked), asked
     for item in found.suggestions:
-        assert not problems(apply(found.config, item.change), found.workload, found.machine)
+        assert plan(name, f"{overrides} {as_overrides(item.change)}", gpus).fits, item.change
     seconds = [item.step_seconds for item in found.suggestions]
     assert seconds == sorted(seconds) and len(seconds) == 5
 
@@ -131,6 +131,8 @@ def test_the_door() -> None:
     refused = run("--gpus", "63")
     assert refused.returncode == 2 and "REFUSED" in refused.stdout and "fix:" not in refused.stderr
     assert run("--gpus", "64", "prepare=make.py", "model.path=not/there").returncode == 0  # the run makes it first
+    negative = run("--gpus", "64", "--response-tokens", "-5")
+    assert negative.returncode == 2 and "--response-tokens must be above 0, not -5" in negative.stdout
     mistaken = run("--gpus", "64", "paralel.tp=2")
     assert mistaken.returncode == 2 and "did you mean" in mistaken.stdout
 

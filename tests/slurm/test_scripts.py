@@ -160,8 +160,8 @@ def test_a_node_that_is_unfit_ends_the_job_by_name(cluster: Cluster, countdown: 
     (tmp_path / "site.sh").write_text((cluster.folder / "site.sh").read_text().replace("=cpu", "=h100"))
     job = cluster.submit(f"sbatch {options} slurm/train.sh {COUNTDOWN} {QUICK} run.dir={tmp_path}/run --no-plan")
     assert cluster.wait(job)["JobState"] == "FAILED"
-    assert "unfit: node n1, rank 0: no GPU is visible" in log_of(tmp_path)
-    assert "unfit: node n2, rank 1: no GPU is visible" in log_of(tmp_path)
+    assert "unfit: node n1, rank 0: no GPU for local rank 0; 0 are visible" in log_of(tmp_path)
+    assert "unfit: node n2, rank 1: no GPU for local rank 0; 0 are visible" in log_of(tmp_path)
     assert not (tmp_path / "run/metrics.jsonl").exists()
 
 
