@@ -113,8 +113,20 @@ def test_tests_of_data_rows():
     expected = {"prompt": "", "tests": "assert f(1) == 2\nassert f(2) == 4\n", "entry_point": ""}
     for value in (asserts, {"test_list": asserts, "prompt": "Double it."}, json.dumps(asserts)):
         assert code.read_answer(value) == expected
-    for value in ("", [], {}, 3, None, {"test_list": []}, "no tests here", {"test": 3}, "{not json"):
+    for value in ("", [], {}, 3, None, {"test_list": []}, "no tests here", {"test": 3}, "{not json", "return 1"):
         with pytest.raises(ValueError):
+            code.read_answer(value)
+
+
+CHECK = "METADATA = {'author': 'jt'}\n\ndef check(candidate):\n    assert candidate(2) == 4\n"
+
+
+def test_tests_that_nothing_runs_are_refused():
+    assert code.read_answer({"test": CHECK, "entry_point": "f"})["entry_point"] == "f"
+    assert code.read_answer(f"{CHECK}check(f)")["entry_point"] == ""
+    nothing = "'a text'\nimport math\nclass A:\n    pass\nx: int = 3\ndef test():\n    assert f(2) == 4\n"
+    for value in (CHECK, [CHECK], {"test": CHECK}, nothing, {"test": nothing, "entry_point": "f"}):
+        with pytest.raises(ValueError, match="tests that never run"):
             code.read_answer(value)
 
 
