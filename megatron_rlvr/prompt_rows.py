@@ -19,14 +19,8 @@ _PROMPT_FIELDS = ("prompt", "problem", "question", "Question")
 _TESTS = ("test", "test_list")  # HumanEval's and MBPP's columns; without entry_point or test_imports they test nothing
 # The first is how verl's files hold it; a solution comes last, for rows that have both hold the answer apart.
 _ANSWER_FIELDS = (
-    "reward_model.ground_truth",
-    "answer",
-    "expected_answer",
-    "final_answer",
-    "label",
-    *_TESTS,
-    "solution",
-)
+    "reward_model.ground_truth", "answer", "expected_answer", "final_answer", "label", *_TESTS, "solution",
+)  # fmt: skip
 _GPQA = ("Question", "Correct Answer", "Incorrect Answer 1", "Incorrect Answer 2", "Incorrect Answer 3")
 _INTEGER = re.compile(r"([-+]?)0*([0-9]+)(?:\.0*)?")
 _BOX = re.compile(r"\\(?:boxed|fbox)\b")

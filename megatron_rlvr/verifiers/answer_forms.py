@@ -93,7 +93,12 @@ def squeeze(text: str) -> str:
 
 
 def number(text: str) -> Fraction | None:
-    r"""The exact value of 025, 70.0, 12,000, 4.4e7, 2\times 10^{-3}, 1/3, \frac{1}{3}, 1\frac{1}{3}; else None."""
+    r"""The exact value of 025, 70.0, 12,000, 4.4e7, 2\times 10^{-3}, 1/3, \frac{1}{3}, 1\frac{1}{3}; else None.
+
+    81, 256 is None too: with a space it is a list.
+    """
+    if ", " in text:
+        return None
     text = squeeze(text)
     while text.startswith("{") and text.endswith("}") and text.count("{") == 1:
         text = text[1:-1]

@@ -115,10 +115,14 @@ def _equal(gold: str, given: str) -> bool:
     if _NEVER.search(forms.squeeze(given)) and not _NEVER.search(forms.squeeze(gold)):
         return False
     gold, given = _MEMBER.sub("", gold), _MEMBER.sub("", given)
-    golds = forms.parts(gold)
-    if len(golds) == 1 and forms.number(forms.split_unit(given)[0]) is not None:
-        return _one_equal(gold, given)  # 12,345 is one number
+    golds = [gold] if _is_number(gold) else forms.parts(gold)  # 1,027 is one number
+    if len(golds) == 1 and _is_number(given):
+        return _one_equal(gold, given)  # and so is 12,345
     return _unordered(_spread(golds), _spread(forms.parts(given)))
+
+
+def _is_number(text: str) -> bool:
+    return forms.number(forms.split_unit(text)[0]) is not None
 
 
 def _spread(items: list[str]) -> list[str]:
