@@ -297,14 +297,16 @@ def _reply(descriptor: int, kind: str, value: Any) -> None:
 def run_tests(program: Program, tests: str, entry_point: str) -> None:
     """The tests, with the program's functions in their place; ``check(candidate)`` where there is an entry point.
 
+    What Python has built in stays Python's: a ``set`` or ``abs`` of the program would decide what the tests compare.
     Raises whatever the first failing test raises.
     """
-    wanted = {node.id for node in ast.walk(ast.parse(tests)) if isinstance(node, ast.Name)} | {entry_point}
+    used = {node.id for node in ast.walk(ast.parse(tests)) if isinstance(node, ast.Name)}
+    wanted = {name for name in used if not hasattr(builtins, name)} or used  # an MBPP row asks for its own sum
 
     def proxy(name: str) -> Any:
         return lambda *args, **kwargs: program.call(name, args, kwargs)
 
-    space: dict[str, Any] = {name: proxy(name) for name in program.names if name in wanted}
+    space: dict[str, Any] = {name: proxy(name) for name in program.names if name in wanted | {entry_point}}
     if entry_point and entry_point not in space:
         raise NameError(f"the program defines no {entry_point}")
     exec(compile(tests, "<tests>", "exec"), space)

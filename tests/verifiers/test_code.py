@@ -81,6 +81,22 @@ def test_a_program_cannot_pretend(source):
     assert run(source + "\ndef f(x):\n    return 4", "assert f(2) == 4", "", TIGHT).passed is True
 
 
+def passes(source: str, tests: str, entry_point: str = "") -> bool:
+    return run(source, tests, entry_point, TIGHT).passed
+
+
+def test_the_tests_keep_pythons_own_functions():
+    wrong = "def f(x):\n    return [1.0]\n"
+    assert not passes(wrong + "def set(x):\n    return 0", "assert set(f(2)) == set((7, 8))")
+    assert not passes(wrong + "def all(x):\n    return True", "assert all([f(1) == 2, f(2) == 4])")
+    check = "def check(candidate):\n    assert abs(candidate(3)[0] - 9.25) < 1e-6"
+    assert not passes(wrong + "def abs(x):\n    return 0", check, "f")
+    helper = "def sum(a, b):\n    return a + b\ndef f(x):\n    return [x, sum(x, 1)]"
+    assert passes(helper, "assert sum(f(2)) == 5")
+    for tests, entry_point in (("assert sum(2, 1) == 3", ""), ("def check(g):\n    assert g(2, 1) == 3", "sum")):
+        assert passes(helper, tests, entry_point)  # the function that the row asks for is called so
+
+
 def test_what_passes_and_what_does_not():
     def judge(response, answer=ANSWER):
         verdict = code.verify(response, answer)
