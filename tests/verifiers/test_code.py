@@ -81,6 +81,34 @@ def test_a_program_cannot_pretend(source):
     assert run(source + "\ndef f(x):\n    return 4", "assert f(2) == 4", "", TIGHT).passed is True
 
 
+# A reply in place of the pickled one: BUILD gives an empty Counter the attribute __eq__, which slice() is called as.
+FORGED = r"""
+import pickle
+dumps = pickle.dumps
+forged = (b"\x80\x02X\x05\0\0\0valueccollections\nCounter\n(N}X\x06\0\0\0__eq__cbuiltins\nslice\nstb\x29\x81\x86.")
+pickle.dumps = lambda reply: forged if reply[0] == "value" and not isinstance(reply[1], list) else dumps(reply)
+def f(x):
+    return 0
+"""
+
+
+def test_a_forged_reply_is_no_value():
+    outcome = run(FORGED, "assert f(2) == 4\nassert f(3) == 'abc'\nassert [1, 2] == f(1)", "", TIGHT)
+    assert not outcome.passed and "no plain value" in outcome.message
+
+
+def test_plain_values_come_back_as_they_are():
+    imports = "import collections, datetime, decimal, fractions\n"
+    values = (
+        "[None, True, 2, 2.5, 1j, 'x', b'x', bytearray(b'x'), [(1,)], {'a': {1}}, frozenset([1]), range(3), slice(1),\n"
+        "collections.Counter('aab'), collections.OrderedDict(a=1), collections.deque([1], 3),\n"
+        "collections.defaultdict(int, {1: 2}), fractions.Fraction(1, 3), decimal.Decimal('1.5'),\n"
+        "datetime.date(2020, 1, 2), datetime.datetime(2020, 1, 2), datetime.time(3), datetime.timedelta(3), Ellipsis]"
+    )
+    source = f"{imports}def f():\n    return {values}"
+    assert passes(source, f"{imports}a, b = f(), {values}\nassert a == b and [*map(type, a)] == [*map(type, b)]")
+
+
 def passes(source: str, tests: str, entry_point: str = "") -> bool:
     return run(source, tests, entry_point, TIGHT).passed
 
