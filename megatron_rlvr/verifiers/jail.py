@@ -43,6 +43,7 @@ _REFUSED = {
 }
 _AUDIT_ARCH = {"x86_64": 0xC000003E, "aarch64": 0xC00000B7}
 _MOUNT_SETATTR = 442  # the same number on every architecture
+_AT_RECURSIVE = 0x8000
 # What a value that comes back may be made of, beside numbers, text, lists, tuples and dicts.
 _PLAIN = {
     ("builtins", name) for name in ("set", "frozenset", "complex", "bytearray", "range", "slice", "Ellipsis")
@@ -115,7 +116,7 @@ def _build_root(disk_mib: int) -> None:
             os.makedirs(target if os.path.isdir(source) else os.path.dirname(target), mode=0o755, exist_ok=True)
             if not os.path.isdir(source):
                 open(target, "w").close()
-            _mount(source, target, None, _MS_BIND)
+            _mount(source, target, None, _MS_BIND | _MS_REC)  # a user may not uncover what is mounted below
             if source not in devices:
                 _read_only(target)
     os.makedirs(root + BOX, exist_ok=True)
@@ -126,7 +127,8 @@ def _build_root(disk_mib: int) -> None:
 
 def _read_only(path: str) -> None:
     attributes = struct.pack("QQQQ", _MS_RDONLY, 0, 0, 0)
-    _check(_LIBC.syscall(_MOUNT_SETATTR, -100, path.encode(), 0, attributes, len(attributes)), f"mount_setattr {path}")
+    result = _LIBC.syscall(_MOUNT_SETATTR, -100, path.encode(), _AT_RECURSIVE, attributes, len(attributes))
+    _check(result, f"mount_setattr {path}")
 
 
 def _mount(source: str | None, target: str, kind: str | None, flags: int, data: str | None = None) -> None:

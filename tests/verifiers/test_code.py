@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import random
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -212,10 +213,16 @@ def test_the_kernels_refusal_reaches_the_caller():
     assert done.stdout.startswith("no isolation: ") and reason in done.stdout, done.stderr
 
 
-def test_a_normal_user_can_run_it_too():
-    """In a fork that has become nobody; Python itself may lie where only root can read, so any readable one will do."""
+@pytest.mark.parametrize("below_usr", [False, True], ids=["", "with a mount below /usr"])
+def test_a_normal_user_can_run_it_too(tmp_path, below_usr):
+    """In a fork that has become nobody; Python itself may lie where only root can read, so any readable one will do.
+
+    The second time with a folder mounted below /usr, as container runtimes do it with the GPU's driver.
+    """
     if os.getuid() != 0:
         pytest.skip("this test run is by a normal user: the others show it")
+    tmp_path.chmod(0o777)  # so that it is the read-only mount that keeps a program from writing
+    mount = ["unshare", "--mount", "sh", "-c", 'mount --bind "$0" /usr/share && exec "$@"', str(tmp_path)]
     script = (
         "import encodings.idna, os, selectors, sys\nfrom megatron_rlvr.verifiers.sandbox import Limits, run\n"
         "os.setgroups([]); os.setgid(65534); os.setuid(65534)\n"
@@ -223,12 +230,14 @@ def test_a_normal_user_can_run_it_too():
         "if sys.executable == 'none': print('none'); sys.exit()\n"
         "print(run('def f(): return 1', 'assert f() == 1', '', Limits()).passed,\n"
         "      run('import os\\ndef f(): return os.getuid()', 'assert f() == 0', '', Limits()).passed,\n"
+        "      run('open(\"/usr/share/x\", \"w\")', 'assert 1', '', Limits()).message,\n"
         "      run('import socket\\nsocket.socket()', 'assert 1', '', Limits()).message)\n"
     )
-    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=60)
+    command = [*(mount if below_usr else []), sys.executable, "-c", script]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60)
     if done.stdout.strip() == "none":
         pytest.skip("no Python that a normal user may run")
-    assert done.stdout.startswith("True False PermissionError"), done.stdout + done.stderr
+    assert re.match("True False OSError: .*Read-only.* PermissionError", done.stdout), done.stdout + done.stderr
 
 
 def human_eval() -> list[dict]:
