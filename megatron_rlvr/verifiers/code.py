@@ -1,8 +1,10 @@
 """Code: the program in the response passes all unit tests of the data row, in a sandbox.
 
-The program is the last fenced block behind the thinking, or the whole text where there is none. The row's tests call
-its functions by value: arguments and results are plain data. There is no network, only the standard library, and one
-small folder to write in.
+The program is the last fenced block behind the thinking that is marked as Python, else the last unmarked one, else the
+last, or the whole text where there is none. It is imported: what stands under ``if __name__ == "__main__"`` is not run.
+The row's tests call its functions by value: arguments and results are plain data, and a function that returns another
+object (a re.Match, a class of its own) fails its test. There is no network, only the standard library, and one small
+folder to write in.
 """
 
 from __future__ import annotations
@@ -22,7 +24,7 @@ check_host = sandbox.check_host
 
 _DEADLINE = 10.0  # seconds of CPU time, outside of a pool
 _LONGEST = 200_000  # characters of a program
-_FENCE = re.compile(r"^ *```[a-zA-Z0-9+]*[ ]*\r?\n(.*?)^ *```", re.DOTALL | re.MULTILINE)
+_FENCE = re.compile(r"^ *```([a-zA-Z0-9+]*)[ ]*\r?\n(.*?)^ *```", re.DOTALL | re.MULTILINE)
 
 _PASSIVE = (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef, ast.Import, ast.ImportFrom, ast.Assign, ast.AnnAssign)
 
@@ -86,7 +88,10 @@ def verify(response: str, answer: dict[str, str]) -> Verdict:
 
 
 def program(response: str) -> str:
-    """The last fenced block behind the thinking, else all of the text behind it."""
+    """Of the fenced blocks behind the thinking the last Python one: others may show output. Without any, all text."""
     text = after_thinking(response)
     blocks = _FENCE.findall(text)
-    return blocks[-1] if blocks else "" if "```" in text else text
+    for marks in ({"python", "py", "python3"}, {""}):
+        if marked := [block for mark, block in blocks if mark.lower() in marks]:
+            return marked[-1]
+    return blocks[-1][1] if blocks else "" if "```" in text else text

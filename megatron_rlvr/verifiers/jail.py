@@ -25,6 +25,7 @@ import select
 import signal
 import struct
 import sys
+import types
 from typing import Any, ClassVar
 
 _LIBC = ctypes.CDLL(None, use_errno=True)
@@ -272,7 +273,8 @@ def _serve(source: str, calls: int, replies: int) -> None:
     nothing = os.open(os.devnull, os.O_RDWR)
     for descriptor in range(3):
         os.dup2(nothing, descriptor)
-    space: dict[str, Any] = {"__name__": "__main__", "__builtins__": builtins}
+    module = types.ModuleType("program")  # not __main__: a main guard may read input or leave
+    sys.modules["program"], space = module, module.__dict__  # dataclasses look their module up
     try:
         exec(compile(source, "<program>", "exec"), space)
         _reply(replies, "value", [name for name, value in space.items() if callable(value)])

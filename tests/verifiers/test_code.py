@@ -64,6 +64,14 @@ def test_whatever_a_program_tries_is_a_failed_test(name):
     assert not any(Path(folder, "escaped").exists() for folder in ("/tmp", "/usr", "/etc"))
 
 
+@pytest.mark.parametrize("main", ["n = int(input())", "import unittest\n    unittest.main()", "raise SystemExit(1)"])
+def test_a_program_is_imported_and_not_run_as_main(main):
+    data = "from dataclasses import dataclass\n@dataclass\nclass Pair:\n    x: 'int' = 2\n"
+    source = f"{data}def f(x):\n    return Pair().x * x\nif __name__ == '__main__':\n    {main}\n"
+    assert run(source, "assert f(2) == 4", "", TIGHT).passed
+    assert not run(source, "assert f(2) == 5", "", TIGHT).passed
+
+
 @pytest.mark.parametrize(
     "source",
     [
@@ -134,7 +142,12 @@ def test_what_passes_and_what_does_not():
     assert judge(DEF) == (1.0, "ok")
     assert judge(f"<think>```python\nwrong\n```</think>Here:\n```python\n{DEF}```\nDone.") == (1.0, "ok")
     assert judge(f"```\ndef f(x): return 5\n```\nBetter:\n```py\n{DEF}```") == (1.0, "ok")
-    assert judge(f"```python\n{DEF}```\n```\ndef f(x): return 5\n```") == (0.0, "ok")
+    assert judge(f"```python\n{DEF}```\n```python\ndef f(x): return 5\n```") == (0.0, "ok")
+    assert judge(f"```\n{DEF}```\n```\ndef f(x): return 5\n```") == (0.0, "ok")
+    assert judge(f"```python\ndef f(x): return 5\n```\n```\n{DEF}```") == (0.0, "ok")
+    assert judge(f"```Python\n{DEF}```\nOutput:\n```\n4\n```") == (1.0, "ok")
+    assert judge(f"```\n{DEF}```\nRun it:\n```bash\npython f.py\n```") == (1.0, "ok")
+    assert judge(f"```py3\n{DEF}```") == (1.0, "ok")
     assert judge(f"open('mine', 'w').write('4')\n{DEF}") == (1.0, "ok")  # its own folder
     assert judge("def g(x): return 4") == (0.0, "ok")
     for response in ("", "  ", "```python\ndef f(x): return 4", "<think>" + DEF, "#" * 300_000):
