@@ -36,10 +36,6 @@ _NAME = re.compile(
     r"\\frac\{d ?[A-Za-z]\}\{d ?[a-z]\}|\\?[A-Za-z]+'?(?:_(?:\w|\{[^{}]*\}))?(?:\([a-zA-Z](?:, ?[a-zA-Z])*\))?"
     r"|\\angle [A-Z _0-9]+"
 )
-# What may stand in front of an answer: P(A) = ..., m + n = ..., f(2) = ...
-_QUANTITY = re.compile(
-    r"(?=.*[a-zA-Z])\|?[0-9]*\\?[A-Za-z]\w*'?(?:_\{\w+\})?(?:\([^()=]*\))?\|?(?: ?[-+*/] ?[0-9]*[a-zA-Z](?:_\w)?)*"
-)
 _MEMBER = re.compile(r"^\(?[a-zA-Z]\)? *\\in(?![a-zA-Z]) *")
 _RELATIONS = re.compile(r"[<>]|\\(?:leq?|geq?|lt|gt)(?![a-zA-Z])")
 _NEVER = re.compile(
@@ -114,15 +110,18 @@ def _equal(gold: str, given: str) -> bool:
         return True
     if _NEVER.search(forms.squeeze(given)) and not _NEVER.search(forms.squeeze(gold)):
         return False
-    gold, given = _MEMBER.sub("", gold), _MEMBER.sub("", given)
-    golds = [gold] if _is_number(gold) else forms.parts(gold)  # 1,027 is one number
-    if len(golds) == 1 and _is_number(given):
+    gold = _MEMBER.sub("", gold)
+    given = _unnamed(gold, _MEMBER.sub("", given))
+    golds = [gold] if forms.is_number(gold) else forms.parts(gold)  # 1,027 is one number
+    if len(golds) == 1 and forms.is_number(given):
         return _one_equal(gold, given)  # and so is 12,345
     return _unordered(_spread(golds), _spread(forms.parts(given)))
 
 
-def _is_number(text: str) -> bool:
-    return forms.number(forms.split_unit(text)[0]) is not None
+def _unnamed(gold: str, given: str) -> str:
+    """What stands behind a name and its "=", where the gold answer is no equation."""
+    links = forms.cut(given, "=")
+    return "=".join(links[1:]) if "=" not in gold and len(links) > 1 and forms.is_name(links[0]) else given
 
 
 def _spread(items: list[str]) -> list[str]:
@@ -150,6 +149,7 @@ def _unordered(golds: list[str], given: list[str]) -> bool:
 
 def _one_equal(gold: str, given: str) -> bool:
     """Two single answers: unions, tuples and intervals piece by piece, equations side by side, values with units."""
+    given = _unnamed(gold, given)
     if forms.squeeze(gold) == forms.squeeze(given):
         return True
     if r"\cup" in gold or r"\cup" in given:
@@ -159,7 +159,7 @@ def _one_equal(gold: str, given: str) -> bool:
     if inside[0] and inside[1]:
         same = len(inside[0][1]) == len(inside[1][1]) and inside[0][0] == inside[1][0]
         return same and all(_one_equal(a, b) for a, b in zip(inside[0][1], inside[1][1], strict=True))
-    if inside[0] and _RELATIONS.search(given):
+    if (inside[0] and _RELATIONS.search(given)) or (inside[1] and _RELATIONS.search(gold)):
         return _symbolic(gold, given)  # x > 2 for (2, \infty)
     if inside[0] or inside[1] or (given.startswith("[") and not gold.startswith("[")):
         return False
@@ -194,7 +194,7 @@ def _equations(gold: str, given: str) -> bool:
         return len(links) == 2 and _same_equation(golds, links)
     if len(golds) > 2:
         return False  # _key has compared them as text
-    named = len(links) > 1 and bool(_QUANTITY.fullmatch(links[0]))
+    named = len(links) > 1 and forms.is_name(links[0])
     if named and len(golds) == 2 and forms.squeeze(golds[0]) != forms.squeeze(links[0]):
         return False
     if not named and len(links) == 2 and len(golds) == 2:
