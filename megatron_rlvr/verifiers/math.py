@@ -12,6 +12,7 @@ from __future__ import annotations
 import functools
 import logging
 import re
+from collections.abc import Callable
 from fractions import Fraction
 from typing import Any
 
@@ -206,11 +207,13 @@ def _same_equation(golds: list[str], links: list[str]) -> bool:
     """Whether two equations differ by a constant factor alone."""
     if any(r"\text" in link for link in links):
         return False
-    left, right, said_left, said_right = (_parse(side) for side in (*golds, *links))
-    if not all(isinstance(side, sympy.Expr) for side in (left, right, said_left, said_right)):
-        return False
-    gold, said = left - right, said_left - said_right
-    ratio = sympy.simplify(said / gold) if gold != 0 else sympy.nan
+    sides = [_parse(side) for side in (*golds, *links)]
+    return all(isinstance(side, sympy.Expr) for side in sides) and _by_sympy(_proportional, sides[:2], sides[2:])
+
+
+def _proportional(gold: list[sympy.Expr], said: list[sympy.Expr]) -> bool:
+    difference, other = gold[0] - gold[1], said[0] - said[1]
+    ratio = sympy.simplify(other / difference) if difference != 0 else sympy.nan
     return bool(ratio.is_number and ratio.is_finite and ratio != 0)
 
 
@@ -244,18 +247,32 @@ def _words(text: str) -> str:
 
 
 def _symbolic(gold: str, given: str) -> bool:
-    """By math-verify; two constants by their values before, because it rounds: 10^{-20} and 10^{-21} are one to it."""
+    """Two texts as expressions, sets or relations: what only one of them is, the other is not."""
     expected, said = _parse(gold), _parse(given)
-    if expected is None or said is None:
+    if expected is None or said is None or isinstance(expected, sympy.Expr) != isinstance(said, sympy.Expr):
         return False
-    if isinstance(expected, sympy.Expr) and isinstance(said, sympy.Expr):
-        if not (expected.free_symbols | said.free_symbols):
-            value, difference = abs(sympy.N(expected, 30)), abs(sympy.N(expected - said, 30))
-            if value.is_finite and difference.is_finite and difference > 1e-15 * value:
-                return False
-    elif isinstance(expected, sympy.Expr) or isinstance(said, sympy.Expr):
-        return False
+    return _by_sympy(_same_value, expected, said)
+
+
+def _same_value(expected: Any, said: Any) -> bool:
+    """By math-verify; two constants by their values before, because it rounds: 10^{-20} and 10^{-21} are one to it."""
+    if isinstance(expected, sympy.Expr) and not (expected.free_symbols | said.free_symbols):
+        value, difference = abs(sympy.N(expected, 30)), abs(sympy.N(expected - said, 30))
+        if value.is_finite and difference.is_finite and difference > 1e-15 * value:
+            return False
     return equivalent(expected, said, timeout_seconds=None, raise_on_error=True, allow_set_relation_comp=True)
+
+
+def _by_sympy(compare: Callable[[Any, Any], bool], gold: Any, said: Any) -> bool:
+    r"""``compare(gold, said)``; False where sympy can make nothing of what the response says: (-3)!, \cot 0.
+
+    Raises where it is the gold answer that sympy fails on.
+    """
+    try:
+        return compare(gold, said)
+    except (ArithmeticError, AttributeError, NotImplementedError, TypeError, ValueError):
+        compare(gold, gold)
+        return False
 
 
 @functools.lru_cache(maxsize=1024)  # the G responses to a prompt share its gold answer, and often their own

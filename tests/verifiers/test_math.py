@@ -6,6 +6,7 @@ import psutil
 import pytest
 import sympy.parsing.sympy_parser as sympy_parser
 
+from megatron_rlvr.verifiers import judge, math
 from megatron_rlvr.verifiers.math import final_answer, read_answer, verify
 from megatron_rlvr.verifiers.pool import VerifierPool
 
@@ -118,6 +119,12 @@ def test_the_grammar_must_read_all_of_a_text():
     assert verify(rf"\boxed{{{gold}}}", gold).reward == 1.0
     assert verify(r"\boxed{\frac{1}{3} E_{1}+\frac{2}{3} E_{3}}", gold).reward == 0.0
     assert verify(r"\boxed{2 M}", "2 m").reward == 0.0
+
+
+def test_a_gold_answer_without_a_value_is_the_data_rows_fault_and_no_wrong_answer():
+    for gold, given in [("(-3)!", r"\cot 0"), ("(-3)!", "5"), ("5", "(-3)!")]:
+        verdict = judge(math, rf"\boxed{{{given}}}", gold)
+        assert (verdict.reward, verdict.status) == (0.0, "error" if gold == "(-3)!" else "ok")
 
 
 CODE = "__import__('os').system('touch {proof}')"
