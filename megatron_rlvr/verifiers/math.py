@@ -121,8 +121,10 @@ def _equal(gold: str, given: str) -> bool:
 
 def _unnamed(gold: str, given: str) -> str:
     """What stands behind a name and its "=", where the gold answer is no equation."""
-    links = forms.cut(given, "=")
-    return "=".join(links[1:]) if "=" not in gold and len(links) > 1 and forms.is_name(links[0]) else given
+    if "=" in gold or "=" not in given:
+        return given
+    name, *links = forms.cut(given, "=")
+    return "=".join(links) if links and forms.is_name(name) else given
 
 
 def _spread(items: list[str]) -> list[str]:
