@@ -23,7 +23,9 @@ _REWRITES = [
     for pattern, replacement in (
         (r"\\(?:left|right|[bB]igg?[lr]?)(?![a-zA-Z])\.?", ""),
         (r"\\(?:display|text)style(?![a-zA-Z])", ""),
+        (r"\\(?:bf|it|rm|sf)(?![a-zA-Z]) *", ""),
         (r"\\[dtc]frac(?![a-zA-Z])", r"\\frac"),
+        (r"\{([^{}]*)\\over(?![a-zA-Z])([^{}]*)\}", r"\\frac{\1}{\2}"),
         (r"√ *([0-9]+|[a-zA-Z])", r"\\sqrt{\1}"),
         (_TEXT, r"\\text{"),
         (r"\\(?:text|underline) *\{ *([-+0-9.,/]+) *\}", r"\1"),
