@@ -16,8 +16,11 @@ from megatron_rlvr.seeds import stable_seed
 from megatron_rlvr.templates import INSIDE_CHAT, R1_ZERO, turn_mark, unwrap, wrap
 
 _PROMPT_FIELDS = ("prompt", "problem", "question", "Question")
+_TESTS = ("test", "test_list")  # HumanEval's and MBPP's columns; without entry_point or test_imports they test nothing
 # The first is how verl's files hold it; a solution comes last, for rows that have both hold the answer apart.
-_ANSWER_FIELDS = ("reward_model.ground_truth", "answer", "expected_answer", "final_answer", "label", "solution")
+_ANSWER_FIELDS = (
+    "reward_model.ground_truth", "answer", "expected_answer", "final_answer", "label", *_TESTS, "solution",
+)  # fmt: skip
 _GPQA = ("Question", "Correct Answer", "Incorrect Answer 1", "Incorrect Answer 2", "Incorrect Answer 3")
 _INTEGER = re.compile(r"([-+]?)0*([0-9]+)(?:\.0*)?")
 _BOX = re.compile(r"\\(?:boxed|fbox)\b")
@@ -129,7 +132,7 @@ def _messages(row: dict[str, Any], field: str) -> list[dict[str, str]]:
 
 
 def _answer(row: dict[str, Any], field: str, read_answer: Callable) -> Any:
-    value = _get(row, field)
+    value = row if field in _TESTS else _get(row, field)
     if isinstance(value, list) and len(value) == 1:  # OlympiadBench's final_answer
         value = value[0]
     if value is _MISSING or value is None or value == "" or value != value:  # NaN: a float column's null

@@ -330,6 +330,23 @@ def test_gpqa_rows_become_four_choices(tmp_path, tokenizer):
     assert {prompt.answer for prompt in prompts} == set("ABCD")
 
 
+@pytest.mark.parametrize("field", ["", "test", "test_list"])
+def test_rows_with_tests_in_columns_are_their_own_answer(tmp_path, tokenizer, field):
+    head = "def f(x):\n"
+    check = "def check(candidate):\n    assert candidate(2) == 4\n"
+    human_eval = {"task_id": 1, "prompt": head, "entry_point": "f", "canonical_solution": "    return 4", "test": check}
+    mbpp = {"prompt": "Round.", "test_imports": ["import math"], "test_list": ["assert f(2) == math.ceil(1.5)"]}
+    expected = {
+        "test": {"prompt": head, "tests": check, "entry_point": "f"},
+        "test_list": {"prompt": "", "tests": f"import math\n{mbpp['test_list'][0]}\n", "entry_point": ""},
+    }
+    data = replace(RAW, answer_field=field)
+    for name, row in {"test": human_eval, "test_list": mbpp}.items():
+        if field in ("", name):
+            path = write(tmp_path / f"{name}.jsonl", [row])
+            assert load(path, data, tokenizer, "code").prompts[0].answer == expected[name]
+
+
 def test_a_folder_of_datasets_and_its_splits(tmp_path, tokenizer):
     datasets = pytest.importorskip("datasets")
     rows = datasets.Dataset.from_list(ROWS[:1] + ROWS[2:])

@@ -1,7 +1,7 @@
-r"""The written forms of one answer: canonical text, exact numbers, units, the parts of a list.
+r"""The written forms of one answer: canonical text, exact numbers, units, the parts of a list, names.
 
 canonical(r"\dfrac 12") -> r"\frac{1}{2}"     number("4.4e7") -> Fraction(44000000)
-split_unit(r"5\text{ cm}") -> ("5", "cm")     parts("1, (2, 3)") -> ["1", "(2, 3)"]
+split_unit(r"5\text{ cm}") -> ("5", "cm")     parts("1, (2, 3)") -> ["1", "(2, 3)"]     is_name("P(X>2)") -> True
 """
 
 from __future__ import annotations
@@ -23,7 +23,9 @@ _REWRITES = [
     for pattern, replacement in (
         (r"\\(?:left|right|[bB]igg?[lr]?)(?![a-zA-Z])\.?", ""),
         (r"\\(?:display|text)style(?![a-zA-Z])", ""),
+        (r"\\(?:bf|it|rm|sf)(?![a-zA-Z]) *", ""),
         (r"\\[dtc]frac(?![a-zA-Z])", r"\\frac"),
+        (r"\{([^{}]*)\\over(?![a-zA-Z])([^{}]*)\}", r"\\frac{\1}{\2}"),
         (r"√ *([0-9]+|[a-zA-Z])", r"\\sqrt{\1}"),
         (_TEXT, r"\\text{"),
         (r"\\(?:text|underline) *\{ *([-+0-9.,/]+) *\}", r"\1"),
@@ -78,6 +80,20 @@ _NO_UNIT = {
     "unless", "except", "instead",
 }  # fmt: skip
 
+# What may stand in front of an answer: m + n = ..., \angle ABC = ..., \frac{BD}{DC} = ..., (x,y) = ..., and with what
+# _SCRIPT takes away P(X>2) = ..., a^2 + b^2 = ... No number stands free in it: x + 1 = 7 is another answer than 7.
+_SYMBOL = (
+    r"\\(?:alpha|beta|gamma|delta|epsilon|varepsilon|zeta|eta|theta|kappa|lambda|mu|nu|xi|rho|sigma|tau|phi|varphi|chi"
+    r"|psi|omega|Gamma|Delta|Theta|Lambda|Sigma|Phi|Psi|Omega|ell|max|min|gcd|det|deg|dim)(?![a-zA-Z])"
+    r"|(?<![\\a-zA-Z])[a-zA-Z]+"
+)
+_NAMING = re.compile(
+    rf"[0-9]*(?:{_SYMBOL})[0-9]*|[-+*/|,(){{}}\[\] ]"
+    r"|\\(?:frac|sqrt|text|mathbb|angle|triangle|overline|vec|cdot|times|mid|cap|cup|log|ln|sin|cos|tan|cot)(?![a-zA-Z])"
+)
+_SCRIPT = re.compile(r"'|[_^] ?(?:\\?[a-zA-Z]+|[0-9]|\{[^{}]*\})|(?<=[a-zA-Z}'])(?:\([^()]*\)|\[[^][]*\])")
+_DENIED = re.compile(r"^-|\b(?:not?|nor|never|neither|isn|wrong|incorrect|false|if|unless|except|but|instead)\b")
+
 
 def canonical(text: str) -> str:
     """The text with one spelling for each form: ASCII, LaTeX's short and long commands, spacing."""
@@ -93,7 +109,12 @@ def squeeze(text: str) -> str:
 
 
 def number(text: str) -> Fraction | None:
-    r"""The exact value of 025, 70.0, 12,000, 4.4e7, 2\times 10^{-3}, 1/3, \frac{1}{3}, 1\frac{1}{3}; else None."""
+    r"""The exact value of 025, 70.0, 12,000, 4.4e7, 2\times 10^{-3}, 1/3, \frac{1}{3}, 1\frac{1}{3}; else None.
+
+    81, 256 is None too: with a space it is a list.
+    """
+    if ", " in text:
+        return None
     text = squeeze(text)
     while text.startswith("{") and text.endswith("}") and text.count("{") == 1:
         text = text[1:-1]
@@ -129,6 +150,20 @@ def split_unit(text: str) -> tuple[str, str]:
         if is_word and len(words) <= 4 and not _NO_UNIT & {word.lower() for word in words} and _is_value(match[1]):
             return match[1].strip(), _unit(match[2])
     return text, ""
+
+
+def is_number(text: str) -> bool:
+    """Whether the text is one number, with a unit or without: 1,027 is no list."""
+    return number(split_unit(text)[0]) is not None
+
+
+def is_name(text: str) -> bool:
+    """Whether the text names a quantity: it holds a letter, and nothing that is an answer of its own."""
+    bare = _SCRIPT.sub("", text)
+    if _NAMING.sub("", bare) or _DENIED.search(text) or is_number(text):
+        return False
+    symbols = set(re.findall(_SYMBOL, bare))
+    return bool(symbols - {"e", "i"}) or text in symbols  # e may be an eccentricity, but e^2 and 2i are numbers
 
 
 def _is_value(text: str) -> bool:

@@ -12,7 +12,7 @@ _BOX = re.compile(r"\\(?:boxed|fbox|framebox)\s*\{")
 _ANSWER_LINE = re.compile(r"^[^\w\n]*(?:final )?answer[^\w\n]*?[:：](.+)$", re.IGNORECASE | re.MULTILINE)
 # <|im_end|>, <｜end▁of▁sentence｜>, </s>, <eos>: a trailing token of the tokenizer is no part of an answer
 _END_TOKEN = re.compile(r"(?:<[|｜][^<>|｜\n]{1,40}[|｜]>|</s>|<eos>|<end_of_turn>)$")
-_WRAPPERS = (("$$", "$$"), ("$", "$"), (r"\(", r"\)"), (r"\[", r"\]"))
+_WRAPPERS = (("$$", "$$"), ("$", "$"), (r"\(", r"\)"), (r"\[", r"\]"), (r"\boxed{", "}"))
 _JOINS = re.compile(r"[\s$*,;.]*(?:\b(?:or|and)\b|[,;]|\\(?:text|quad)\{?\s*(?:or|and)\s*\}?)[\s$*]*", re.IGNORECASE)
 _DENIES = re.compile(
     r"(?:\bnot|\bcannot|\bnever|n't|\\neq?|≠|\\neg|\\lnot|¬)(?:\s+(?:be|equal(?: to)?))?[\s$*:(\\]*$", re.IGNORECASE
@@ -47,7 +47,10 @@ def last_tag(text: str) -> str:
 
 def last_boxes(text: str) -> str:
     """What the last box holds, with those joined to it in front, comma between; "" where there is none to take."""
-    boxes = [(match.start(), *_inside(text, match.end())) for match in list(_BOX.finditer(text))[-20:]]
+    boxes: list[tuple[int, str, int]] = []
+    for match in list(_BOX.finditer(text))[-20:]:
+        if not boxes or match.start() >= boxes[-1][2]:  # one inside the last is a part of it: \boxed{7 or \boxed{6}}
+            boxes.append((match.start(), *_inside(text, match.end())))
     first = len(boxes) - 1
     if not boxes or not boxes[-1][2]:
         return ""
@@ -72,7 +75,7 @@ def _inside(text: str, start: int) -> tuple[str, int]:
 
 
 def strip_marks(text: str) -> str:
-    """Without what only sets the answer off: bold, $...$, a full stop, an end-of-text token."""
+    """Without what only sets the answer off: bold, $...$, a box around all of it, a full stop, an end-of-text token."""
     text = text.rstrip()
     for _ in range(4):  # of the end only: a pattern that may start anywhere takes quadratic time on a long text
         text = text[:-60] + _END_TOKEN.sub("", text[-60:]).rstrip()

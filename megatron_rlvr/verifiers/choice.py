@@ -11,9 +11,13 @@ from megatron_rlvr.verifiers.answer_text import final_answer, read_gold
 
 ISOLATED = False  # text alone
 
-# B, (B), B., \text{(B)}, "B) 34 m/s", "option B"; a second letter behind it ("B or C") makes it none
+# B, (B), B., \text{(B)}, "B) 34 m/s", "option B"
 _LETTER = re.compile(r"(?:the )?(?:option|choice)? ?\(?([A-J])\)?(?:[.):]\s*(?P<rest>.*))?", re.IGNORECASE | re.DOTALL)
-_ANOTHER = re.compile(r"\b(?:or|and|not)\b|(?<![A-Za-z])\(?[A-J][.)](?![A-Za-z])")
+# Behind it, a second letter that it might be as well: "or C", "this or maybe C", "not A", "and C", "this and C", "C)".
+# Not so in "I and II", "not enough data", "because A and C are wrong".
+_ANOTHER = re.compile(
+    r"(?i:\bor|^and|^not)\b.*\b[A-J]\b|(?i:\band|\bnot)\b.*\b[A-J]\W*$|(?<![A-Za-z])\(?[A-J][.)](?![A-Za-z])", re.DOTALL
+)
 
 
 def read_answer(value: Any) -> str:

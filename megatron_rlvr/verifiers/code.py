@@ -1,12 +1,15 @@
 """Code: the program in the response passes all unit tests of the data row, in a sandbox.
 
-The program is the last fenced block behind the thinking, or the whole text where there is none. The row's tests call
-its functions by value: arguments and results are plain data. There is no network, only the standard library, and one
-small folder to write in.
+The program is the last fenced block behind the thinking that is marked as Python, else the last unmarked one, else the
+last, or the whole text where there is none. It is imported: what stands under ``if __name__ == "__main__"`` is not run.
+The row's tests call its functions by value: arguments and results are plain data, and a function that returns another
+object (a re.Match, a class of its own) fails its test. There is no network, only the standard library, and one small
+folder to write in.
 """
 
 from __future__ import annotations
 
+import ast
 import json
 import re
 import signal
@@ -21,14 +24,17 @@ check_host = sandbox.check_host
 
 _DEADLINE = 10.0  # seconds of CPU time, outside of a pool
 _LONGEST = 200_000  # characters of a program
-_FENCE = re.compile(r"^ *```[a-zA-Z0-9+]*[ ]*\r?\n(.*?)^ *```", re.DOTALL | re.MULTILINE)
+_FENCE = re.compile(r"^ *```([a-zA-Z0-9+]*)[ ]*\r?\n(.*?)^ *```", re.DOTALL | re.MULTILINE)
+
+_PASSIVE = (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef, ast.Import, ast.ImportFrom, ast.Assign, ast.AnnAssign)
 
 
 def read_answer(value: Any) -> dict[str, str]:
     """{"prompt", "tests", "entry_point"} of a data row's tests; ValueError where they are none of these:
 
     a text or a list of assert statements; HumanEval's {"test", "entry_point"} with or without "prompt"; MBPP's
-    {"test_list"} with or without "test_imports"; any of them as JSON text.
+    {"test_list"} with or without "test_imports"; any of them as JSON text. Tests that nothing runs are none: every
+    program would pass them.
     """
     if isinstance(value, str) and value.lstrip()[:1] in ("{", "["):
         value = json.loads(value)
@@ -36,7 +42,7 @@ def read_answer(value: Any) -> dict[str, str]:
         value = {"test_list": [value] if isinstance(value, str) else value}
     if not isinstance(value, dict) or not ("test" in value or "test_list" in value):
         raise ValueError(f"must be tests: asserts, or a mapping with test and entry_point, not {str(value)[:80]!r}")
-    lines = [*value.get("test_imports", []), *value.get("test_list", []), value.get("test", "")]
+    lines = [*(value.get("test_imports") or []), *(value.get("test_list") or []), value.get("test", "")]
     texts = [value.get("prompt", ""), value.get("entry_point", ""), *lines]
     if not all(isinstance(text, str) for text in texts) or not any(line.strip() for line in lines):
         raise ValueError("holds no tests")
@@ -44,10 +50,26 @@ def read_answer(value: Any) -> dict[str, str]:
     if "test" not in value:
         answer["prompt"] = ""  # MBPP's is prose
     try:
-        compile(answer["tests"], "<tests>", "exec")
+        tree = ast.parse(answer["tests"])
+        compile(tree, "<tests>", "exec")
     except SyntaxError as error:
         raise ValueError(f"the tests are no Python: {error}") from error
+    if not _is_run(tree, answer["entry_point"]):
+        raise ValueError(
+            "has tests that never run: they must assert something, or define check and name an entry_point"
+        )
     return answer
+
+
+def _is_run(tests: ast.Module, entry_point: str) -> bool:
+    """Whether the tests run the program: by a statement of their own, or by check(candidate)."""
+    for node in tests.body:
+        if isinstance(node, ast.FunctionDef) and node.name == "check" and entry_point:
+            return True
+        is_text = isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant)
+        if not is_text and not isinstance(node, _PASSIVE):
+            return True
+    return False
 
 
 def verify(response: str, answer: dict[str, str]) -> Verdict:
@@ -66,7 +88,10 @@ def verify(response: str, answer: dict[str, str]) -> Verdict:
 
 
 def program(response: str) -> str:
-    """The last fenced block behind the thinking, else all of the text behind it."""
+    """Of the fenced blocks behind the thinking the last Python one: others may show output. Without any, all text."""
     text = after_thinking(response)
     blocks = _FENCE.findall(text)
-    return blocks[-1] if blocks else "" if "```" in text else text
+    for marks in ({"python", "py", "python3"}, {""}):
+        if marked := [block for mark, block in blocks if mark.lower() in marks]:
+            return marked[-1]
+    return blocks[-1][1] if blocks else "" if "```" in text else text

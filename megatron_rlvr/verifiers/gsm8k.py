@@ -1,4 +1,7 @@
-"""GSM8K: the number behind the last "####", or in the last box or "Answer:" line, is the gold one."""
+"""GSM8K: the number behind the last "####", or in the last box or "Answer:" line, is the gold one.
+
+"#### Step 2" is a heading of Markdown and no answer; one behind the answer does not hide the box.
+"""
 
 from __future__ import annotations
 
@@ -12,6 +15,7 @@ from megatron_rlvr.verifiers.answer_text import after_thinking, final_answer, re
 ISOLATED = False  # text alone
 
 _MARKED = re.compile(r"####([^\n]*)")
+_HEADING = re.compile(r"[ *_]*(?:$|[^\W\d_])")  # nothing, or a letter
 
 
 def read_answer(value: Any) -> str:
@@ -24,8 +28,8 @@ def read_answer(value: Any) -> str:
 
 def verify(response: str, answer: str) -> Verdict:
     """Reward 1 where the final number equals the gold one, else 0; unparseable where there is no final number."""
-    marked = _MARKED.findall(after_thinking(response))
-    text = strip_marks(marked[-1]) if marked else final_answer(response)
+    marked = _MARKED.findall(after_thinking(response))[-1:]
+    text = final_answer(response) if not marked or _HEADING.match(marked[0]) else strip_marks(marked[0])
     given = _number(text[:200])
     if given is None:
         return Verdict(

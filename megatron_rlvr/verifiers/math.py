@@ -12,6 +12,7 @@ from __future__ import annotations
 import functools
 import logging
 import re
+from collections.abc import Callable
 from fractions import Fraction
 from typing import Any
 
@@ -35,10 +36,6 @@ _PARTS = 64  # of a list
 _NAME = re.compile(
     r"\\frac\{d ?[A-Za-z]\}\{d ?[a-z]\}|\\?[A-Za-z]+'?(?:_(?:\w|\{[^{}]*\}))?(?:\([a-zA-Z](?:, ?[a-zA-Z])*\))?"
     r"|\\angle [A-Z _0-9]+"
-)
-# What may stand in front of an answer: P(A) = ..., m + n = ..., f(2) = ...
-_QUANTITY = re.compile(
-    r"(?=.*[a-zA-Z])\|?[0-9]*\\?[A-Za-z]\w*'?(?:_\{\w+\})?(?:\([^()=]*\))?\|?(?: ?[-+*/] ?[0-9]*[a-zA-Z](?:_\w)?)*"
 )
 _MEMBER = re.compile(r"^\(?[a-zA-Z]\)? *\\in(?![a-zA-Z]) *")
 _RELATIONS = re.compile(r"[<>]|\\(?:leq?|geq?|lt|gt)(?![a-zA-Z])")
@@ -114,11 +111,20 @@ def _equal(gold: str, given: str) -> bool:
         return True
     if _NEVER.search(forms.squeeze(given)) and not _NEVER.search(forms.squeeze(gold)):
         return False
-    gold, given = _MEMBER.sub("", gold), _MEMBER.sub("", given)
-    golds = forms.parts(gold)
-    if len(golds) == 1 and forms.number(forms.split_unit(given)[0]) is not None:
-        return _one_equal(gold, given)  # 12,345 is one number
+    gold = _MEMBER.sub("", gold)
+    given = _unnamed(gold, _MEMBER.sub("", given))
+    golds = [gold] if forms.is_number(gold) else forms.parts(gold)  # 1,027 is one number
+    if len(golds) == 1 and forms.is_number(given):
+        return _one_equal(gold, given)  # and so is 12,345
     return _unordered(_spread(golds), _spread(forms.parts(given)))
+
+
+def _unnamed(gold: str, given: str) -> str:
+    """What stands behind a name and its "=", where the gold answer is no equation."""
+    if "=" in gold or "=" not in given:
+        return given
+    name, *links = forms.cut(given, "=")
+    return "=".join(links) if links and forms.is_name(name) else given
 
 
 def _spread(items: list[str]) -> list[str]:
@@ -146,6 +152,7 @@ def _unordered(golds: list[str], given: list[str]) -> bool:
 
 def _one_equal(gold: str, given: str) -> bool:
     """Two single answers: unions, tuples and intervals piece by piece, equations side by side, values with units."""
+    given = _unnamed(gold, given)
     if forms.squeeze(gold) == forms.squeeze(given):
         return True
     if r"\cup" in gold or r"\cup" in given:
@@ -155,7 +162,7 @@ def _one_equal(gold: str, given: str) -> bool:
     if inside[0] and inside[1]:
         same = len(inside[0][1]) == len(inside[1][1]) and inside[0][0] == inside[1][0]
         return same and all(_one_equal(a, b) for a, b in zip(inside[0][1], inside[1][1], strict=True))
-    if inside[0] and _RELATIONS.search(given):
+    if (inside[0] and _RELATIONS.search(given)) or (inside[1] and _RELATIONS.search(gold)):
         return _symbolic(gold, given)  # x > 2 for (2, \infty)
     if inside[0] or inside[1] or (given.startswith("[") and not gold.startswith("[")):
         return False
@@ -190,7 +197,7 @@ def _equations(gold: str, given: str) -> bool:
         return len(links) == 2 and _same_equation(golds, links)
     if len(golds) > 2:
         return False  # _key has compared them as text
-    named = len(links) > 1 and bool(_QUANTITY.fullmatch(links[0]))
+    named = len(links) > 1 and forms.is_name(links[0])
     if named and len(golds) == 2 and forms.squeeze(golds[0]) != forms.squeeze(links[0]):
         return False
     if not named and len(links) == 2 and len(golds) == 2:
@@ -202,11 +209,13 @@ def _same_equation(golds: list[str], links: list[str]) -> bool:
     """Whether two equations differ by a constant factor alone."""
     if any(r"\text" in link for link in links):
         return False
-    left, right, said_left, said_right = (_parse(side) for side in (*golds, *links))
-    if not all(isinstance(side, sympy.Expr) for side in (left, right, said_left, said_right)):
-        return False
-    gold, said = left - right, said_left - said_right
-    ratio = sympy.simplify(said / gold) if gold != 0 else sympy.nan
+    sides = [_parse(side) for side in (*golds, *links)]
+    return all(isinstance(side, sympy.Expr) for side in sides) and _by_sympy(_proportional, sides[:2], sides[2:])
+
+
+def _proportional(gold: list[sympy.Expr], said: list[sympy.Expr]) -> bool:
+    difference, other = gold[0] - gold[1], said[0] - said[1]
+    ratio = sympy.simplify(other / difference) if difference != 0 else sympy.nan
     return bool(ratio.is_number and ratio.is_finite and ratio != 0)
 
 
@@ -240,18 +249,32 @@ def _words(text: str) -> str:
 
 
 def _symbolic(gold: str, given: str) -> bool:
-    """By math-verify; two constants by their values before, because it rounds: 10^{-20} and 10^{-21} are one to it."""
+    """Two texts as expressions, sets or relations: what only one of them is, the other is not."""
     expected, said = _parse(gold), _parse(given)
-    if expected is None or said is None:
+    if expected is None or said is None or isinstance(expected, sympy.Expr) != isinstance(said, sympy.Expr):
         return False
-    if isinstance(expected, sympy.Expr) and isinstance(said, sympy.Expr):
-        if not (expected.free_symbols | said.free_symbols):
-            value, difference = abs(sympy.N(expected, 30)), abs(sympy.N(expected - said, 30))
-            if value.is_finite and difference.is_finite and difference > 1e-15 * value:
-                return False
-    elif isinstance(expected, sympy.Expr) or isinstance(said, sympy.Expr):
-        return False
+    return _by_sympy(_same_value, expected, said)
+
+
+def _same_value(expected: Any, said: Any) -> bool:
+    """By math-verify; two constants by their values before, because it rounds: 10^{-20} and 10^{-21} are one to it."""
+    if isinstance(expected, sympy.Expr) and not (expected.free_symbols | said.free_symbols):
+        value, difference = abs(sympy.N(expected, 30)), abs(sympy.N(expected - said, 30))
+        if value.is_finite and difference.is_finite and difference > 1e-15 * value:
+            return False
     return equivalent(expected, said, timeout_seconds=None, raise_on_error=True, allow_set_relation_comp=True)
+
+
+def _by_sympy(compare: Callable[[Any, Any], bool], gold: Any, said: Any) -> bool:
+    r"""``compare(gold, said)``; False where sympy can make nothing of what the response says: (-3)!, \cot 0.
+
+    Raises where it is the gold answer that sympy fails on.
+    """
+    try:
+        return compare(gold, said)
+    except (ArithmeticError, AttributeError, NotImplementedError, TypeError, ValueError):
+        compare(gold, gold)
+        return False
 
 
 @functools.lru_cache(maxsize=1024)  # the G responses to a prompt share its gold answer, and often their own

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import random
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -63,6 +64,14 @@ def test_whatever_a_program_tries_is_a_failed_test(name):
     assert not any(Path(folder, "escaped").exists() for folder in ("/tmp", "/usr", "/etc"))
 
 
+@pytest.mark.parametrize("main", ["n = int(input())", "import unittest\n    unittest.main()", "raise SystemExit(1)"])
+def test_a_program_is_imported_and_not_run_as_main(main):
+    data = "from dataclasses import dataclass\n@dataclass\nclass Pair:\n    x: 'int' = 2\n"
+    source = f"{data}def f(x):\n    return Pair().x * x\nif __name__ == '__main__':\n    {main}\n"
+    assert run(source, "assert f(2) == 4", "", TIGHT).passed
+    assert not run(source, "assert f(2) == 5", "", TIGHT).passed
+
+
 @pytest.mark.parametrize(
     "source",
     [
@@ -81,6 +90,50 @@ def test_a_program_cannot_pretend(source):
     assert run(source + "\ndef f(x):\n    return 4", "assert f(2) == 4", "", TIGHT).passed is True
 
 
+# A reply in place of the pickled one: BUILD gives an empty Counter the attribute __eq__, which slice() is called as.
+FORGED = r"""
+import pickle
+dumps = pickle.dumps
+forged = (b"\x80\x02X\x05\0\0\0valueccollections\nCounter\n(N}X\x06\0\0\0__eq__cbuiltins\nslice\nstb\x29\x81\x86.")
+pickle.dumps = lambda reply: forged if reply[0] == "value" and not isinstance(reply[1], list) else dumps(reply)
+def f(x):
+    return 0
+"""
+
+
+def test_a_forged_reply_is_no_value():
+    outcome = run(FORGED, "assert f(2) == 4\nassert f(3) == 'abc'\nassert [1, 2] == f(1)", "", TIGHT)
+    assert not outcome.passed and "no plain value" in outcome.message
+
+
+def test_plain_values_come_back_as_they_are():
+    imports = "import collections, datetime, decimal, fractions\n"
+    values = (
+        "[None, True, 2, 2.5, 1j, 'x', b'x', bytearray(b'x'), [(1,)], {'a': {1}}, frozenset([1]), range(3), slice(1),\n"
+        "collections.Counter('aab'), collections.OrderedDict(a=1), collections.deque([1], 3),\n"
+        "collections.defaultdict(int, {1: 2}), fractions.Fraction(1, 3), decimal.Decimal('1.5'),\n"
+        "datetime.date(2020, 1, 2), datetime.datetime(2020, 1, 2), datetime.time(3), datetime.timedelta(3), Ellipsis]"
+    )
+    source = f"{imports}def f():\n    return {values}"
+    assert passes(source, f"{imports}a, b = f(), {values}\nassert a == b and [*map(type, a)] == [*map(type, b)]")
+
+
+def passes(source: str, tests: str, entry_point: str = "") -> bool:
+    return run(source, tests, entry_point, TIGHT).passed
+
+
+def test_the_tests_keep_pythons_own_functions():
+    wrong = "def f(x):\n    return [1.0]\n"
+    assert not passes(wrong + "def set(x):\n    return 0", "assert set(f(2)) == set((7, 8))")
+    assert not passes(wrong + "def all(x):\n    return True", "assert all([f(1) == 2, f(2) == 4])")
+    check = "def check(candidate):\n    assert abs(candidate(3)[0] - 9.25) < 1e-6"
+    assert not passes(wrong + "def abs(x):\n    return 0", check, "f")
+    helper = "def sum(a, b):\n    return a + b\ndef f(x):\n    return [x, sum(x, 1)]"
+    assert passes(helper, "assert sum(f(2)) == 5")
+    for tests, entry_point in (("assert sum(2, 1) == 3", ""), ("def check(g):\n    assert g(2, 1) == 3", "sum")):
+        assert passes(helper, tests, entry_point)  # the function that the row asks for is called so
+
+
 def test_what_passes_and_what_does_not():
     def judge(response, answer=ANSWER):
         verdict = code.verify(response, answer)
@@ -89,7 +142,12 @@ def test_what_passes_and_what_does_not():
     assert judge(DEF) == (1.0, "ok")
     assert judge(f"<think>```python\nwrong\n```</think>Here:\n```python\n{DEF}```\nDone.") == (1.0, "ok")
     assert judge(f"```\ndef f(x): return 5\n```\nBetter:\n```py\n{DEF}```") == (1.0, "ok")
-    assert judge(f"```python\n{DEF}```\n```\ndef f(x): return 5\n```") == (0.0, "ok")
+    assert judge(f"```python\n{DEF}```\n```python\ndef f(x): return 5\n```") == (0.0, "ok")
+    assert judge(f"```\n{DEF}```\n```\ndef f(x): return 5\n```") == (0.0, "ok")
+    assert judge(f"```python\ndef f(x): return 5\n```\n```\n{DEF}```") == (0.0, "ok")
+    assert judge(f"```Python\n{DEF}```\nOutput:\n```\n4\n```") == (1.0, "ok")
+    assert judge(f"```\n{DEF}```\nRun it:\n```bash\npython f.py\n```") == (1.0, "ok")
+    assert judge(f"```py3\n{DEF}```") == (1.0, "ok")
     assert judge(f"open('mine', 'w').write('4')\n{DEF}") == (1.0, "ok")  # its own folder
     assert judge("def g(x): return 4") == (0.0, "ok")
     for response in ("", "  ", "```python\ndef f(x): return 4", "<think>" + DEF, "#" * 300_000):
@@ -113,8 +171,20 @@ def test_tests_of_data_rows():
     expected = {"prompt": "", "tests": "assert f(1) == 2\nassert f(2) == 4\n", "entry_point": ""}
     for value in (asserts, {"test_list": asserts, "prompt": "Double it."}, json.dumps(asserts)):
         assert code.read_answer(value) == expected
-    for value in ("", [], {}, 3, None, {"test_list": []}, "no tests here", {"test": 3}, "{not json"):
+    for value in ("", [], {}, 3, None, {"test_list": []}, "no tests here", {"test": 3}, "{not json", "return 1"):
         with pytest.raises(ValueError):
+            code.read_answer(value)
+
+
+CHECK = "METADATA = {'author': 'jt'}\n\ndef check(candidate):\n    assert candidate(2) == 4\n"
+
+
+def test_tests_that_nothing_runs_are_refused():
+    assert code.read_answer({"test": CHECK, "entry_point": "f"})["entry_point"] == "f"
+    assert code.read_answer(f"{CHECK}check(f)")["entry_point"] == ""
+    nothing = "'a text'\nimport math\nclass A:\n    pass\nx: int = 3\ndef test():\n    assert f(2) == 4\n"
+    for value in (CHECK, [CHECK], {"test": CHECK}, nothing, {"test": nothing, "entry_point": "f"}):
+        with pytest.raises(ValueError, match="tests that never run"):
             code.read_answer(value)
 
 
@@ -156,10 +226,16 @@ def test_the_kernels_refusal_reaches_the_caller():
     assert done.stdout.startswith("no isolation: ") and reason in done.stdout, done.stderr
 
 
-def test_a_normal_user_can_run_it_too():
-    """In a fork that has become nobody; Python itself may lie where only root can read, so any readable one will do."""
+@pytest.mark.parametrize("below_usr", [False, True], ids=["", "with a mount below /usr"])
+def test_a_normal_user_can_run_it_too(tmp_path, below_usr):
+    """In a fork that has become nobody; Python itself may lie where only root can read, so any readable one will do.
+
+    The second time with a folder mounted below /usr, as container runtimes do it with the GPU's driver.
+    """
     if os.getuid() != 0:
         pytest.skip("this test run is by a normal user: the others show it")
+    tmp_path.chmod(0o777)  # so that it is the read-only mount that keeps a program from writing
+    mount = ["unshare", "--mount", "sh", "-c", 'mount --bind "$0" /usr/share && exec "$@"', str(tmp_path)]
     script = (
         "import encodings.idna, os, selectors, sys\nfrom megatron_rlvr.verifiers.sandbox import Limits, run\n"
         "os.setgroups([]); os.setgid(65534); os.setuid(65534)\n"
@@ -167,12 +243,14 @@ def test_a_normal_user_can_run_it_too():
         "if sys.executable == 'none': print('none'); sys.exit()\n"
         "print(run('def f(): return 1', 'assert f() == 1', '', Limits()).passed,\n"
         "      run('import os\\ndef f(): return os.getuid()', 'assert f() == 0', '', Limits()).passed,\n"
+        "      run('open(\"/usr/share/x\", \"w\")', 'assert 1', '', Limits()).message,\n"
         "      run('import socket\\nsocket.socket()', 'assert 1', '', Limits()).message)\n"
     )
-    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=60)
+    command = [*(mount if below_usr else []), sys.executable, "-c", script]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60)
     if done.stdout.strip() == "none":
         pytest.skip("no Python that a normal user may run")
-    assert done.stdout.startswith("True False PermissionError"), done.stdout + done.stderr
+    assert re.match("True False OSError: .*Read-only.* PermissionError", done.stdout), done.stdout + done.stderr
 
 
 def human_eval() -> list[dict]:

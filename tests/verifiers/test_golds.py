@@ -1,4 +1,4 @@
-"""Every gold answer of the seven benchmark files: right when given back in a box, wrong when changed."""
+"""Every gold answer of the seven benchmark files: right in a box and as a plain number, wrong when changed."""
 
 from __future__ import annotations
 
@@ -37,15 +37,22 @@ def golds(name: str) -> list[str]:
     return [read_answer(value[0] if isinstance(value, list) else value) for value in values]
 
 
+def written(value: Fraction) -> str:
+    return str(value) if value.denominator == 1 else rf"\frac{{{value.numerator}}}{{{value.denominator}}}"
+
+
+def rewritten(gold: str) -> list[str]:
+    """A number in its plain form: without separators, leading zeros, unit or power of ten."""
+    exact = number(split_unit(canonical(gold))[0])
+    return [] if exact is None else [written(exact)]
+
+
 def changed(gold: str) -> list[str]:
     """The gold answer with another value: a number plus one or a ten-thousandth, a text with another digit and more."""
     exact = number(split_unit(canonical(gold))[0])
     if exact is not None:
         others = {exact + 1, 10 * exact + 1, -exact - 1, exact + Fraction(exact or 1) / 10_000} - {exact}
-        return [
-            str(value) if value.denominator == 1 else rf"\frac{{{value.numerator}}}{{{value.denominator}}}"
-            for value in others
-        ]
+        return [written(value) for value in others]
     digits = list(re.finditer("[0-9]", gold))
     other_digits = [
         gold[: digit.start()] + str(int(digit.group()) % 9 + 1) + gold[digit.end() :]
@@ -55,11 +62,12 @@ def changed(gold: str) -> list[str]:
 
 
 def check(found: list[str]) -> None:
-    right = [(rf"<think>\boxed{{0}}</think> So it is $\boxed{{{gold}}}$.", gold) for gold in found]
+    given = [(text, gold) for gold in found for text in (gold, *rewritten(gold))]
+    right = [(rf"<think>\boxed{{0}}</think> So it is $\boxed{{{text}}}$.", gold) for text, gold in given]
     wrong = [(rf"So it is $\boxed{{{text}}}$.", gold) for gold in found for text in changed(gold)]
     with VerifierPool("math", workers=2, deadline=20.0) as pool:
         verdicts = pool.score(right + wrong)
-    assert [verdict for verdict in verdicts[: len(right)] if verdict.reward != 1.0] == []
+    assert [pair for pair, verdict in zip(right, verdicts, strict=False) if verdict.reward != 1.0] == []
     farmed = [pair for pair, verdict in zip(wrong, verdicts[len(right) :], strict=True) if verdict.reward != 0.0]
     assert farmed == []
     assert [verdict for verdict in verdicts if verdict.status not in ("ok", "unparseable")] == []

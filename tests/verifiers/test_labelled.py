@@ -43,8 +43,33 @@ def test_dapos_rule_takes_answer_lines_and_no_equation_for_an_answer() -> None:
         return dapo.verify(response, dapo.read_answer(gold)).reward
 
     right = [("Answer: 25", "025"), ("Answer: 27", "27.0"), ("Answer: $1,234$", "1234"), ("Answer: 5 \\text{ cm}", "5")]
-    assert [reward(response, gold) for response, gold in right] == [1.0] * 4
+    boxes = [
+        r"\boxed{34}",
+        r"$\boxed{34}$",
+        r"\(\boxed{34}\)",
+        r"**$\boxed{34}$**",
+        r"$\boxed{34}$.",
+        r"\boxed{34 \text{ cm}}",
+    ]
+    right += [(f"Answer: {box}", "34") for box in boxes] + [(r"Answer: \boxed{\frac{1}{2}}", r"\frac12")]
+    assert [reward(response, gold) for response, gold in right] == [1.0] * len(right)
     assert reward("Answer: 3\nso\nAnswer: 4.", "4") == 1.0
     wrong = [("Answer: 1 = 7", "7"), ("Answer: 34 or 35", "34"), ("\\boxed{7}", "7"), ("Answer: 7" + " " * 400, "7")]
-    assert [reward(response, gold) for response, gold in wrong] == [-1.0] * 4
+    boxes = [
+        r"35 or \boxed{34}",
+        r"\boxed{34} or \boxed{35}",
+        r"\boxed{34}, \boxed{35}",
+        r"\boxed{34, 35}",
+        r"\boxed{34",
+        "34}",
+    ]
+    boxes += [
+        r"not \boxed{34}",
+        r"1 = \boxed{34}",
+        r"\boxed{34}+\frac{1}{2}",
+        r"\boxed{34}\text{ or }35",
+        r"\boxed{35}",
+    ]
+    wrong += [(f"Answer: {box}", "34") for box in boxes]
+    assert [reward(response, gold) for response, gold in wrong] == [-1.0] * len(wrong)
     assert dapo.verify("7", "7").status == "unparseable"

@@ -6,6 +6,7 @@ import psutil
 import pytest
 import sympy.parsing.sympy_parser as sympy_parser
 
+from megatron_rlvr.verifiers import judge, math
 from megatron_rlvr.verifiers.math import final_answer, read_answer, verify
 from megatron_rlvr.verifiers.pool import VerifierPool
 
@@ -58,6 +59,11 @@ def test_the_final_answer(response, answer):
         (r"\left( 3, \frac{\pi}{2} \right)", [r"(3,\pi/2)"], [r"(\pi/2,3)", r"(3,\pi)"]),
         ("1,3,5", ["5,3,1", r"\{1,3,5\}"], ["1,3", "1,3,5,7"]),
         (r"\sqrt{2}", [r"2^{1/2}", r"\frac{2}{\sqrt2}"], [r"\sqrt{3}", "1.4"]),
+        (r"\frac{1}{2}", [r"{1 \over 2}", r"{\bf 0.5}", r"\sin A = {1\over2}"], [r"{2 \over 1}", r"3{1 \over 2}"]),
+        ("1,027", ["1027", r"\$1027", r"\text{Total} = 1027"], ["1,27", "27, 1", "x=1,27", "1027, 1"]),
+        ("81, 256", ["256,81"], ["81256", "81"]),
+        ("(2,5)", ["(x,y)=(2,5)", "A=(2,5)"], ["(x,y)=(5,2)", "(1,2)=(2,5)", "(x,8)=(2,5)"]),
+        (r"-2 \le x \le 7", ["[-2,7]", r"x \in [-2,7]"], ["(-2,7)", "[-2,7)", "-2,7", "[-7,2]"]),
         ("34", ["34"], ["33,34", "34 or 35", r"35\text{ or }34", "$34$ or $35$", r"34\neq 35"]),
     ],
 )
@@ -118,6 +124,12 @@ def test_the_grammar_must_read_all_of_a_text():
     assert verify(rf"\boxed{{{gold}}}", gold).reward == 1.0
     assert verify(r"\boxed{\frac{1}{3} E_{1}+\frac{2}{3} E_{3}}", gold).reward == 0.0
     assert verify(r"\boxed{2 M}", "2 m").reward == 0.0
+
+
+def test_a_gold_answer_without_a_value_is_the_data_rows_fault_and_no_wrong_answer():
+    for gold, given in [("(-3)!", r"\cot 0"), ("(-3)!", "5"), ("5", "(-3)!")]:
+        verdict = judge(math, rf"\boxed{{{given}}}", gold)
+        assert (verdict.reward, verdict.status) == (0.0, "error" if gold == "(-3)!" else "ok")
 
 
 CODE = "__import__('os').system('touch {proof}')"

@@ -23,6 +23,14 @@ def test_gsm8k():
         "Answer: 1027 dollars",
         "#### 5\n#### 1027.",
         "#### 1027<|im_end|>",
+        r"#### \boxed{1027}",
+        r"#### $\boxed{1,027}$.",
+        "#### **1027**",
+        "#### Step 1: the 5 boxes\n5\n#### Step 2\nSo it is \\boxed{1027}.",
+        "So \\boxed{1027} clips\n#### Step 3: verification",
+        "#### Answer\nAnswer: 1027",
+        "#### \n\\boxed{1027}",
+        "#### **Result** 5\n\\boxed{1027}",
     ]
     wrong = [
         "#### 1028",
@@ -31,6 +39,9 @@ def test_gsm8k():
         "#### 1027 thousand",
         "#### -1027",
         "#### " + "9" * 10_000,
+        "\\boxed{1027}\n#### 1028",
+        "#### Step 1027\n\\boxed{1028}",
+        r"#### \boxed{1028}",
     ]
     unreadable = [
         "1027",
@@ -39,6 +50,15 @@ def test_gsm8k():
         "#### 1027 or 1028",
         "<think>#### 1027",
         "#### 1000 + 27",
+        "#### 1027\n#### 1027 or 1028",
+        "#### 1027\n#### No, 1028",
+        "\\boxed{1027}\n#### 1027 or 1028",
+        r"#### 1028 or \boxed{1027}",
+        r"#### \boxed{1027} or \boxed{1028}",
+        r"#### not \boxed{1027}",
+        r"#### 1 = \boxed{1027}",
+        "#### Step 1027",
+        "#### Step 2: 1027",
     ]
     assert [gsm8k.verify(response, gold).reward for response in right] == [1.0] * len(right)
     assert [gsm8k.verify(response, gold).reward for response in wrong] == [0.0] * len(wrong)
@@ -62,8 +82,14 @@ def test_choice():
         r"\text{(B)}",
         "$B$",
         "Ｂ",
+        "B) I and II",
+        "B) not enough data",
+        "B: because A and C are wrong",
+        "B. 3 or 4",
+        "B) one or a few",
+        "(B) Iron and Carbon",
     ]
-    wrong = ["A", "C.", "(D)", r"\text{J}"]
+    wrong = ["A", "C.", "(D)", r"\text{J}", "C) I and II", "C: because A and B are wrong", "A: neither, not B as such"]
     unreadable = [
         "A or B",
         "B or C",
@@ -79,6 +105,23 @@ def test_choice():
         "Because",
         r"B\\C",
         "B) not A",
+        "B) or C",
+        "B: this or C",
+        "B: this or (C)",
+        "B: this, or C that",
+        "B) and C are right",
+        "B: this and C",
+        "B) this and (C).",
+        "B) but not A",
+        "B. Or A.",
+        "B) or possibly C",
+        "B: this or maybe C, who knows",
+        "B: this and maybe C",
+        "B: not sure, maybe C",
+        "B, or C",
+        r"B: \text{or C}",
+        "B) this\nor\nC",
+        "C) or B",
         "B/C",
         "{B, C}",
     ]
