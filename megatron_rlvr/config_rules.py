@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from operator import attrgetter
 from typing import TYPE_CHECKING
 
 from megatron_rlvr.config_reading import rule
@@ -71,36 +72,25 @@ def _check_data(data: DataConfig) -> None:
             )
 
 
+AT_LEAST = {
+    1: [
+        *("parallel.tp", "parallel.pp", "parallel.vpp", "parallel.dp"),
+        *("rollout.prompts_per_step", "rollout.responses_per_prompt", "rollout.max_response_length"),
+        *("rollout.kv_cache_mib", "rollout.max_running", "reward.workers", "data.max_prompt_length"),
+        *("trainer.updates_per_rollout", "trainer.num_steps", "trainer.keep_last", "trainer.eval_responses"),
+    ],
+    0: [
+        *("rollout.tp", "trainer.eval_every", "trainer.save_every", "trainer.keep_best", "trainer.log_rollouts"),
+        "logging.record_responses",
+    ],
+}
+
+
 def _check_ranges(config: Config) -> None:
-    at_least_one = {
-        "parallel.tp": config.parallel.tp,
-        "parallel.pp": config.parallel.pp,
-        "parallel.vpp": config.parallel.vpp,
-        "parallel.dp": config.parallel.dp,
-        "rollout.prompts_per_step": config.rollout.prompts_per_step,
-        "rollout.responses_per_prompt": config.rollout.responses_per_prompt,
-        "rollout.max_response_length": config.rollout.max_response_length,
-        "trainer.updates_per_rollout": config.trainer.updates_per_rollout,
-        "trainer.num_steps": config.trainer.num_steps,
-        "trainer.keep_last": config.trainer.keep_last,
-        "trainer.eval_responses": config.trainer.eval_responses,
-        "reward.workers": config.reward.workers,
-        "rollout.kv_cache_mib": config.rollout.kv_cache_mib,
-        "rollout.max_running": config.rollout.max_running,
-        "data.max_prompt_length": config.data.max_prompt_length,
-    }
-    for name, value in at_least_one.items():
-        rule(value >= 1, f"{name} must be at least 1, not {value}")
-    at_least_zero = {
-        "rollout.tp": config.rollout.tp,
-        "trainer.eval_every": config.trainer.eval_every,
-        "trainer.save_every": config.trainer.save_every,
-        "trainer.keep_best": config.trainer.keep_best,
-        "trainer.log_rollouts": config.trainer.log_rollouts,
-        "logging.record_responses": config.logging.record_responses,
-    }
-    for name, value in at_least_zero.items():
-        rule(value >= 0, f"{name} must be at least 0, not {value}")
+    for least, names in AT_LEAST.items():
+        for name in names:
+            value = attrgetter(name)(config)
+            rule(value >= least, f"{name} must be at least {least}, not {value}")
     temperatures: dict[str, float] = {"rollout.temperature": config.rollout.temperature}
     if config.trainer.eval_temperature is not None:
         temperatures["trainer.eval_temperature"] = config.trainer.eval_temperature

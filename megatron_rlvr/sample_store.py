@@ -15,7 +15,7 @@ from typing import Any
 from megatron_rlvr.config import ConfigError, rule
 from megatron_rlvr.evaluation import Outcome
 from megatron_rlvr.types import FinishReason
-from megatron_rlvr.verdict import Verdict, VerdictStatus
+from megatron_rlvr.verdict import SCORED, VerdictStatus
 
 
 @dataclass(frozen=True)
@@ -39,8 +39,7 @@ class StoredSample:
 
     @property
     def outcome(self) -> Outcome:
-        verdict = Verdict(self.reward, self.status)
-        scored = verdict.status in ("ok", "unparseable")
+        scored = self.status in SCORED
         return Outcome(
             right=self.reward > 0.5 if scored else None,
             answer=self.extracted if scored else None,

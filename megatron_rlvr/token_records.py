@@ -23,6 +23,7 @@ from megatron_rlvr.checkpoint_folder import sync
 from megatron_rlvr.metrics import rollout_row
 from megatron_rlvr.records import finite
 from megatron_rlvr.types import Prompt, Rollout
+from megatron_rlvr.verdict import SCORED
 
 FOLDER = "tokens"
 MOST_TOKENS = 32_768  # per step, over all recorded responses: its page stays under 5 MB too
@@ -67,7 +68,7 @@ class TokenRecord:
         """[n] bool, the tokens of responses that a verifier could judge; the columns of others are 0."""
         found = torch.zeros(len(self.texts), dtype=torch.bool)
         for row in self.responses:
-            found[row["start"] : row["stop"]] = row["status"] in ("ok", "unparseable")
+            found[row["start"] : row["stop"]] = row["status"] in SCORED
         return found
 
 

@@ -43,21 +43,21 @@ def sample(
     Raises VerifierError where too many of the verdicts so far are failures, RuntimeError where MOST_GENERATIONS are not
     enough.
     """
-    step, asked = Sampled(), wanted
-    while step.generations < MOST_GENERATIONS:
-        groups = collect(asked, step.generations)
-        step.generations += 1
-        step.groups += groups
-        verdicts = [rollout.verdict for group in step.groups for rollout in group.rollouts]
+    sampled, asked = Sampled(), wanted
+    while sampled.generations < MOST_GENERATIONS:
+        groups = collect(asked, sampled.generations)
+        sampled.generations += 1
+        sampled.groups += groups
+        verdicts = [rollout.verdict for group in sampled.groups for rollout in group.rollouts]
         verifiers.check_error_share(verdicts, max_error_share)
-        step.kept += [group for group in groups if keep(group)]
-        missing = wanted - len(step.kept)
+        sampled.kept += [group for group in groups if keep(group)]
+        missing = wanted - len(sampled.kept)
         if missing <= 0:
-            del step.kept[wanted:]
-            return step
-        asked = min(wanted, math.ceil(2 * missing * len(step.groups) / max(1, len(step.kept))))
+            del sampled.kept[wanted:]
+            return sampled
+        asked = min(wanted, math.ceil(2 * missing * len(sampled.groups) / max(1, len(sampled.kept))))
     raise RuntimeError(
-        f"after {step.generations} generations only {len(step.kept)} of {wanted} groups were kept, out of "
-        f"{len(step.groups)}: the exploration method turns away too many, for example because all are solved or none "
-        f"is. Take prompts nearer to what the model can do, more responses to each, or another method"
+        f"after {sampled.generations} generations only {len(sampled.kept)} of {wanted} groups were kept, out of "
+        f"{len(sampled.groups)}: the exploration method turns away too many, for example because all are solved or "
+        f"none is. Take prompts nearer to what the model can do, more responses to each, or another method"
     )

@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Protocol, cast, get_args
 
 from megatron_rlvr.config import ConfigError, rule
-from megatron_rlvr.verdict import Verdict, VerdictStatus
+from megatron_rlvr.verdict import SCORED, Verdict, VerdictStatus
 from megatron_rlvr.verifiers import combination
 
 if TYPE_CHECKING:  # at run time these would bring torch into every verifier process
@@ -115,7 +115,7 @@ def score_groups(groups: Sequence[RolloutGroup], pool: VerifierPool) -> None:
 
 def is_scored(verdict: Verdict) -> bool:
     """Whether the verdict carries a reward; the others train nothing."""
-    return verdict.status in ("ok", "unparseable")
+    return verdict.status in SCORED
 
 
 def reward_of(verdict: Verdict, scale: Literal["verifier", "signed"]) -> float:
