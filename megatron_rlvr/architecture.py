@@ -86,8 +86,8 @@ class Architecture:
         rule(isinstance(tree, dict), f"{source} must hold a JSON object")
         return _from_tree(tree, source)
 
-    def check_layout(self, tp: int, pp: int, vpp: int) -> None:
-        """Whether the policy can be cut into tp x pp x vpp. Raises ConfigError."""
+    def check_layout(self, tp: int, pp: int, vpp: int, cp: int = 1) -> None:
+        """Whether the policy can be cut into tp x cp x pp x vpp. Raises ConfigError."""
         parts = {
             "attention heads": self.num_heads,
             "key-value heads": self.num_kv_heads,
@@ -95,6 +95,11 @@ class Architecture:
         }
         for what, size in parts.items():
             rule(size % tp == 0, f"parallel.tp={tp} must divide the model's {size} {what}")
+        rule(
+            self.num_heads % (tp * cp) == 0,
+            f"parallel.tp={tp} x parallel.cp={cp} must divide the model's {self.num_heads} attention heads: in attention "
+            f"each of these ranks has some of them",
+        )
         stages = f"parallel.pp={pp}" + (f" x parallel.vpp={vpp} = {pp * vpp} stages" if vpp > 1 else "")
         rule(self.num_layers % (pp * vpp) == 0, f"{stages} must divide the model's {self.num_layers} layers")
 

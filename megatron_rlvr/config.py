@@ -47,7 +47,8 @@ class ParallelConfig:
     tp: int = 1  # tensor-parallel ranks
     pp: int = 1  # pipeline stages
     vpp: int = 1  # virtual stages (model chunks) per pipeline stage
-    dp: int = 1  # data-parallel replicas; tp * pp * dp ranks in all
+    cp: int = 1  # context-parallel ranks, each with a part of the tokens of every microbatch
+    dp: int = 1  # data-parallel replicas; tp * cp * pp * dp ranks in all
     sequence_parallel: bool = False  # shard norms and dropout over the tensor-parallel ranks
 
 
@@ -243,7 +244,7 @@ class Config:
 
     @property
     def world_size(self) -> int:
-        return self.parallel.tp * self.parallel.pp * self.parallel.dp
+        return self.parallel.tp * self.parallel.cp * self.parallel.pp * self.parallel.dp
 
 
 def load_config(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -> Config:

@@ -24,7 +24,7 @@ def check(config: Config) -> None:
     parallel, world = config.parallel, config.world_size
     rule(
         world % config.rollout_tp == 0,
-        f"rollout.tp={config.rollout_tp} must divide the number of ranks tp*pp*dp={world}: "
+        f"rollout.tp={config.rollout_tp} must divide the number of ranks tp*cp*pp*dp={world}: "
         f"each engine replica takes that many ranks",
     )
     rule(
@@ -74,7 +74,7 @@ def _check_data(data: DataConfig) -> None:
 
 AT_LEAST = {
     1: [
-        *("parallel.tp", "parallel.pp", "parallel.vpp", "parallel.dp"),
+        *("parallel.tp", "parallel.cp", "parallel.pp", "parallel.vpp", "parallel.dp"),
         *("rollout.prompts_per_step", "rollout.responses_per_prompt", "rollout.max_response_length"),
         *("rollout.kv_cache_mib", "rollout.max_running", "reward.workers", "data.max_prompt_length"),
         *("trainer.updates_per_rollout", "trainer.num_steps", "trainer.keep_last", "trainer.eval_responses"),

@@ -28,7 +28,7 @@ def check(config: Config) -> None:
     """Model, layout, verifier, methods, data files and port. Raises ConfigError."""
     architecture = Architecture.from_folder(config.model.path)
     architecture.check_trains()
-    architecture.check_layout(config.parallel.tp, config.parallel.pp, config.parallel.vpp)
+    architecture.check_layout(config.parallel.tp, config.parallel.pp, config.parallel.vpp, config.parallel.cp)
     architecture.check_engine_layout(config.rollout_tp)
     architecture.check_length(config.data.max_prompt_length + config.rollout.max_response_length)
     verifiers.check_host(config.verifier)
@@ -74,7 +74,7 @@ def _check_critic(config: Config, policy: Architecture, wanted: int) -> None:
     if heads and config.critic.path:
         critic = Architecture.from_folder(config.critic.path, key="critic.path")
         critic.check_trains("critic.path")
-        critic.check_layout(config.parallel.tp, config.parallel.pp, config.parallel.vpp)
+        critic.check_layout(config.parallel.tp, config.parallel.pp, config.parallel.vpp, config.parallel.cp)
         critic.check_length(config.data.max_prompt_length + config.rollout.max_response_length)
         rule(
             critic.vocab_size == policy.vocab_size,

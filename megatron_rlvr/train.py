@@ -38,7 +38,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def launch(config: Config, arguments: list[str]) -> int:
-    """Start tp * pp * dp ranks on this machine and see them through."""
+    """Start tp * cp * pp * dp ranks on this machine and see them through."""
     from megatron_rlvr.launch.local import run_ranks
 
     command = [sys.executable, "-m", "megatron_rlvr.train", *arguments]
@@ -75,7 +75,7 @@ def be_rank(config: Config) -> int:
     rank = int(os.environ["RANK"])
     if int(os.environ["WORLD_SIZE"]) != config.world_size:
         raise ConfigError(
-            f"{os.environ['WORLD_SIZE']} ranks were started, but parallel.tp * pp * dp = {config.world_size}: "
+            f"{os.environ['WORLD_SIZE']} ranks were started, but parallel.tp * cp * pp * dp = {config.world_size}: "
             f"set parallel.dp so that they agree"
         )
     with _prepare(config) if rank == 0 and LAUNCHED not in os.environ else nullcontext():

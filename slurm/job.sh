@@ -7,7 +7,7 @@ job() {
         fail "$tasks runs, but the job is no array: bash $script makes it one, or sbatch --array=0-$((tasks - 1))"
     choose "${SLURM_ARRAY_TASK_ID:-0}"
     [ "$RANKS" = "$SLURM_NTASKS" ] ||
-        fail "the job has $SLURM_NTASKS tasks, but parallel.tp * pp * dp = $RANKS: bash $script asks for as many"
+        fail "the job has $SLURM_NTASKS tasks, but parallel.tp * cp * pp * dp = $RANKS: bash $script asks for as many"
     show_plan
     meeting_point
     share_cores

@@ -38,7 +38,7 @@ SMOKE=(
     prepare=examples/countdown_cpu/prepare.py verifier=countdown
     model.path=examples/countdown_cpu/build/model model.dtype=float32
     data.path=examples/countdown_cpu/build/train.jsonl data.eval_path= data.template=raw data.max_prompt_length=16
-    parallel.tp=2 parallel.pp=1 parallel.vpp=1 parallel.dp=2
+    parallel.tp=2 parallel.cp=1 parallel.pp=1 parallel.vpp=1 parallel.dp=2
     rollout.tp=1 rollout.max_response_length=7 rollout.prompts_per_step=16 rollout.responses_per_prompt=8
     rollout.kv_cache_mib=64 trainer.num_steps=2 trainer.microbatch_tokens=2048 critic.warmup_steps=0
 )

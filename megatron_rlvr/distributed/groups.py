@@ -63,7 +63,7 @@ class ParallelGroups:
     tp: ProcessGroup | None = None  # shards of one layer
     pp: ProcessGroup | None = None  # stages of one model, first to last
     dp: ProcessGroup | None = None  # replicas, each with its own responses
-    cp: ProcessGroup | None = None  # pieces of one sequence
+    cp: ProcessGroup | None = None  # stretches of one microbatch, whose responses all of these ranks know
     ep: ProcessGroup | None = None  # experts of one layer
     world: ProcessGroup | None = None
 
@@ -73,19 +73,22 @@ class ParallelGroups:
         return ParallelGroups()
 
     @staticmethod
-    def from_grid(tp: int = 1, pp: int = 1, dp: int = 1) -> ParallelGroups:
-        """Groups over the default process group, ranks laid out as Megatron does: tp fastest, then dp, then pp.
+    def from_grid(tp: int = 1, pp: int = 1, dp: int = 1, cp: int = 1) -> ParallelGroups:
+        """Groups over the default process group, ranks laid out as Megatron does: tp fastest, then cp, dp, pp.
 
         Every rank calls it, with the same sizes. Raises ConfigError when they do not multiply to the number of ranks.
         """
         world = dist.get_world_size()
-        if tp * pp * dp != world:
-            raise ConfigError(f"tp={tp} x pp={pp} x dp={dp} is {tp * pp * dp} ranks, but {world} were started")
-        ranks = torch.arange(world).view(pp, dp, tp)
+        if tp * cp * pp * dp != world:
+            raise ConfigError(
+                f"tp={tp} x cp={cp} x pp={pp} x dp={dp} is {tp * cp * pp * dp} ranks, but {world} were started"
+            )
+        ranks = torch.arange(world).view(pp, dp, cp, tp)
         return ParallelGroups(
             tp=_join(ranks.reshape(-1, tp)),
-            dp=_join(ranks.transpose(1, 2).reshape(-1, dp)),
-            pp=_join(ranks.permute(1, 2, 0).reshape(-1, pp)),
+            cp=_join(ranks.transpose(2, 3).reshape(-1, cp)),
+            dp=_join(ranks.movedim(1, 3).reshape(-1, dp)),
+            pp=_join(ranks.movedim(0, 3).reshape(-1, pp)),
             world=dist.group.WORLD if world > 1 else None,
         )
 
@@ -126,6 +129,14 @@ class ParallelGroups:
     @property
     def dp_size(self) -> int:
         return group_size(self.dp)
+
+    @property
+    def cp_rank(self) -> int:
+        return group_rank(self.cp)
+
+    @property
+    def cp_size(self) -> int:
+        return group_size(self.cp)
 
     @property
     def rank(self) -> int:

@@ -23,6 +23,7 @@ from megatron.core.transformer.module import MegatronModule
 from torch import Tensor
 
 from megatron_rlvr.architecture import RopeScaling
+from megatron_rlvr.distributed import context
 
 
 @dataclass
@@ -60,7 +61,8 @@ class PackedAttention(MegatronModule):
 
     A row's padding stands behind its tokens, so causality alone keeps it out of every output that is read. Queries and
     keys arrive unrotated; rotary embedding (arXiv 2104.09864 Eq 34, halves instead of pairs) has base ``rotary_base``,
-    scaled by ``rope_scaling``.
+    scaled by ``rope_scaling``. Under context parallelism a rank's tokens are swapped for all tokens of a part of its
+    heads, and back.
     """
 
     def __init__(
@@ -79,6 +81,8 @@ class PackedAttention(MegatronModule):
         **unused: Any,
     ) -> None:
         super().__init__(config=config)
+        assert pg_collection is not None, "Megatron's attention hands its process groups on"
+        self.cp = pg_collection.cp if pg_collection.cp.size() > 1 else None
         self.rotary = (rotary_base, rope_scaling)
         self.scale = softmax_scale or 1.0 / math.sqrt(config.kv_channels)
         self.dropout = config.attention_dropout if attention_dropout is None else attention_dropout
@@ -93,9 +97,19 @@ class PackedAttention(MegatronModule):
         attention_bias: Tensor | None = None,
         packed_seq_params: PackedSeqParams | None = None,
     ) -> Tensor:
-        """query [t, heads, d], key and value [t, kv heads, d] -> [t, heads * d]."""
+        """query [t, heads, d], key and value [t, kv heads, d] -> [t, heads * d]; t / cp under context parallelism."""
         assert isinstance(packed_seq_params, PackedSequences), "every microbatch is packed (PackedSequences)"
-        padded, places = packed_seq_params.padded_tokens, packed_seq_params.places
+        if self.cp is None:
+            return self._attend(query, key, value, packed_seq_params)
+        shared = context.repeats(key.shape[1], self.cp)
+        if shared > 1:
+            key, value = key.repeat_interleave(shared, dim=1), value.repeat_interleave(shared, dim=1)
+        output = self._attend(*context.to_heads([query, key, value], self.cp), packed_seq_params)
+        return context.to_tokens(output.unflatten(1, (-1, query.shape[2])), self.cp).flatten(1)
+
+    def _attend(self, query: Tensor, key: Tensor, value: Tensor, packed: PackedSequences) -> Tensor:
+        """query [t, heads, d], key and value [t, kv heads, d] -> [t, heads * d]."""
+        padded, places = packed.padded_tokens, packed.places
         assert padded is not None and places is not None
         rows, longest = padded.shape
         index = padded.flatten()

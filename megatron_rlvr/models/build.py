@@ -33,18 +33,21 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
 def initialize_parallel(config: Config) -> ParallelGroups:
-    """Megatron's process groups and dropout streams for tp x pp x dp; the default group must exist."""
+    """Megatron's process groups and dropout streams for tp x cp x pp x dp; the default group must exist."""
     parallel = config.parallel
     with platform.megatron_calls():
         parallel_state.initialize_model_parallel(
             tensor_model_parallel_size=parallel.tp,
             pipeline_model_parallel_size=parallel.pp,
             virtual_pipeline_model_parallel_size=parallel.vpp if parallel.vpp > 1 else None,
+            context_parallel_size=parallel.cp,
             distributed_timeout_minutes=math.ceil(config.run.collective_timeout / 60),
         )
         groups = ParallelGroups.from_megatron()
-        # Layers of different stages, and replicas, drop with masks of their own; Megatron tells tp ranks apart itself.
-        model_parallel_cuda_manual_seed(config.seed + 10_000 * (groups.pp_rank * groups.dp_size + groups.dp_rank))
+        # Layers of different stages, replicas, and stretches of tokens drop with masks of their own; Megatron tells tp
+        # ranks apart itself.
+        stream = (groups.pp_rank * groups.dp_size + groups.dp_rank) * groups.cp_size + groups.cp_rank
+        model_parallel_cuda_manual_seed(config.seed + 10_000 * stream)
     return groups
 
 
@@ -117,14 +120,20 @@ def _log_spec_once(name: str) -> None:
 
 
 def layer_spec(
-    config: TransformerConfig, architecture: Architecture, vp_stage: int | None
+    config: TransformerConfig, architecture: Architecture, vp_stage: int | None, cp: int
 ) -> ModuleSpec | TransformerBlockSubmodules:
     """The one place that chooses between Transformer Engine's layers and the local ones."""
+    core = ModuleSpec(
+        PackedAttention, params={"rotary_base": architecture.rope_theta, "rope_scaling": architecture.rope_scaling}
+    )
     if platform.has_transformer_engine():
-        _log_spec_once("Transformer Engine")
-        return get_gpt_layer_with_transformer_engine_spec(
+        spec = get_gpt_layer_with_transformer_engine_spec(
             num_experts=config.num_moe_experts, qk_layernorm=architecture.qk_norm
         )
+        if own_attention(cp):
+            spec.submodules.self_attention.submodules.core_attention = core
+        _log_spec_once("Transformer Engine" + ", core attention: local (parallel.cp)" * own_attention(cp))
+        return spec
     _log_spec_once("local (no Transformer Engine on this machine)")
     spec = get_gpt_layer_local_spec(
         num_experts=config.num_moe_experts, qk_layernorm=architecture.qk_norm, normalization="RMSNorm"
@@ -132,13 +141,16 @@ def layer_spec(
     layer = spec.submodules
     layer.input_layernorm = layer.pre_mlp_layernorm = RMSNorm
     attention = layer.self_attention.submodules
-    attention.core_attention = ModuleSpec(
-        PackedAttention, params={"rotary_base": architecture.rope_theta, "rope_scaling": architecture.rope_scaling}
-    )
+    attention.core_attention = core
     if architecture.qk_norm:
         attention.q_layernorm = attention.k_layernorm = RMSNorm
     layers = get_num_layers_to_build(config, vp_stage=vp_stage)
     return TransformerBlockSubmodules(layer_specs=[spec] * layers, layer_norm=RMSNorm)
+
+
+def own_attention(cp: int) -> bool:
+    """Whether attention is models/attention.py's: Transformer Engine's cuts tokens for cp in a way of its own."""
+    return cp > 1 or not platform.has_transformer_engine()
 
 
 def build_chunks(config: Config, architecture: Architecture, groups: ParallelGroups) -> list[GPTModel]:
@@ -152,21 +164,21 @@ def _build_chunk(
     config: Config, architecture: Architecture, groups: ParallelGroups, megatron: TransformerConfig, stage: int
 ) -> GPTModel:
     vp_stage = stage if config.parallel.vpp > 1 else None
+    rotates = not own_attention(config.parallel.cp)  # Megatron, before the attention; else that itself
     chunk = GPTModel(
         config=megatron,
-        transformer_layer_spec=layer_spec(megatron, architecture, vp_stage),
+        transformer_layer_spec=layer_spec(megatron, architecture, vp_stage, config.parallel.cp),
         vocab_size=architecture.padded_vocab(groups.tp_size),
         max_sequence_length=architecture.max_positions,
         pre_process=parallel_state.is_pipeline_first_stage(ignore_virtual=False, vp_stage=vp_stage),
         post_process=parallel_state.is_pipeline_last_stage(ignore_virtual=False, vp_stage=vp_stage),
         parallel_output=True,
         share_embeddings_and_output_weights=architecture.tied,
-        # The local layers rotate queries and keys inside their attention.
-        position_embedding_type="rope" if platform.has_transformer_engine() else "none",
+        position_embedding_type="rope" if rotates else "none",
         rotary_base=architecture.rope_theta,
         vp_stage=vp_stage,
     )
-    if architecture.rope_scaling and platform.has_transformer_engine():  # Megatron's own takes the factor alone
+    if architecture.rope_scaling and rotates:  # Megatron's own takes the factor alone
         chunk.rotary_pos_emb.inv_freq = rotary_frequencies(
             architecture.head_dim, architecture.rope_theta, architecture.rope_scaling, platform.device()
         )
@@ -178,7 +190,8 @@ def fuses_logits(config: Config, architecture: Architecture) -> bool:
     if config.model.logits != "auto":
         return config.model.logits == "fused"
     columns = architecture.padded_vocab(config.parallel.tp) // config.parallel.tp
-    return config.trainer.microbatch_tokens * columns * DTYPES[config.model.dtype].itemsize > MATERIALISED_LIMIT
+    tokens = config.trainer.microbatch_tokens // config.parallel.cp
+    return tokens * columns * DTYPES[config.model.dtype].itemsize > MATERIALISED_LIMIT
 
 
 def leave_out_output_layer(chunk: GPTModel) -> None:

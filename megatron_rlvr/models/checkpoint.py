@@ -137,4 +137,4 @@ def _by_key(tensors: list[ShardedTensor]) -> dict[str, list[ShardedTensor]]:
 
 
 def layout_of(groups: ParallelGroups) -> list[int]:
-    return [groups.tp_size, groups.pp_size, groups.dp_size]
+    return [groups.tp_size, groups.pp_size, groups.dp_size, groups.cp_size]

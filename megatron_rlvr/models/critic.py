@@ -15,6 +15,7 @@ from torch import Tensor
 from megatron_rlvr import platform
 from megatron_rlvr.architecture import Architecture
 from megatron_rlvr.config import Config
+from megatron_rlvr.distributed.context import gather
 from megatron_rlvr.distributed.groups import ParallelGroups
 from megatron_rlvr.distributed.reduce import broadcast_from_last_stage, reduce_meter
 from megatron_rlvr.metrics import Meter
@@ -78,7 +79,7 @@ class Critic(Trainable):
 
     def fill_values(self, batch: Batch) -> None:
         """One forward over the batch: fills values [T, H] on every rank, 0 outside the loss tokens."""
-        parts = self.forward(batch.microbatches(), lambda values, micro: values)
+        parts = self.forward(batch.microbatches(), self._whole)
         values = broadcast_from_last_stage(
             torch.cat(parts) if parts else None,
             (batch.num_tokens, self.num_heads),
@@ -88,10 +89,14 @@ class Critic(Trainable):
         )
         batch.values = torch.where(batch.loss_mask[:, None], values, 0.0)
 
+    def _whole(self, values: Tensor, micro: Microbatch) -> Tensor:
+        """[t, H] of the microbatch, of which context parallelism leaves this rank a stretch."""
+        return gather(values, micro.num_tokens, self.groups.cp)
+
     def update(self, batch: Batch, update: Update, loss: ValueLoss) -> Meter:
         """One optimizer update; the meter, equal on every rank, holds critic/*."""
         microbatches = [batch.microbatch(*bounds) for bounds in update.microbatches]
-        result = self.train_step(microbatches, lambda values, micro: loss(micro, values))
+        result = self.train_step(microbatches, lambda values, micro: loss(micro, self._whole(values, micro)))
         meter = Meter()
         if self.groups.is_last_stage:
             # Shares of one global loss: their sum over microbatches and ranks is the loss itself.

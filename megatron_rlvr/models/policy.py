@@ -14,6 +14,7 @@ from torch import Tensor
 from megatron_rlvr import platform
 from megatron_rlvr.architecture import Architecture
 from megatron_rlvr.config import Config
+from megatron_rlvr.distributed.context import gather, gather_statistics, stretch
 from megatron_rlvr.distributed.groups import ParallelGroups
 from megatron_rlvr.distributed.reduce import broadcast_from_last_stage, reduce_meter
 from megatron_rlvr.distributed.vocab import StatisticsOptions, TokenStatistics, token_statistics
@@ -64,20 +65,22 @@ class LanguageModel(ABC):
     def statistics(self, output: Tensor, micro: Microbatch, options: StatisticsOptions) -> TokenStatistics:
         """Last stage's logits [t, V/tp], or fused its hidden states -> statistics of the tokens that follow.
 
-        Where the batch knows the old policy's most probable tokens, the KL to them is among the statistics.
+        Where the batch knows the old policy's most probable tokens, the KL to them is among the statistics. Under
+        context parallelism the output is a stretch of the tokens, and the statistics are of all.
         """
-        shared = {
-            "group": self.groups.tp,
-            "vocab_size": self.architecture.vocab_size,
-            "old_top": (micro.old_top_ids, micro.old_top_log_probs) if micro.has("old_top_ids") else None,
-            **vars(options),
-        }
+        multiple, cp = self.groups.tp_size if self.sequence_parallel else 1, self.groups.cp
+        targets, old_top = stretch(micro.target_ids, multiple, cp), None
+        if micro.has("old_top_ids"):  # and nothing kept where there is no token
+            ids, log_probs = micro.old_top_ids, micro.old_top_log_probs
+            old_top = stretch(ids, multiple, cp, fill=-1), stretch(log_probs, multiple, cp, fill=-torch.inf)
+        shared = {"group": self.groups.tp, "vocab_size": self.architecture.vocab_size, "old_top": old_top}
+        shared |= vars(options)
         if self.fused:
-            weight = output_weight(self.chunks[-1])
-            parallel = self.sequence_parallel
-            return linear_token_statistics(output, weight, micro.target_ids, sequence_parallel=parallel, **shared)
-        # the matrix product that made the logits does not need them again
-        return token_statistics(output, micro.target_ids, overwrite=True, **shared)
+            weight, parallel = output_weight(self.chunks[-1]), self.sequence_parallel
+            found = linear_token_statistics(output, weight, targets, sequence_parallel=parallel, **shared)
+        else:  # the matrix product that made the logits does not need them again
+            found = token_statistics(output, targets, overwrite=True, **shared)
+        return gather_statistics(found, micro.num_tokens, cp)
 
     def score(self, batch: Batch, options: StatisticsOptions) -> TokenStatistics:
         """One forward over the batch: every statistic [T], on every rank."""
@@ -124,7 +127,7 @@ class Policy(Trainable, LanguageModel):
         def consume(hidden: Tensor, micro: Microbatch) -> Tensor:
             if self.sequence_parallel:
                 hidden = gather_from_sequence_parallel_region(hidden)
-            return response_states(hidden[: micro.num_tokens].float(), micro, which)
+            return response_states(gather(hidden, micro.num_tokens, self.groups.cp).float(), micro, which)
 
         with without_output_layer(self.chunks[-1]):
             parts = self.forward(batch.microbatches(), consume)
@@ -171,7 +174,7 @@ class Reference(LanguageModel):
             chunk.requires_grad_(False).eval()
 
     def forward(self, microbatches: list[Microbatch], consume: schedule.Consumer) -> list:
-        return schedule.forward(self.chunks, microbatches, consume)
+        return schedule.forward(self.chunks, microbatches, consume, self.groups.cp)
 
     def fill_log_probs(self, batch: Batch, options: StatisticsOptions) -> TokenStatistics:
         """One forward over the batch: fills ref_log_probs, returns every statistic [T], on every rank."""

@@ -15,6 +15,7 @@ from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from megatron_rlvr import platform
 from megatron_rlvr.architecture import Architecture
 from megatron_rlvr.config import Config, OptimizerConfig
+from megatron_rlvr.distributed.groups import ParallelGroups
 from megatron_rlvr.models import schedule
 from megatron_rlvr.models.build import DTYPES
 from megatron_rlvr.types import Microbatch
@@ -34,13 +35,14 @@ class StepResult:
 
 
 class Trainable:
-    """DDP over the data-parallel ranks, AdamW (sharded over them when distributed), warm-up and decay.
+    """DDP over the data- and context-parallel ranks, AdamW (sharded over them when distributed), warm-up and decay.
 
     ``steps`` are those of the run in which this model learns; ``section`` is where the config holds ``settings``.
     """
 
     section = "optimizer"
     architecture: Architecture
+    groups: ParallelGroups
     path: str  # the Hugging Face folder that it started from
 
     def __init__(self, config: Config, settings: OptimizerConfig, chunks: list[GPTModel], steps: int) -> None:
@@ -99,7 +101,7 @@ class Trainable:
                 replica.train()
                 replica.zero_grad_buffer()
             self.optimizer.zero_grad()
-            losses = schedule.forward_backward(self.replicas, microbatches, loss)
+            losses = schedule.forward_backward(self.replicas, microbatches, loss, self.groups.cp)
             self.scheduler.step(1)  # before the update, so that the first one of a warm-up already moves
             updated, grad_norm, _ = self.optimizer.step()
         if not updated or not math.isfinite(grad_norm):
@@ -113,4 +115,4 @@ class Trainable:
         """A pass without gradients or dropout; on the last stage what ``consume`` makes of each microbatch."""
         for replica in self.replicas:
             replica.eval()
-        return schedule.forward(self.replicas, microbatches, consume)
+        return schedule.forward(self.replicas, microbatches, consume, self.groups.cp)

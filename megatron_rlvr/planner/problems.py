@@ -33,19 +33,19 @@ def _layout(config: Config, workload: Workload, machine: Machine) -> list[str]:
     if config.world_size != machine.gpus:
         parallel = config.parallel
         found.append(
-            f"parallel.tp={parallel.tp} x parallel.pp={parallel.pp} x parallel.dp={parallel.dp} = {config.world_size} "
-            f"ranks, but there are {machine.gpus} GPUs: every GPU is one rank"
+            f"parallel.tp={parallel.tp} x parallel.cp={parallel.cp} x parallel.pp={parallel.pp} x parallel.dp={parallel.dp} "
+            f"= {config.world_size} ranks, but there are {machine.gpus} GPUs: every GPU is one rank"
         )
     model, parallel = workload.policy, config.parallel
     checks = [
         lambda: check(config),
-        lambda: model.check_layout(parallel.tp, parallel.pp, parallel.vpp),
+        lambda: model.check_layout(parallel.tp, parallel.pp, parallel.vpp, parallel.cp),
         lambda: model.check_engine_layout(config.rollout_tp),
         lambda: model.check_length(memory.longest(config)),
     ]
     if workload.critic:
         critic = workload.critic
-        checks.append(lambda: critic.check_layout(parallel.tp, parallel.pp, parallel.vpp))
+        checks.append(lambda: critic.check_layout(parallel.tp, parallel.pp, parallel.vpp, parallel.cp))
     for run in checks:
         try:
             run()

@@ -40,13 +40,15 @@ class Layout:
     vpp: int = 1
     dp: int = 1
     sequence_parallel: bool = False
+    cp: int = 1
 
     @property
     def ranks(self) -> int:
-        return self.tp * self.pp * self.dp
+        return self.tp * self.cp * self.pp * self.dp
 
     def __str__(self) -> str:
-        return f"tp{self.tp}-pp{self.pp}-vpp{self.vpp}-dp{self.dp}" + "-sp" * self.sequence_parallel
+        name = f"tp{self.tp}-pp{self.pp}-vpp{self.vpp}-dp{self.dp}"
+        return name + f"-cp{self.cp}" * (self.cp > 1) + "-sp" * self.sequence_parallel
 
 
 LAYOUTS = [
@@ -58,6 +60,9 @@ LAYOUTS = [
     Layout(dp=2),
     Layout(tp=2, pp=2, sequence_parallel=True),
     Layout(tp=2, dp=2),
+    Layout(cp=2),
+    Layout(tp=2, cp=2, sequence_parallel=True),
+    Layout(pp=2, cp=2),
 ]
 
 

@@ -42,6 +42,7 @@ FUSED = [
     Layout(tp=2, sequence_parallel=True),
     Layout(pp=2),
     Layout(tp=2, pp=2, sequence_parallel=True),
+    Layout(tp=2, cp=2, sequence_parallel=True),
 ]
 SIZES = {"qwen3": (ONE_EACH, 80, EVERYTHING), "qwen2": (80,)}  # tokens per microbatch
 
