@@ -97,8 +97,8 @@ class Architecture:
             rule(size % tp == 0, f"parallel.tp={tp} must divide the model's {size} {what}")
         rule(
             self.num_heads % (tp * cp) == 0,
-            f"parallel.tp={tp} x parallel.cp={cp} must divide the model's {self.num_heads} attention heads: in attention "
-            f"each of these ranks has some of them",
+            f"parallel.tp={tp} x parallel.cp={cp} must divide the model's {self.num_heads} attention heads: each of "
+            f"these ranks attends with some of them",
         )
         stages = f"parallel.pp={pp}" + (f" x parallel.vpp={vpp} = {pp * vpp} stages" if vpp > 1 else "")
         rule(self.num_layers % (pp * vpp) == 0, f"{stages} must divide the model's {self.num_layers} layers")

@@ -223,7 +223,7 @@ def batch_table(config: Config) -> list[tuple[str, str, str]]:
     most = max(1, -(-per_update // parallel.dp) // max(1, trainer.microbatch_tokens // longest))
     replicas = config.world_size // config.rollout_tp
     return [
-        ("ranks", f"{config.world_size}", f"tp {parallel.tp} x pp {parallel.pp} x dp {parallel.dp}"),
+        ("ranks", f"{config.world_size}", f"tp {parallel.tp} x cp {parallel.cp} x pp {parallel.pp} x dp {parallel.dp}"),
         ("engine replicas", f"{replicas}", f"{config.world_size} ranks / rollout.tp {config.rollout_tp}"),
         ("prompts per step", f"{rollout.prompts_per_step}", "rollout.prompts_per_step"),
         ("responses per step", f"{responses}", f"prompts x {rollout.responses_per_prompt} responses each"),

@@ -135,6 +135,7 @@ def test_refuses_folders_without_a_config(tmp_path):
         ((4, 1, 1), "parallel.tp=4 must divide the model's 2 key-value heads"),
         ((1, 3, 1), "parallel.pp=3 must divide the model's 4 layers"),
         ((1, 2, 4), r"parallel.pp=2 x parallel.vpp=4 = 8 stages must divide the model's 4 layers"),
+        ((2, 1, 1, 4), "parallel.tp=2 x parallel.cp=4 must divide the model's 4 attention heads"),
     ],
 )
 def test_layouts_that_do_not_fit(tmp_path, layout, message):
@@ -144,7 +145,7 @@ def test_layouts_that_do_not_fit(tmp_path, layout, message):
 
 def test_layouts_that_fit(tmp_path):
     shape = read(tmp_path)
-    shape.check_layout(2, 2, 2)
+    shape.check_layout(2, 2, 2, 2)
     shape.check_engine_layout(4)  # two ranks share each key-value head
     with pytest.raises(ConfigError, match="tp=3 .* must divide the model's 4 attention heads"):
         shape.check_engine_layout(3)

@@ -77,6 +77,7 @@ def build(folder: str, options: argparse.Namespace) -> tuple[dict[str, Any], Any
     from megatron_rlvr.models.critic import Critic
     from megatron_rlvr.models.policy import Policy
     from megatron_rlvr.recorder import FlightRecorder
+    from megatron_rlvr.rollout.enough import Sampled
     from megatron_rlvr.trainer import Trainer
     from megatron_rlvr.weights.initial import write_initial
 
@@ -91,8 +92,8 @@ def build(folder: str, options: argparse.Namespace) -> tuple[dict[str, Any], Any
             self.critic = Critic(config, groups) if config.has_critic else None
             self.reference, self.recorder, self.on_phase = None, FlightRecorder(0, groups), lambda name: None
 
-        def rollout(self, step: int) -> list:
-            return responses
+        def rollout(self, step: int) -> Sampled:
+            return Sampled(responses, responses, generations=1)
 
         def push_weights(self) -> Any:
             return SimpleNamespace(metrics=dict)

@@ -42,6 +42,8 @@ LAYOUTS = {
     "tp 2, sequence parallel": ["parallel.tp=2", "parallel.sequence_parallel=true"],
     "pp 2": ["parallel.pp=2"],
     "dp 2": ["parallel.dp=2"],
+    "cp 2": ["parallel.cp=2"],
+    "tp 2, cp 2, sequence parallel": ["parallel.tp=2", "parallel.cp=2", "parallel.sequence_parallel=true"],
     "dp 2, optimizer not sharded": ["parallel.dp=2", "optimizer.distributed=false"],
     "tp 2, pp 2": ["parallel.tp=2", "parallel.pp=2"],
 }

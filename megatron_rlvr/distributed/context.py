@@ -1,4 +1,4 @@
-"""Context parallelism: the tokens of a microbatch dealt out to ranks, and exchanged for heads where attention needs all.
+"""Context parallelism: a microbatch's tokens dealt out to ranks, and exchanged for heads where attention needs all.
 
 Rank r of n holds the r-th of n equal stretches of a microbatch, whatever responses those cut through. All that looks at
 one token alone (embedding, norms, MLP, logits, statistics) works on a stretch; attention swaps it for all tokens of one
@@ -24,7 +24,7 @@ from megatron_rlvr.distributed.vocab import DETACHED, TokenStatistics
 
 
 def stretch(tokens: Tensor, multiple: int, group: ProcessGroup | None, fill: float = 0) -> Tensor:
-    """[t, ...] -> this rank's [t' / n, ...], t' being t rounded up to n * multiple with ``fill``; all without a group."""
+    """[t, ...] -> this rank's [t' / n, ...], where ``fill`` rounds t up to n * multiple; all of it without a group."""
     if group is None:
         return tokens
     size = group_size(group)

@@ -10,8 +10,10 @@ from __future__ import annotations
 
 import functools
 import math
+from collections.abc import Iterator
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -26,34 +28,54 @@ from megatron_rlvr.architecture import RopeScaling
 from megatron_rlvr.distributed import context
 
 
-@dataclass
-class PackedSequences(PackedSeqParams):
-    """Megatron's description of a packed microbatch, and where each token stands in the padded view of it.
+@dataclass(frozen=True)
+class PaddedView:
+    """Neighbouring responses laid out one a row; indices count from the first one's first token.
 
-    Two responses of 3 and 2 tokens: cu_seqlens = [0, 3, 5], padded_tokens = [[0, 1, 2], [3, 4, 4]] (the pad repeats
-    a token whose output nobody reads), places = [0, 1, 2, 3, 4].
+    Responses of 3 and 2 tokens: tokens = [[0, 1, 2], [3, 4, 4]] (the pad repeats a token whose output nobody reads),
+    places = [0, 1, 2, 3, 4].
     """
 
-    padded_tokens: Tensor | None = None  # [s, L] int64, token index per place
-    places: Tensor | None = None  # [t] int64, place of each token in the flattened [s * L]
+    tokens: Tensor  # [s, L] int64, token index per place
+    places: Tensor  # [t] int64, place of each token in the flattened [s * L]
+
+    @classmethod
+    def of(cls, lengths: list[int], device: torch.device) -> PaddedView:
+        counts, offsets = torch.tensor(lengths), torch.arange(max(lengths))
+        tokens = (counts.cumsum(0) - counts)[:, None] + offsets
+        places = (offsets < counts[:, None]).flatten().nonzero().flatten()
+        return cls(tokens.clamp(max=len(places) - 1).to(device), places.to(device))
+
+
+@dataclass
+class PackedSequences(PackedSeqParams):
+    """Megatron's description of a packed microbatch, and views of it that together hold at most twice its tokens."""
+
+    views: tuple[PaddedView, ...] = ()
 
     @classmethod
     def from_cu_seqlens(cls, cu_seqlens: Tensor) -> PackedSequences:
         """cu_seqlens [s + 1] int32 -> the packed description of t = cu_seqlens[-1] tokens."""
-        lengths = (cu_seqlens[1:] - cu_seqlens[:-1]).long()
-        longest, total = int(lengths.max()), int(cu_seqlens[-1])
-        offsets = torch.arange(longest, device=cu_seqlens.device)
-        padded = (cu_seqlens[:-1].long()[:, None] + offsets).clamp(max=total - 1)
-        places = (offsets < lengths[:, None]).flatten().nonzero().flatten()
+        lengths = [high - low for low, high in pairwise(cu_seqlens.tolist())]
         return cls(
             qkv_format="thd",
             cu_seqlens_q=cu_seqlens,
             cu_seqlens_kv=cu_seqlens,
-            max_seqlen_q=longest,
-            max_seqlen_kv=longest,
-            padded_tokens=padded,
-            places=places,
+            max_seqlen_q=max(lengths),
+            max_seqlen_kv=max(lengths),
+            views=tuple(PaddedView.of(lengths[run], cu_seqlens.device) for run in similar(lengths)),
         )
+
+
+def similar(lengths: list[int]) -> Iterator[slice]:
+    """Runs of neighbours of which none is more than twice as long as another: few where the longest come first."""
+    start, least, most = 0, lengths[0], lengths[0]
+    for end, length in enumerate(lengths):
+        least, most = min(least, length), max(most, length)
+        if most > 2 * least:
+            yield slice(start, end)
+            start, least, most = end, length, length
+    yield slice(start, len(lengths))
 
 
 class PackedAttention(MegatronModule):
@@ -104,21 +126,28 @@ class PackedAttention(MegatronModule):
         shared = context.repeats(key.shape[1], self.cp)
         if shared > 1:
             key, value = key.repeat_interleave(shared, dim=1), value.repeat_interleave(shared, dim=1)
-        output = self._attend(*context.to_heads([query, key, value], self.cp), packed_seq_params)
+        query, key, value = context.to_heads([query, key, value], self.cp)
+        output = self._attend(query, key, value, packed_seq_params)
         return context.to_tokens(output.unflatten(1, (-1, query.shape[2])), self.cp).flatten(1)
 
     def _attend(self, query: Tensor, key: Tensor, value: Tensor, packed: PackedSequences) -> Tensor:
         """query [t, heads, d], key and value [t, kv heads, d] -> [t, heads * d]."""
-        padded, places = packed.padded_tokens, packed.places
-        assert padded is not None and places is not None
-        rows, longest = padded.shape
-        index = padded.flatten()
+        table = _rotation(packed.max_seqlen_q, query.shape[-1], *self.rotary, query.dtype, query.device)
+        sizes = [len(view.places) for view in packed.views]
+        parts = zip(query.split(sizes), key.split(sizes), value.split(sizes), packed.views, strict=True)
+        return torch.cat([self._attend_rows(*part, table) for part in parts])
+
+    def _attend_rows(
+        self, query: Tensor, key: Tensor, value: Tensor, view: PaddedView, table: tuple[Tensor, Tensor]
+    ) -> Tensor:
+        """``_attend`` over the tokens of one view."""
+        rows, longest = view.tokens.shape
+        index = view.tokens.flatten()
 
         def pad(tensor: Tensor) -> Tensor:  # [t, h, d] -> [s, h, L, d]
             return tensor.index_select(0, index).view(rows, longest, *tensor.shape[1:]).transpose(1, 2)
 
         repeat = query.shape[1] // key.shape[1]
-        table = _rotation(longest, query.shape[-1], *self.rotary, query.dtype, query.device)
         query, key, value = _rotate(pad(query), table), _rotate(pad(key), table), pad(value)
         if repeat > 1:
             key, value = key.repeat_interleave(repeat, dim=1), value.repeat_interleave(repeat, dim=1)
@@ -127,7 +156,7 @@ class PackedAttention(MegatronModule):
             output = F.scaled_dot_product_attention(
                 query, key, value, dropout_p=dropout, is_causal=True, scale=self.scale
             )
-        return output.transpose(1, 2).reshape(rows * longest, -1).index_select(0, places)
+        return output.transpose(1, 2).reshape(rows * longest, -1).index_select(0, view.places)
 
     def _dropout_stream(self, dropout: float) -> AbstractContextManager[None]:
         """Masks of its own for each tensor-parallel rank; under sequence parallelism the whole block has them."""
@@ -160,8 +189,8 @@ def _rotation(
 
 
 def _rotate(tensor: Tensor, table: tuple[Tensor, Tensor]) -> Tensor:
-    """[..., L, d] with each pair (x_i, x_i+d/2) turned by its position's angle."""
-    cos, sin = table
+    """[..., L, d] with each pair (x_i, x_i+d/2) turned by its position's angle; the table may be longer."""
+    cos, sin = (part[: tensor.shape[-2]] for part in table)
     return torch.addcmul(tensor * cos, tensor.roll(tensor.shape[-1] // 2, -1), sin)
 
 

@@ -73,8 +73,8 @@ class LanguageModel(ABC):
         if micro.has("old_top_ids"):  # and nothing kept where there is no token
             ids, log_probs = micro.old_top_ids, micro.old_top_log_probs
             old_top = stretch(ids, multiple, cp, fill=-1), stretch(log_probs, multiple, cp, fill=-torch.inf)
-        shared = {"group": self.groups.tp, "vocab_size": self.architecture.vocab_size, "old_top": old_top}
-        shared |= vars(options)
+        vocab_size = self.architecture.vocab_size
+        shared = {"group": self.groups.tp, "vocab_size": vocab_size, "old_top": old_top, **vars(options)}
         if self.fused:
             weight, parallel = output_weight(self.chunks[-1]), self.sequence_parallel
             found = linear_token_statistics(output, weight, targets, sequence_parallel=parallel, **shared)

@@ -15,7 +15,6 @@ import torch.nn.functional as F
 from megatron.core.distributed import finalize_model_grads
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from torch import Tensor
-
 from torch.distributed import ProcessGroup
 
 from megatron_rlvr import platform

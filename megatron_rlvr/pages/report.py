@@ -93,7 +93,7 @@ def _setup(rows: list[dict], config: dict) -> list[str]:
         parts.append(f"{config['verifier']} verifier")
     if config.get("exploration"):
         parts.append(" + ".join(config["exploration"]))
-    parts += [" × ".join(f"{axis} {parallel[axis]}" for axis in ("tp", "pp", "dp") if axis in parallel)]
+    parts += [" × ".join(f"{axis} {parallel[axis]}" for axis in ("tp", "cp", "pp", "dp") if axis in parallel)]
     return [part for part in parts if part]
 
 

@@ -17,6 +17,8 @@ def layer_bytes(config: Config, architecture: Architecture, tokens: int, local: 
     outside = 2 * norm_bytes(config, architecture, local)
     if local:
         inside = (_local_attention(architecture, size, selective) + 5 * architecture.ffn_size * size) // tp
+    elif config.parallel.cp > 1:  # core attention is the local one there
+        inside = (_local_attention(architecture, size, selective) + 3 * architecture.ffn_size * size) // tp
     else:
         # Queries, keys and values before and after norm and rotation, the output; flash attention keeps no more, so
         # that computing it again saves nothing. Both halves of the MLP's first product, and the second one's input.

@@ -70,19 +70,22 @@ def _same_layout_switches(config: Config, workload: Workload, machine: Machine) 
 
 
 def _layouts(config: Config, workload: Workload, machine: Machine) -> Iterator[Change]:
-    """Every tp x pp x dp of the GPUs, the nearest to the one asked for first."""
+    """Every tp x cp x pp x dp of the GPUs, the nearest to the one asked for first; tp x cp within a node."""
     asked = config.parallel
     found = [
-        (tp, pp, machine.gpus // tp // pp)
+        (tp, pp, cp, machine.gpus // cp // tp // pp)
         for tp in _divisors(machine.gpus)
-        for pp in _divisors(machine.gpus // tp)
-        if tp <= machine.device.per_node and workload.policy.num_layers % pp == 0
+        for cp in _divisors(machine.gpus // tp)
+        for pp in _divisors(machine.gpus // tp // cp)
+        if tp * cp <= machine.device.per_node and workload.policy.num_layers % pp == 0
     ]
-    found.sort(
-        key=lambda item: (item[:2] != (asked.tp, asked.pp), abs(item[0] - asked.tp) + 2 * abs(item[1] - asked.pp))
-    )
-    for tp, pp, dp in found:
-        change = {"parallel.tp": tp, "parallel.pp": pp, "parallel.dp": dp}
+
+    def distance(tp: int, pp: int, cp: int, dp: int) -> tuple[bool, int]:
+        far = abs(tp - asked.tp) + 2 * abs(pp - asked.pp) + 2 * abs(cp - asked.cp)
+        return (tp, pp, cp) != (asked.tp, asked.pp, asked.cp), far
+
+    for tp, pp, cp, dp in sorted(found, key=lambda item: distance(*item)):
+        change = {"parallel.tp": tp, "parallel.cp": cp, "parallel.pp": pp, "parallel.dp": dp}
         if tp == 1 and asked.sequence_parallel:
             change["parallel.sequence_parallel"] = False
         if pp == 1 and asked.vpp > 1:
@@ -131,8 +134,13 @@ GROUPS: list[Callable[[Config, Workload, Machine], Iterator[Change]]] = [
 
 
 def suggestions(config: Config, workload: Workload, machine: Machine, lengths: Lengths, most: int) -> list[Suggestion]:
-    """The ``most`` quickest layouts of these GPUs that fit, by predicted seconds of a step, then by memory."""
-    found = [_best(config, layout, workload, machine, lengths) for layout in _layouts(config, workload, machine)]
+    """The ``most`` quickest layouts of these GPUs that fit, by predicted seconds of a step, then by memory.
+
+    All have the cp that is asked for: its attention is slower on a GPU than Transformer Engine's, by what is not known.
+    """
+    layouts = _layouts(config, workload, machine)
+    same = [layout for layout in layouts if apply(config, layout).parallel.cp == config.parallel.cp]
+    found = [_best(config, layout, workload, machine, lengths) for layout in same]
     fitting = [item for item in found if item is not None]
     return sorted(fitting, key=lambda item: (item.step_seconds, item.peak))[:most]
 
@@ -143,7 +151,7 @@ def _best(config: Config, layout: Change, workload: Workload, machine: Machine, 
     for recompute in ("none", "full"):
         for rollout_tp in (tp for tp in _divisors(machine.gpus) if tp <= min(8, machine.device.per_node)):
             change = {
-                **{f"parallel.{name}": getattr(parallel, name) for name in ("tp", "pp", "dp")},
+                **{f"parallel.{name}": getattr(parallel, name) for name in ("tp", "cp", "pp", "dp")},
                 **layout,
                 "parallel.sequence_parallel": parallel.tp > 1,
                 "model.recompute": recompute,

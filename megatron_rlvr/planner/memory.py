@@ -84,7 +84,7 @@ def process_items(config: Config, device: Device) -> tuple[Item, ...]:
     parallel = config.parallel
     if device.is_cpu:
         return (Item("imports", 860 * MIB, "measured: torch, Megatron and vLLM resident in a rank before it builds"),)
-    communicators = 3 + 2 * (parallel.tp > 1) + (parallel.dp > 1) + 3 * (parallel.pp > 1)
+    communicators = 3 + 2 * (parallel.tp > 1) + (parallel.dp > 1) + 2 * (parallel.cp > 1) + 3 * (parallel.pp > 1)
     return (
         Item("CUDA context", GIB // 2, "estimate: context, kernels and library workspaces"),
         Item(
@@ -99,18 +99,18 @@ def state_items(config: Config, workload: Workload, stage: int) -> tuple[Item, .
     """Weights, gradients and optimizer of policy and critic, and the frozen reference's weights."""
     parallel, size = config.parallel, itemsize(config)
     policy = stage_parameters(workload.policy, parallel.tp, parallel.pp, stage)
-    items = _trained("policy", policy, size, config.optimizer, parallel.dp)
+    items = _trained("policy", policy, size, config.optimizer, parallel.dp * parallel.cp)
     if workload.critic:
         critic = stage_parameters(workload.critic, parallel.tp, parallel.pp, stage, config.critic.num_heads)
-        items += _trained("critic", critic, size, config.critic.optimizer, parallel.dp)
+        items += _trained("critic", critic, size, config.critic.optimizer, parallel.dp * parallel.cp)
     if workload.reference:
         items.append(Item("reference weights", size * policy.total, f"{size} B x {policy.total:,}"))
     return tuple(items)
 
 
-def _trained(name: str, parameters: Parameters, size: int, optimizer: OptimizerConfig, dp: int) -> list[Item]:
+def _trained(name: str, parameters: Parameters, size: int, optimizer: OptimizerConfig, ranks: int) -> list[Item]:
     """Megatron-core's distributed optimizer guide: 6 + 12/d bytes a parameter in bf16, 8 + 8/d in fp32, for d ranks."""
-    total, shards = parameters.total, dp if optimizer.distributed else 1
+    total, shards = parameters.total, ranks if optimizer.distributed else 1
     per_parameter = 8 + (4 if size == 2 else 0)  # AdamW's two moments, and fp32 weights beside bf16 ones
     return [
         Item(f"{name} weights", size * total, f"{size} B x {total:,} parameters of this rank"),
@@ -118,7 +118,7 @@ def _trained(name: str, parameters: Parameters, size: int, optimizer: OptimizerC
         Item(
             f"{name} optimizer",
             per_parameter * -(-total // shards),
-            f"{per_parameter} B x {total:,}" + (f" / dp {shards}" if shards > 1 else ""),
+            f"{per_parameter} B x {total:,}" + (f" / {shards} ranks of dp and cp" if shards > 1 else ""),
         ),
     ]
 
@@ -203,7 +203,7 @@ def logits_form(config: Config, architecture: Architecture) -> str:
     columns = architecture.padded_vocab(config.parallel.tp) // config.parallel.tp
     return (
         "fused"
-        if config.trainer.microbatch_tokens * columns * itemsize(config) > MATERIALISED_LIMIT
+        if config.trainer.microbatch_tokens // config.parallel.cp * columns * itemsize(config) > MATERIALISED_LIMIT
         else "materialised"
     )
 
@@ -270,7 +270,7 @@ def microbatches(config: Config) -> int:
 
 
 def microbatch(config: Config) -> int:
-    """Tokens of the fullest microbatch."""
+    """Tokens of the fullest microbatch, or of a rank's stretch of it under context parallelism."""
     responses = config.rollout.prompts_per_step * config.rollout.responses_per_prompt
     share = -(-responses // config.trainer.updates_per_rollout // config.parallel.dp)
-    return min(config.trainer.microbatch_tokens, share * longest(config))
+    return -(-min(config.trainer.microbatch_tokens, share * longest(config)) // config.parallel.cp)

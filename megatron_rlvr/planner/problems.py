@@ -32,10 +32,8 @@ def _layout(config: Config, workload: Workload, machine: Machine) -> list[str]:
     found = []
     if config.world_size != machine.gpus:
         parallel = config.parallel
-        found.append(
-            f"parallel.tp={parallel.tp} x parallel.cp={parallel.cp} x parallel.pp={parallel.pp} x parallel.dp={parallel.dp} "
-            f"= {config.world_size} ranks, but there are {machine.gpus} GPUs: every GPU is one rank"
-        )
+        layout = " x ".join(f"parallel.{axis}={getattr(parallel, axis)}" for axis in ("tp", "cp", "pp", "dp"))
+        found.append(f"{layout} = {config.world_size} ranks, but there are {machine.gpus} GPUs: every GPU is one rank")
     model, parallel = workload.policy, config.parallel
     checks = [
         lambda: check(config),

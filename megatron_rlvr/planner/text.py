@@ -30,8 +30,8 @@ def _head(plan: Plan) -> str:
     parallel, config = plan.config.parallel, plan.config
     return (
         f"{config.name} on {plan.machine.gpus} x {plan.machine.device.name}: "
-        f"tp {parallel.tp} x pp {parallel.pp} x dp {parallel.dp}, rollout tp {config.rollout_tp}; every figure is "
-        f"predicted\n"
+        f"tp {parallel.tp} x cp {parallel.cp} x pp {parallel.pp} x dp {parallel.dp}, rollout tp {config.rollout_tp}; "
+        f"every figure is predicted\n"
         f"model: {whole_parameters(plan.workload.policy) / 1e9:.2f} billion parameters, {plan.workload.source}\n"
         f"device: {plan.machine.device.source}"
     )

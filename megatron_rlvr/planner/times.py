@@ -92,17 +92,23 @@ def _moved(config: Config, model: Architecture, device: Device, tokens: float, f
 
     Two all-reduces a layer in a forward and two in a backward (arXiv 1909.08053 Sec 3); sequence parallelism splits
     them into gathers and scatters of the same volume, and gathers two inputs again in the backward (arXiv 2205.05198
-    Sec 4.2). A ring moves 2 (n - 1) / n of the buffer. An update reduces fp32 gradients once and gathers weights once.
-    Stages send so little that it is left out.
+    Sec 4.2). A ring moves 2 (n - 1) / n of the buffer. Context parallelism exchanges queries, keys, values and outputs
+    once a layer in a forward and in a backward (arXiv 2309.14509 Sec 3), of which (n - 1) / n leave the rank. An update
+    reduces fp32 gradients once and gathers weights once. Stages send so little that it is left out.
     """
     reduces = 2 if forwards == 1 else 2 * (forwards - 2) + (3 if config.parallel.sequence_parallel else 2)
-    tp, pp, dp, size = config.parallel.tp, config.parallel.pp, config.parallel.dp, itemsize(config)
-    reduced = reduces * 2 * (tp - 1) / tp * model.num_layers / pp * tokens / dp * model.hidden_size * size
+    parallel, size = config.parallel, itemsize(config)
+    tp, cp, pp, replicas = parallel.tp, parallel.cp, parallel.pp, parallel.dp * parallel.cp
+    of_rank = model.num_layers / pp * tokens / replicas * size  # layers x tokens
+    reduced = reduces * 2 * (tp - 1) / tp * of_rank * model.hidden_size
     seconds = reduced / (device.link if tp <= device.per_node else device.network)
+    exchanged = max(1, forwards - 1) * (cp - 1) / cp * of_rank / tp
+    exchanged *= 2 * (model.query_size + max(model.kv_size, cp * tp * model.head_dim))
+    seconds += exchanged / (device.link if tp * cp <= device.per_node else device.network)
     if forwards > 1:
         held = whole_parameters(model) / (tp * pp)
-        near = device.link if tp * dp <= device.per_node else device.network
-        seconds += config.trainer.updates_per_rollout * (4 + size) * held * (dp - 1) / dp / near
+        near = device.link if tp * replicas <= device.per_node else device.network
+        seconds += config.trainer.updates_per_rollout * (4 + size) * held * (replicas - 1) / replicas / near
     return seconds
 
 

@@ -17,7 +17,7 @@ def _members(group) -> list[int]:
 
 
 def _describe(g: ParallelGroups) -> dict:
-    sizes = [f"{way}_{what}" for way in ("tp", "pp", "dp") for what in ("rank", "size")]
+    sizes = [f"{way}_{what}" for way in ("tp", "pp", "dp", "cp") for what in ("rank", "size")]
     names = (*sizes, "rank", "world_size", "is_first_stage", "is_last_stage")
     members = {name: _members(getattr(g, name)) for name in ("tp", "pp", "dp", "cp", "ep", "world")}
     return members | {name: getattr(g, name) for name in names}
@@ -26,29 +26,31 @@ def _describe(g: ParallelGroups) -> dict:
 def test_single_is_one_rank_everywhere():
     g = ParallelGroups.single()
     assert (g.tp, g.pp, g.dp, g.cp, g.ep, g.world) == (None,) * 6
-    assert (g.tp_size, g.pp_size, g.dp_size, g.world_size, g.tp_rank, g.rank) == (1, 1, 1, 1, 0, 0)
+    assert (g.tp_size, g.cp_size, g.pp_size, g.dp_size, g.world_size, g.tp_rank, g.rank) == (1, 1, 1, 1, 1, 0, 0)
     assert g.is_first_stage and g.is_last_stage
 
 
-@pytest.mark.parametrize("tp, pp, dp", [(2, 2, 1), (1, 2, 2), (2, 1, 2), (1, 4, 1)])
-def test_the_grid_is_megatrons(tp: int, pp: int, dp: int):
+@pytest.mark.parametrize("tp, pp, dp, cp", [(2, 2, 1, 1), (1, 2, 2, 1), (2, 1, 1, 2), (1, 2, 1, 2), (1, 1, 2, 2)])
+def test_the_grid_is_megatrons(tp: int, pp: int, dp: int, cp: int):
     from megatron.core import parallel_state  # before the fork: one import of many seconds, not four
 
     def work():
-        own = _describe(ParallelGroups.from_grid(tp, pp, dp))
-        parallel_state.initialize_model_parallel(tensor_model_parallel_size=tp, pipeline_model_parallel_size=pp)
+        own = _describe(ParallelGroups.from_grid(tp, pp, dp, cp))
+        parallel_state.initialize_model_parallel(
+            tensor_model_parallel_size=tp, pipeline_model_parallel_size=pp, context_parallel_size=cp
+        )
         return own, _describe(ParallelGroups.from_megatron())
 
     results = run_ranks(4, work)
     for rank, (own, megatron) in enumerate(results):
         assert own == megatron
-        assert own["rank"] == rank and (own["tp_size"], own["pp_size"], own["dp_size"]) == (tp, pp, dp)
+        assert own["rank"] == rank and tuple(own[f"{way}_size"] for way in ("tp", "pp", "dp", "cp")) == (tp, pp, dp, cp)
         assert own["is_first_stage"] == (own["pp_rank"] == 0) and own["is_last_stage"] == (own["pp_rank"] == pp - 1)
 
 
 def test_a_grid_that_does_not_fit_and_a_start_without_torchrun_say_so(monkeypatch):
     def work():
-        with pytest.raises(ConfigError, match="tp=3 x pp=1 x dp=1 is 3 ranks, but 2 were started"):
+        with pytest.raises(ConfigError, match="tp=3 x cp=1 x pp=1 x dp=1 is 3 ranks, but 2 were started"):
             ParallelGroups.from_grid(tp=3)
 
     run_ranks(2, work)

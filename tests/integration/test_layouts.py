@@ -19,41 +19,44 @@ def close(left: float, right: float) -> bool:
 
 
 def test_layouts_give_the_same_rollouts_losses_and_gradients(train, tmp_path: Path) -> None:
-    """Four ranks (tp 2, pp 2) against one: two engine replicas of two ranks against one engine of one."""
+    """One rank, four (tp 2, pp 2: two engine replicas of two ranks) and two that share a microbatch's tokens (cp 2)."""
     folders = {}
-    for name, (tp, pp, engine_tp) in {"one": (1, 1, 1), "four": (2, 2, 2)}.items():
+    for name, (tp, pp, cp, engine_tp) in {"one": (1, 1, 1, 1), "four": (2, 2, 1, 2), "two": (1, 1, 2, 1)}.items():
         folders[name] = tmp_path / name
         train(
             "trainer.num_steps=3",
             f"parallel.tp={tp}",
             f"parallel.pp={pp}",
+            f"parallel.cp={cp}",
             f"rollout.tp={engine_tp}",
             "trainer.log_rollouts=256",
             f"run.dir={folders[name]}",
         )
-    check_recordings(*(read_record(folders[name], 1) for name in folders))
-    one, four = metrics(folders["one"]), metrics(folders["four"])
-    assert [row["step"] for row in one] == [row["step"] for row in four] == [1, 2, 3]
-    sampled = [
-        [(row["prompt_id"], row["sample"], row["response"]) for row in rollouts(folders[name])] for name in folders
-    ]
-    assert len(sampled[0]) == 3 * 256
-    assert sampled[0] == sampled[1]
-    for left, right in zip(one, four, strict=True):
-        for key in EQUAL:
-            assert close(left[key], right[key]), (left["step"], key, left[key], right[key])
-        for row in (left, right):
-            assert row["sync/verified"] is True
-            assert row["rollout/log_prob_gap_max"] < 1e-4
-            assert row["policy/grad_norm"] > 0
+    one, *others = folders.values()
+    assert [row["step"] for row in metrics(one)] == [1, 2, 3]
+    assert len(sampled(one)) == 3 * 256
+    for other in others:
+        check_recordings(read_record(one, 1), read_record(other, 1))
+        assert sampled(other) == sampled(one)
+        for left, right in zip(metrics(one), metrics(other), strict=True):
+            for key in EQUAL:
+                assert close(left[key], right[key]), (other.name, left["step"], key, left[key], right[key])
+            for row in (left, right):
+                assert row["sync/verified"] is True
+                assert row["rollout/log_prob_gap_max"] < 1e-4
+                assert row["policy/grad_norm"] > 0
 
 
-def check_recordings(one: TokenRecord, four: TokenRecord) -> None:
+def sampled(folder: Path) -> list[tuple[str, int, str]]:
+    return [(row["prompt_id"], row["sample"], row["response"]) for row in rollouts(folder)]
+
+
+def check_recordings(one: TokenRecord, other: TokenRecord) -> None:
     """The flight recorder kept the same of the same step, whatever the ranks were."""
-    assert one.texts == four.texts and len(one.responses) == 8
-    assert {"lp_reg/selected", "kept_mass", "ratio", "advantage", "rank"} <= one.columns.keys() == four.columns.keys()
+    assert one.texts == other.texts and len(one.responses) == 8
+    assert {"lp_reg/selected", "kept_mass", "ratio", "advantage", "rank"} <= one.columns.keys() == other.columns.keys()
     for name, column in one.columns.items():
-        assert torch.allclose(column.double(), four.columns[name].double(), atol=1e-4, rtol=1e-4), name
+        assert torch.allclose(column.double(), other.columns[name].double(), atol=1e-4, rtol=1e-4), name
 
 
 def test_one_update_per_rollout_with_and_without_a_pass_of_the_old_policy(train, tmp_path: Path) -> None:

@@ -109,6 +109,7 @@ def _resume(layout: Layout, case: Case, other: Path, dtype: str, run: Path) -> d
         (Layout(dp=2), "float32"),
         (Layout(pp=2, vpp=2), "float32"),
         (Layout(tp=2, dp=2), "bfloat16"),
+        (Layout(cp=2), "float32"),
     ],
     ids=str,
 )
@@ -124,6 +125,7 @@ CHAIN = [  # (layout, distributed optimizer): the vocabulary is padded to 512 co
     (Layout(tp=1, pp=2, dp=2), True),
     (Layout(tp=2, pp=2), False),
     (Layout(tp=1, pp=1, dp=4), True),
+    (Layout(dp=2, cp=2), True),
 ]
 
 
@@ -157,7 +159,7 @@ def _chain(folder: Path, case: Case, run: Path) -> tuple[list[float], list[float
 
 
 def test_every_layout_goes_on_from_any_other(cases: dict[str, Case], tmp_path: Path) -> None:
-    """tp 2 -> pp 2 -> tp 2 x pp 2 -> dp 4: optimizer state equal bit for bit, gradient norms to 1e-5."""
+    """tp 2 -> pp 2 -> tp 2 x pp 2 -> dp 4 -> dp 2 x cp 2: optimizer state equal bit for bit, gradient norms to 1e-5."""
     run, folder = tmp_path / "run", make_folder(tmp_path / "model", "qwen3", tied=True, vocab_size=300)
     for moved, still in run_ranks(4, _chain, folder, cases["qwen3-tied"], run, timeout=120):
         assert len(moved) == 6 * len(CHAIN) and min(moved) > 0

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import random
 from collections.abc import Callable
 from dataclasses import replace
-from itertools import pairwise
+from itertools import accumulate, pairwise
 
 import pytest
 import torch
@@ -32,6 +33,7 @@ def _on_policy(check: Callable[[Policy, Case], object], cases: dict[str, Case], 
 def _batch(policy: Policy, case: Case) -> Batch:
     batch = make_batch(case.groups, case.samples, Layout(), policy.groups, EVERYTHING)
     assert len(batch.updates[0].microbatches) == 1
+    assert len(PackedSequences.from_cu_seqlens(batch.cu_seqlens).views) > 1  # attention takes it in parts
     return batch
 
 
@@ -71,7 +73,7 @@ def _change_one(policy: Policy, case: Case) -> dict[str, bool]:
     }
 
 
-@pytest.mark.parametrize("layout", [Layout(), Layout(tp=2, sequence_parallel=True)], ids=str)
+@pytest.mark.parametrize("layout", [Layout(), Layout(tp=2, sequence_parallel=True), Layout(cp=2)], ids=str)
 def test_changing_one_response_leaves_the_others_bit_identical(layout: Layout, cases: dict[str, Case]) -> None:
     for results in run_ranks(layout.ranks, _on_policy, _change_one, cases, layout, timeout=60):
         assert results == [{"others": True, "itself": False, "zero outside": True}] * len(cases)
@@ -87,7 +89,7 @@ def _old_kl(policy: Policy, case: Case) -> list[float]:
     return [float((part.old_kl + part.log_kept_mass).abs().max()) for part in parts]
 
 
-@pytest.mark.parametrize("layout", [Layout(tp=2), Layout(pp=2)], ids=str)
+@pytest.mark.parametrize("layout", [Layout(tp=2), Layout(pp=2), Layout(cp=2)], ids=str)
 def test_the_old_policys_kept_set_reaches_the_statistics_of_the_update(layout: Layout, cases: dict[str, Case]) -> None:
     """All of its kept set is there, so while the policy stays as it is the KL to it is -ln Z."""
     *_, last = run_ranks(layout.ranks, _on_policy, _old_kl, dict(list(cases.items())[:1]), layout, timeout=60)
@@ -106,7 +108,11 @@ def _states(policy: Policy, case: Case) -> dict[str, list]:
     return found | {"tokens": [batch.token_ids[low:high].tolist() for low, high in pairwise(batch.cu_seqlens.tolist())]}
 
 
-@pytest.mark.parametrize("layout", [Layout(), Layout(tp=2, pp=2, sequence_parallel=True)], ids=str)
+@pytest.mark.parametrize(
+    "layout",
+    [Layout(), Layout(tp=2, pp=2, sequence_parallel=True), Layout(tp=2, cp=2, sequence_parallel=True)],
+    ids=str,
+)
 def test_states_of_whole_responses_equal_transformers(layout: Layout, cases: dict[str, Case]) -> None:
     chosen = {name: cases[name] for name in ("qwen3-tied", "qwen2-untied")}
     for found in run_ranks(layout.ranks, _on_policy, _states, chosen, layout, timeout=60):
@@ -123,16 +129,31 @@ def test_states_of_whole_responses_equal_transformers(layout: Layout, cases: dic
                 assert float((torch.tensor(states[which]) - torch.stack(rows)).abs().max()) < LOGITS, which
 
 
-def test_packed_sequences_describe_the_padded_view() -> None:
-    packed = PackedSequences.from_cu_seqlens(torch.tensor([0, 3, 5], dtype=torch.int32))
-    assert packed.padded_tokens.tolist() == [[0, 1, 2], [3, 4, 4]]
-    assert packed.places.tolist() == [0, 1, 2, 3, 4]
+def test_packed_sequences_describe_the_padded_views() -> None:
+    packed = PackedSequences.from_cu_seqlens(torch.tensor([0, 3, 5, 6], dtype=torch.int32))
+    assert [view.tokens.tolist() for view in packed.views] == [[[0, 1, 2], [3, 4, 4]], [[0]]]
+    assert [view.places.tolist() for view in packed.views] == [[0, 1, 2, 3, 4], [0]]
     assert (packed.max_seqlen_q, packed.max_seqlen_kv, packed.qkv_format) == (3, 3, "thd")
-    packed = PackedSequences.from_cu_seqlens(torch.tensor([0, 1, 4], dtype=torch.int32))
-    tokens = torch.tensor([10, 20, 30, 40])
-    padded = tokens[packed.padded_tokens]
-    assert padded[1].tolist() == [20, 30, 40] and padded[0, 0] == 10
-    assert padded.flatten()[packed.places].tolist() == tokens.tolist()
+
+
+def test_padded_views_hold_every_response_and_at_most_twice_the_tokens() -> None:
+    draw = random.Random(0)
+    for _ in range(200):
+        lengths = [int(draw.paretovariate(0.7)) % 900 + 1 for _ in range(draw.randint(1, 40))]
+        if longest_first := draw.random() < 0.5:
+            lengths.sort(reverse=True)
+        cu_seqlens = torch.tensor([0, *accumulate(lengths)], dtype=torch.int32)
+        packed = PackedSequences.from_cu_seqlens(cu_seqlens)
+        sizes = [len(view.places) for view in packed.views]
+        assert sum(view.tokens.numel() for view in packed.views) <= 2 * sum(lengths)
+        found: list[int] = []
+        for view, tokens in zip(packed.views, torch.arange(sum(lengths)).split(sizes), strict=True):
+            padded = tokens[view.tokens]
+            assert padded.flatten()[view.places].equal(tokens)
+            found += padded[:, 0].tolist()
+        assert found == cu_seqlens[:-1].tolist()  # a row each, from its first token on
+        if longest_first:
+            assert len(packed.views) <= 10  # 900 halves as often
 
 
 def test_sequence_parallel_padding_is_one_more_sequence(cases: dict[str, Case]) -> None:
