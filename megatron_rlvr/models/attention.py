@@ -49,30 +49,33 @@ class PaddedView:
 
 @dataclass
 class PackedSequences(PackedSeqParams):
-    """Megatron's description of a packed microbatch, and views of it that together hold at most twice its tokens."""
-
-    views: tuple[PaddedView, ...] = ()
+    """Megatron's description of a packed microbatch, and padded views of it."""
 
     @classmethod
     def from_cu_seqlens(cls, cu_seqlens: Tensor) -> PackedSequences:
         """cu_seqlens [s + 1] int32 -> the packed description of t = cu_seqlens[-1] tokens."""
-        lengths = [high - low for low, high in pairwise(cu_seqlens.tolist())]
+        longest = int((cu_seqlens[1:] - cu_seqlens[:-1]).max())
         return cls(
             qkv_format="thd",
             cu_seqlens_q=cu_seqlens,
             cu_seqlens_kv=cu_seqlens,
-            max_seqlen_q=max(lengths),
-            max_seqlen_kv=max(lengths),
-            views=tuple(PaddedView.of(lengths[run], cu_seqlens.device) for run in similar(lengths)),
+            max_seqlen_q=longest,
+            max_seqlen_kv=longest,
         )
+
+    @functools.cached_property
+    def views(self) -> list[PaddedView]:
+        """The responses in order. All views together have at most sqrt(2) places per token."""
+        lengths = [high - low for low, high in pairwise(self.cu_seqlens_q.tolist())]
+        return [PaddedView.of(lengths[run], self.cu_seqlens_q.device) for run in similar(lengths)]
 
 
 def similar(lengths: list[int]) -> Iterator[slice]:
-    """Runs of neighbours of which none is more than twice as long as another: few where the longest come first."""
+    """Runs of neighbours of which none is sqrt(2) times as long as another: few where the longest come first."""
     start, least, most = 0, lengths[0], lengths[0]
     for end, length in enumerate(lengths):
         least, most = min(least, length), max(most, length)
-        if most > 2 * least:
+        if most**2 > 2 * least**2:
             yield slice(start, end)
             start, least, most = end, length, length
     yield slice(start, len(lengths))

@@ -161,8 +161,9 @@ def response_states(hidden: Tensor, micro: Microbatch, which: str) -> Tensor:
     ends = micro.cu_seqlens[1:].long()
     if which != "mean":
         return hidden[ends - {"last": 1, "second_last": 2}[which]]
-    sums = hidden.new_zeros(micro.num_responses, hidden.shape[1]).index_add(0, micro.response_index, hidden)
-    return sums / (ends - micro.cu_seqlens[:-1])[:, None]
+    lengths = (ends - micro.cu_seqlens[:-1]).tolist()
+    # one by one: a GPU's index_add adds in an order of its own, and ranks that hold copies have to agree
+    return torch.stack([response.mean(dim=0) for response in hidden.split(lengths)])
 
 
 class Reference(LanguageModel):

@@ -10,6 +10,8 @@ from __future__ import annotations
 from megatron_rlvr.architecture import Architecture
 from megatron_rlvr.config import Config
 
+MOST_PADDING = 2**0.5  # places per token of models/attention.py's views
+
 
 def layer_bytes(config: Config, architecture: Architecture, tokens: int, local: bool, selective: bool = False) -> int:
     """One layer's; ``local``: without Transformer Engine; ``selective``: its core attention is computed again."""
@@ -17,8 +19,8 @@ def layer_bytes(config: Config, architecture: Architecture, tokens: int, local: 
     outside = 2 * norm_bytes(config, architecture, local)
     if local:
         inside = (_local_attention(architecture, size, selective) + 5 * architecture.ffn_size * size) // tp
-    elif config.parallel.cp > 1:  # core attention is the local one there
-        inside = (_local_attention(architecture, size, selective) + 3 * architecture.ffn_size * size) // tp
+    elif config.parallel.cp > 1:
+        inside = int(_exchanged_attention(architecture, size, selective) + 3 * architecture.ffn_size * size) // tp
     else:
         # Queries, keys and values before and after norm and rotation, the output; flash attention keeps no more, so
         # that computing it again saves nothing. Both halves of the MLP's first product, and the second one's input.
@@ -38,6 +40,18 @@ def _local_attention(architecture: Architecture, size: int, selective: bool) -> 
         return kept + (q + 2 * kv) * size
     # Keys and values are repeated for every query head.
     return kept + 4 * q * size + 4 * architecture.num_heads
+
+
+def _exchanged_attention(architecture: Architecture, size: int, selective: bool) -> float:
+    """Per token under cp on a GPU: Transformer Engine's norms keep their input, the core is the local one.
+
+    Of the core the worst case is counted, in which the padding of its views is as much as it may be.
+    """
+    q, kv = architecture.query_size, architecture.kv_size
+    kept = q * size + (q + kv) * size * architecture.qk_norm
+    if selective:
+        return kept + (q + 2 * kv) * size
+    return kept + MOST_PADDING * (4 * q * size + 4 * architecture.num_heads)
 
 
 def norm_bytes(config: Config, architecture: Architecture, local: bool) -> int:

@@ -6,13 +6,19 @@ a tensor's largest gradient, which is the fp32 of the gradient buffers: what is 
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
+from megatron.core.models.common.embeddings import rope_utils
+from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
+from megatron.core.transformer import ModuleSpec, transformer_block
 
 from megatron_rlvr import platform
 from megatron_rlvr.distributed import vocab_linear
+from megatron_rlvr.models import build
+from megatron_rlvr.models.attention import RMSNorm
 from tests.models.conftest import UNSCORED, Case
 from tests.models.layouts import (
     EVERYTHING,
@@ -98,12 +104,37 @@ def test_and_so_without_logits(layout: Layout, cases: dict[str, Case]) -> None:
         _compare(layout, both, {"qwen3": (80,), "qwen2": (80,)}, "fused")
 
 
-def _compare(layout: Layout, cases: dict[str, Case], sizes: dict, logits: str) -> list[dict[str, Any]]:
+def _measure_with_engine_layers(*arguments: Any) -> list[dict[str, Any]]:
+    """As if Transformer Engine were there: a spec whose core attention must not be run, since it cannot take cp."""
+
+    def spec(num_experts: None = None, qk_layernorm: bool = False) -> ModuleSpec:
+        found = get_gpt_layer_local_spec(qk_layernorm=qk_layernorm, normalization="RMSNorm")
+        layer, attention = found.submodules, found.submodules.self_attention.submodules
+        layer.input_layernorm = layer.pre_mlp_layernorm = RMSNorm
+        attention.q_layernorm = attention.k_layernorm = RMSNorm
+        return found
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(platform, "has_transformer_engine", lambda: True)
+        patch.setattr(build, "get_gpt_layer_with_transformer_engine_spec", spec)
+        patch.setattr(transformer_block, "LayerNormImpl", RMSNorm)
+        for kernel in ("fused_apply_rotary_pos_emb", "fused_apply_rotary_pos_emb_thd"):
+            patch.setattr(rope_utils, kernel, object())
+        return _measure(*arguments)
+
+
+@pytest.mark.parametrize("layout", [Layout(cp=2), Layout(pp=2, cp=2)], ids=str)
+def test_context_parallelism_brings_its_own_attention_into_other_layers(layout: Layout, cases: dict[str, Case]) -> None:
+    case = {"qwen3-tied": cases["qwen3-tied"]}
+    _compare(layout, case, {"qwen3": (80,)}, "materialised", _measure_with_engine_layers)
+
+
+def _compare(layout: Layout, cases: dict[str, Case], sizes: dict, logits: str, measure: Callable = _measure) -> list:
     norms = {
         name: float(torch.stack([gradient.norm() for gradient in case.gradients.values()]).norm())
         for name, case in cases.items()
     }
-    ranks = run_ranks(layout.ranks, _measure, layout, cases, sizes, logits, timeout=100)
+    ranks = run_ranks(layout.ranks, measure, layout, cases, sizes, logits, timeout=100)
     measured = [figures for rank in ranks for figures in rank]
     assert {figures["model"] for figures in measured} == set(cases)
     for figures in measured:

@@ -130,13 +130,13 @@ def test_states_of_whole_responses_equal_transformers(layout: Layout, cases: dic
 
 
 def test_packed_sequences_describe_the_padded_views() -> None:
-    packed = PackedSequences.from_cu_seqlens(torch.tensor([0, 3, 5, 6], dtype=torch.int32))
-    assert [view.tokens.tolist() for view in packed.views] == [[[0, 1, 2], [3, 4, 4]], [[0]]]
-    assert [view.places.tolist() for view in packed.views] == [[0, 1, 2, 3, 4], [0]]
-    assert (packed.max_seqlen_q, packed.max_seqlen_kv, packed.qkv_format) == (3, 3, "thd")
+    packed = PackedSequences.from_cu_seqlens(torch.tensor([0, 4, 7, 8], dtype=torch.int32))
+    assert [view.tokens.tolist() for view in packed.views] == [[[0, 1, 2, 3], [4, 5, 6, 6]], [[0]]]
+    assert [view.places.tolist() for view in packed.views] == [[0, 1, 2, 3, 4, 5, 6], [0]]
+    assert (packed.max_seqlen_q, packed.max_seqlen_kv, packed.qkv_format) == (4, 4, "thd")
 
 
-def test_padded_views_hold_every_response_and_at_most_twice_the_tokens() -> None:
+def test_padded_views_hold_every_response_and_little_padding() -> None:
     draw = random.Random(0)
     for _ in range(200):
         lengths = [int(draw.paretovariate(0.7)) % 900 + 1 for _ in range(draw.randint(1, 40))]
@@ -145,7 +145,7 @@ def test_padded_views_hold_every_response_and_at_most_twice_the_tokens() -> None
         cu_seqlens = torch.tensor([0, *accumulate(lengths)], dtype=torch.int32)
         packed = PackedSequences.from_cu_seqlens(cu_seqlens)
         sizes = [len(view.places) for view in packed.views]
-        assert sum(view.tokens.numel() for view in packed.views) <= 2 * sum(lengths)
+        assert sum(view.tokens.numel() for view in packed.views) <= 2**0.5 * sum(lengths)
         found: list[int] = []
         for view, tokens in zip(packed.views, torch.arange(sum(lengths)).split(sizes), strict=True):
             padded = tokens[view.tokens]
@@ -153,7 +153,7 @@ def test_padded_views_hold_every_response_and_at_most_twice_the_tokens() -> None
             found += padded[:, 0].tolist()
         assert found == cu_seqlens[:-1].tolist()  # a row each, from its first token on
         if longest_first:
-            assert len(packed.views) <= 10  # 900 halves as often
+            assert len(packed.views) <= 20  # as often 900 is divided by sqrt(2)
 
 
 def test_sequence_parallel_padding_is_one_more_sequence(cases: dict[str, Case]) -> None:

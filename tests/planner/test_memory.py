@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import pytest
+import torch
 
 from megatron_rlvr import platform
 from megatron_rlvr.distributed import vocab_linear
+from megatron_rlvr.models.attention import PackedSequences
 from megatron_rlvr.planner import memory
+from megatron_rlvr.planner.activations import MOST_PADDING, layer_bytes
 from megatron_rlvr.planner.devices import DEVICES
 from megatron_rlvr.planner.workload import Workload
 from megatron_rlvr.rollout import vllm_settings
@@ -41,3 +44,25 @@ def test_a_small_share_of_the_engine_is_less_than_a_weight_sync() -> None:
     embedding = 2 * model.vocab_size * model.hidden_size
     assert weights.bytes == memory.engine_weights(config, workload)
     assert embedding < sync.bytes < 3 * embedding
+
+
+def test_ranks_of_cp_hold_their_tokens_of_a_microbatch_and_their_share_of_the_optimizer() -> None:
+    config = plan(QWEN32).config
+    workload = Workload.of(config)
+    before = memory.microbatch(config), {item.name: item.bytes for item in memory.state_items(config, workload, 0)}
+    config.parallel.cp, config.parallel.dp = 2, config.parallel.dp // 2
+    after = memory.microbatch(config), {item.name: item.bytes for item in memory.state_items(config, workload, 0)}
+    assert (2 * after[0], after[1]) == before
+
+
+def test_padding_of_views_is_what_the_planner_counts_at_worst() -> None:
+    """Of a token's bytes in a layer, those of the core attention: queries, keys, values and output, padded."""
+    lengths = [1414, *[1000] * 200]
+    cu_seqlens = torch.tensor([0, *lengths], dtype=torch.int32).cumsum(0, dtype=torch.int32)
+    places = sum(view.tokens.numel() for view in PackedSequences.from_cu_seqlens(cu_seqlens).views)
+    assert MOST_PADDING * 0.99 < places / sum(lengths) < MOST_PADDING
+    config = plan(QWEN32).config
+    config.parallel.cp, model = 2, Workload.of(config).policy
+    whole, selective = (layer_bytes(config, model, 1000, False, selective=choice) for choice in (False, True))
+    core = MOST_PADDING * (4 * model.query_size * 2 + 4 * model.num_heads) - 2 * (model.query_size + 2 * model.kv_size)
+    assert whole - selective == pytest.approx(1000 * core / config.parallel.tp, rel=1e-3)

@@ -41,6 +41,11 @@ INVALID = {
         "2 key-value heads",
         {"parallel.tp", "parallel.dp"},
     ),
+    "context": (
+        (CDE, "parallel.tp=1 parallel.cp=3 parallel.dp=2 parallel.sequence_parallel=false", 8),
+        "parallel.tp=1 x parallel.cp=3 must divide the model's 32 attention heads",
+        {"parallel.cp"},
+    ),
     "layers": (
         (QWEN14, "parallel.tp=4 parallel.pp=16 parallel.dp=1", 64),
         "must divide the model's 40 layers",
@@ -110,6 +115,14 @@ def test_every_suggestion_fits_and_the_quickest_is_first(asked: tuple[str, str, 
         assert plan(name, f"{overrides} {as_overrides(item.change)}", gpus).fits, item.change
     seconds = [item.step_seconds for item in found.suggestions]
     assert seconds == sorted(seconds) and len(seconds) == 5
+
+
+def test_context_parallelism_is_kept_and_never_the_first_thing_to_try() -> None:
+    found = plan(CDE, "parallel.tp=1 parallel.cp=2 parallel.dp=4 parallel.sequence_parallel=false", 8)
+    assert found.fits and all(item.change.get("parallel.cp", 2) == 2 for item in found.suggestions)
+    assert "tp 1 x cp 2 x pp 1 x dp 4" in as_text(found)
+    fix = plan(QWEN32, "parallel.tp=4 parallel.dp=16 model.recompute=none").fix
+    assert fix and "parallel.cp" not in fix
 
 
 def test_no_fix_where_the_gpus_cannot_hold_the_model() -> None:
