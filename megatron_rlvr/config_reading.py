@@ -122,10 +122,9 @@ def _convert(hint: Any, value: Any, name: str) -> Any:
         for key, item in value.items():
             rule(
                 item is not None,
-                f"{name}.{key} is null, which could mean on or off: write {{}} for its defaults; to leave it out, name "
-                f"those that stay, as in {name}={{}}",
+                f"{name}.{key} is null, which could mean on or off: write {{}} for its defaults, or false to leave it out",
             )
-        return value
+        return {key: item for key, item in value.items() if item is not False}  # which a base file may have put there
     return _convert_scalar(hint, value, name)
 
 

@@ -161,7 +161,8 @@ class Run:
         for name, value in final.items():
             self.console.print(f"{name} {value:.3f}", highlight=False)
         self.console.print(f"model   {target}", highlight=False)
-        self.console.print(f"report  {build_report(self.folder)}", highlight=False)
+        with _may_fail("the report"):
+            self.console.print(f"report  {build_report(self.folder)}", highlight=False)
 
 
 class Records:

@@ -60,14 +60,12 @@ def trend(rows: Sequence[dict], *metrics: str) -> Trend:
     return Trend(steps, values, float(values[:WINDOW].mean()) if len(values) else float("nan"), recent)
 
 
-def began(fault: np.ndarray) -> int | None:
-    """The first place of SUSTAINED in a row that have the fault, the first WINDOW places aside."""
-    run = 0
-    for place, is_bad in enumerate(fault):
-        run = run + 1 if is_bad and place >= WINDOW else 0
-        if run == SUSTAINED:
-            return place - SUSTAINED + 1
-    return None
+def stretches(fault: np.ndarray) -> list[tuple[int, int]]:
+    """(first, last) place of each SUSTAINED or more in a row that have the fault, the first WINDOW places aside."""
+    bad = np.concatenate([[False], fault & (np.arange(len(fault)) >= WINDOW), [False]]).astype(int)
+    edges = np.diff(bad)
+    runs = zip(np.flatnonzero(edges == 1), np.flatnonzero(edges == -1) - 1, strict=True)
+    return [(int(first), int(last)) for first, last in runs if last - first + 1 >= SUSTAINED]
 
 
 def entropy_collapse(rows: Sequence[dict]) -> RunWarning | None:
@@ -194,7 +192,7 @@ def verifier_errors(rows: Sequence[dict]) -> RunWarning | None:
         failed,
         failed.recent > 0.01,
         "Verifier errors",
-        "{last:.1%} of the responses have no verdict",
+        "{last:.1%} of the responses without a verdict {when}",
         "They train nothing, and are seldom a fair sample: hard problems time out first. rollouts.jsonl has them with "
         "their status.",
         from_start=True,
@@ -226,7 +224,7 @@ def no_signal(rows: Sequence[dict]) -> RunWarning | None:
         spread,
         spread.recent < 1e-6,
         "Nothing to learn from",
-        "the reward's standard deviation over a step is {last:.1g}",
+        "a standard deviation of {last:.1g} over a step's rewards {when}",
         "With equal rewards every advantage is 0: the prompts are all too hard or all too easy for this policy.",
         from_start=True,
     )
@@ -258,14 +256,13 @@ def _warn(
 ) -> RunWarning | None:
     """The warning where the fault has lasted; one that needs no comparison may have been there from the start.
 
-    {last} is the mean at the fault's end and {when} that step, or "now".
+    It is of the last time: a fault that came back is there. {last} is the mean at the fault's end and {when} that step,
+    or "now".
     """
     before = WINDOW if from_start else 0  # as if so many steps without it had come before
-    place = began(np.concatenate([np.zeros(before, bool), fault]))
-    if place is None:
+    lasted = stretches(np.concatenate([np.zeros(before, bool), fault]))
+    if not lasted:
         return None
-    place -= before
-    rest = np.flatnonzero(~fault[place:])
-    end = place + int(rest[0]) - 1 if len(rest) else len(fault) - 1
-    when = f"by step {of.steps[end]}, and no more" if len(rest) else "now"
+    place, end = (bound - before for bound in lasted[-1])
+    when = "now" if end == len(fault) - 1 else f"by step {of.steps[end]}, and no more"
     return RunWarning(int(of.steps[place]), title, found.format(first=of.first, last=of.recent[end], when=when), why)

@@ -60,6 +60,14 @@ def test_a_file_holds_what_differs_from_its_bases(tmp_path):
     assert load_config(tmp_path / "plain.yaml").exploration == {}
 
 
+def test_false_leaves_out_a_method_of_a_base(tmp_path):
+    write(tmp_path, "base.yaml", **SMALLEST, exploration={"lp_reg": {}, "entropy_bonus": {}})
+    path = write(tmp_path, base="base.yaml", exploration={"lp_reg": False})
+    assert load_config(path).exploration == {"entropy_bonus": {}}
+    assert load_config(path, ["exploration.entropy_bonus=false"]).exploration == {}
+    assert load_config(path, ["exploration.lp_reg={}"]).exploration == {"lp_reg": {}, "entropy_bonus": {}}
+
+
 def test_bases_that_cannot_be_read(tmp_path):
     path = write(tmp_path, base="missing.yaml")
     error = refusal(path)
@@ -81,9 +89,8 @@ def test_bases_that_cannot_be_read(tmp_path):
         ("parallel=2", "parallel must be a mapping"),
         (
             "exploration.lp_reg=null",
-            "exploration.lp_reg is null, which could mean on or off: write {} for its defaults",
+            "exploration.lp_reg is null, which could mean on or off: write {} for its defaults, or false to leave it out",
         ),
-        ("exploration={lp_reg: , cde: {}}", "name those that stay, as in exploration={}"),
         ("seed.x=2", "'seed' holds a value"),
         ("parallel.tp", "must look like key.sub=value"),
         ("seed=[1", "is not a YAML value"),

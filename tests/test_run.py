@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import io
 import logging
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+from rich.console import Console
 
 from megatron_rlvr import run
 from megatron_rlvr.config import Config, from_dict
@@ -30,3 +33,17 @@ def test_a_record_or_a_report_that_cannot_be_written_is_said_and_the_run_goes_on
     assert len(said) == 2 and all("could NOT be written, and the run goes on" in line for line in said)
     assert "the tokens of step 2" in said[0] and "the report" in said[1]
     assert [row["step"] for row in read_rows(tmp_path / "metrics.jsonl")] == [1, 2]
+
+
+def test_a_report_that_cannot_be_written_is_no_reason_for_a_finished_run_to_fail(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    finished = run.Run.__new__(run.Run)  # of a run that is whole but for its models
+    finished.config, finished.folder, finished.is_writer = from_dict(Config, {}), tmp_path, True
+    finished.console = Console(file=io.StringIO())
+    finished.trainer = SimpleNamespace(policy=SimpleNamespace(hf_weights=lambda: iter(())))
+    monkeypatch.setattr(run, "save_hf", lambda weights, source, target: target.mkdir())
+    (tmp_path / "metrics.jsonl").write_text("no row\n")
+    finished._finish({"eval/pass@1": 0.5})
+    assert (tmp_path / "hf").is_dir() and '"eval/pass@1": 0.5' in (tmp_path / "summary.json").read_text()
+    assert "the report could NOT be written, and the run goes on" in caplog.text

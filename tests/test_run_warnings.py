@@ -104,6 +104,16 @@ def test_a_fault_that_has_passed_is_told_as_it_was():
     assert "now" in warnings(rows[:139])[0].found
 
 
+def test_a_fault_that_comes_back_is_told_as_the_one_of_now():
+    ends = {"Entropy collapse": {"policy/entropy": 0.02}, "Verifier errors": {"verifier/error_share": 0.05}}
+    for title, fault in ends.items():
+        rows = [row | (fault if 60 <= row["step"] < 100 or row["step"] >= 160 else {}) for row in healthy()]
+        (first,), (found,) = warnings(rows[:150]), warnings(rows)
+        assert first.title == found.title == title
+        assert 60 <= first.step < 100 and "and no more" in first.found
+        assert 160 <= found.step < 200 and found.found.endswith("now")
+
+
 def test_rewards_below_zero_are_judged_by_the_same_rules():
     """DAPO's verifier: -1 and +1; the responses grow and are no better."""
     rows = [row | {"reward/mean": 2 * 0.12 - 1} for row in healthy()]

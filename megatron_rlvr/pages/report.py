@@ -26,18 +26,18 @@ EXAMPLES = 4  # right responses, and as many wrong ones
 def build_report(run_dir: str | Path) -> Path:
     """Write RUN/report.html from what the run has logged so far, and return its path.
 
-    Reads metrics.jsonl, and config.yaml, rollouts.jsonl and summary.json where they are there; the newest step that the
-    flight recorder kept gets its page too. Raises FileNotFoundError: no metrics.jsonl; ValueError: it holds no step
+    Reads metrics.jsonl, and config.yaml, rollouts.jsonl and summary.json where they are there; the newest whole step
+    of the flight recorder gets its page too. Raises FileNotFoundError: no metrics.jsonl; ValueError: it holds no step
     yet, or a line that is no JSON object.
     """
     run_dir = Path(run_dir)
     rows = run_rows(run_dir)
     config_text = _read(run_dir / "config.yaml")
     rollouts = read_rows(run_dir / "rollouts.jsonl") if (run_dir / "rollouts.jsonl").exists() else []
-    if steps := recorded_steps(run_dir):
-        build_rollout_page(run_dir, steps[-1])
+    if records := some_records(run_dir):
+        build_rollout_page(run_dir, records[-1].step)
     config = yaml.safe_load(config_text) or {}
-    charted = [*rows, *word_rows(some_records(run_dir))]
+    charted = [*rows, *word_rows(records)]
     name = config.get("name") or run_dir.resolve().name
     found = [(name, warning) for warning in warnings(rows)]
     body = f"""<header>
@@ -51,7 +51,7 @@ def build_report(run_dir: str | Path) -> Path:
 <p class="note">A bold line over a faint one is the mean of up to {REACH} steps before and after each. Point at a chart,
 or focus it and use the arrow keys, to read it.</p>
 {_examples(rollouts)}
-{_recorded(run_dir, steps)}
+{_recorded(run_dir, recorded_steps(run_dir))}
 {_configuration(config_text)}
 </main>"""
     return page.write(run_dir / "report.html", page.document(f"{name} · run report", body, STYLE, SCRIPT))

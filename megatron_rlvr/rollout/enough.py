@@ -19,13 +19,14 @@ class Sampled:
 
     groups: list[RolloutGroup] = field(default_factory=list)
     kept: list[RolloutGroup] = field(default_factory=list)  # those that train
+    turned_away: int = 0  # groups; more are left out where more were kept than asked for
     generations: int = 0
 
     def metrics(self) -> dict[str, float]:
         """Figures of everything sampled, for what is kept alone says less and less about the policy."""
         return {
             **rollout_metrics(self.groups),
-            "rollout/kept_share": len(self.kept) / len(self.groups),
+            "rollout/kept_share": 1 - self.turned_away / len(self.groups),
             "rollout/generations": float(self.generations),
         }
 
@@ -50,7 +51,9 @@ def sample(
         sampled.groups += groups
         verdicts = [rollout.verdict for group in sampled.groups for rollout in group.rollouts]
         verifiers.check_error_share(verdicts, max_error_share)
-        sampled.kept += [group for group in groups if keep(group)]
+        kept = [group for group in groups if keep(group)]
+        sampled.kept += kept
+        sampled.turned_away += len(groups) - len(kept)
         missing = wanted - len(sampled.kept)
         if missing <= 0:
             del sampled.kept[wanted:]

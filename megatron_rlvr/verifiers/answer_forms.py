@@ -92,7 +92,11 @@ _NAMING = re.compile(
     r"|\\(?:frac|sqrt|text|mathbb|angle|triangle|overline|vec|cdot|times|mid|cap|cup|log|ln|sin|cos|tan|cot)(?![a-zA-Z])"
 )
 _SCRIPT = re.compile(r"'|[_^] ?(?:\\?[a-zA-Z]+|[0-9]|\{[^{}]*\})|(?<=[a-zA-Z}'])(?:\([^()]*\)|\[[^][]*\])")
-_DENIED = re.compile(r"^-|\b(?:not?|nor|never|neither|isn|wrong|incorrect|false|if|unless|except|but|instead)\b")
+# Words that make of a named quantity another one, or say what it is not; symbols and the names of functions are none.
+_DENIED = re.compile(
+    r"^-|\b(?:not?|nor|never|neither|cannot|without|isn|wrong|incorrect|false|if|unless|except|but|instead"
+    r"|maybe|perhaps|approximately|roughly|than|at least|at most|plus|minus|half|double|twice)\b"
+)
 
 
 def canonical(text: str) -> str:
@@ -160,7 +164,7 @@ def is_number(text: str) -> bool:
 def is_name(text: str) -> bool:
     """Whether the text names a quantity: it holds a letter, and nothing that is an answer of its own."""
     bare = _SCRIPT.sub("", text)
-    if _NAMING.sub("", bare) or _DENIED.search(text) or is_number(text):
+    if _NAMING.sub("", bare) or _DENIED.search(bare) or "n't" in text or is_number(text):
         return False
     symbols = set(re.findall(_SYMBOL, bare))
     return bool(symbols - {"e", "i"}) or text in symbols  # e may be an eccentricity, but e^2 and 2i are numbers

@@ -312,12 +312,14 @@ def run_tests(program: Program, tests: str, entry_point: str) -> None:
     Raises whatever the first failing test raises.
     """
     used = {node.id for node in ast.walk(ast.parse(tests)) if isinstance(node, ast.Name)}
-    wanted = {name for name in used if not hasattr(builtins, name)} or used  # an MBPP row asks for its own sum
+    wanted = {name for name in used if not hasattr(builtins, name)} | {entry_point}
+    if not wanted & set(program.names):
+        wanted = used  # an MBPP row asks for its own sum
 
     def proxy(name: str) -> Any:
         return lambda *args, **kwargs: program.call(name, args, kwargs)
 
-    space: dict[str, Any] = {name: proxy(name) for name in program.names if name in wanted | {entry_point}}
+    space: dict[str, Any] = {name: proxy(name) for name in program.names if name in wanted}
     if entry_point and entry_point not in space:
         raise NameError(f"the program defines no {entry_point}")
     exec(compile(tests, "<tests>", "exec"), space)

@@ -281,6 +281,10 @@ def test_a_damaged_record_of_tokens_costs_its_own_points_alone(tmp_path):
     (folder / "tokens/step_2.safetensors").write_bytes(b"")
     assert [record.step for record in some_records(folder)] == [1, 3]
     build_report(folder)
+    assert (folder / "tokens/step_3.html").exists()
+    (folder / "tokens/step_3.safetensors").write_bytes(b"")  # the newest
+    build_report(folder)
+    assert (folder / "tokens/step_1.html").exists()
     (folder / "tokens/step_4.new").write_bytes(b"half")
     TokenWriter(folder, str, 3)
     assert not (folder / "tokens/step_4.new").exists()

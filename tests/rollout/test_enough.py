@@ -68,6 +68,8 @@ def test_a_late_generation_asks_for_what_is_missing():
     found = sample(256, prompts.collect, METHOD.keep_group, 0.2)
     assert len(prompts.asked) == 2 and prompts.asked[1] < 64
     assert len(found.groups) > len(found.kept) == 256  # the surplus of the second generation is dropped
+    mixed = sum(METHOD.keep_group(group) for group in found.groups)  # and was not turned away
+    assert mixed > 256 and found.metrics()["rollout/kept_share"] == pytest.approx(mixed / len(found.groups))
 
 
 def test_too_few_end_the_run_with_a_word_on_why():
@@ -89,7 +91,7 @@ def test_the_share_of_failed_verdicts_is_the_whole_steps():
 
 def test_figures_are_of_everything_sampled():
     """Of four groups two are all right; of the kept ones alone the mean reward would be 1/2."""
-    found = Sampled([group(0, True), group(1, False), group(2, True), group(3, False)], generations=2)
+    found = Sampled([group(0, True), group(1, False), group(2, True), group(3, False)], turned_away=2, generations=2)
     found.kept = [found.groups[0], found.groups[2]]
     figures = found.metrics()
     assert figures["rollout/kept_share"] == 0.5 and figures["rollout/generations"] == 2

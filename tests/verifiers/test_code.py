@@ -130,6 +130,8 @@ def test_the_tests_keep_pythons_own_functions():
     assert not passes(wrong + "def abs(x):\n    return 0", check, "f")
     helper = "def sum(a, b):\n    return a + b\ndef f(x):\n    return [x, sum(x, 1)]"
     assert passes(helper, "assert sum(f(2)) == 5")
+    own = "def sum(a, b):\n    return a + b"
+    assert passes(own, "import math\nassert math.isclose(sum(1, 2), 3)\nassert [sum(i, 1) for i in (1, 2)] == [2, 3]")
     for tests, entry_point in (("assert sum(2, 1) == 3", ""), ("def check(g):\n    assert g(2, 1) == 3", "sum")):
         assert passes(helper, tests, entry_point)  # the function that the row asks for is called so
 

@@ -29,6 +29,12 @@ def test_gsm8k():
         "#### Step 1: the 5 boxes\n5\n#### Step 2\nSo it is \\boxed{1027}.",
         "So \\boxed{1027} clips\n#### Step 3: verification",
         "#### Answer\nAnswer: 1027",
+        "#### 1. Cost\n5\n#### 2. Conclusion\nSo it is \\boxed{1027}.",
+        "#### 5 Conclusion\nSo it is \\boxed{1027}.",
+        "#### (a) the first part\n##### Step\n#### **2. Add**\n\\boxed{1027}",
+        "#### 1027\n\n#### Verification",
+        "#### 5) Conclusion\nAnswer: 1027",
+        "\\boxed{5}\n#### 1027.\n",
         "#### \n\\boxed{1027}",
         "#### **Result** 5\n\\boxed{1027}",
     ]
