@@ -122,7 +122,7 @@ def _convert(hint: Any, value: Any, name: str) -> Any:
         for key, item in value.items():
             rule(
                 item is not None,
-                f"{name}.{key} is null, which could mean on or off: write {{}} for its defaults, or false to leave it out",
+                f"{name}.{key} is null, which could mean on or off: write {{}} for its defaults, false to leave it out",
             )
         return {key: item for key, item in value.items() if item is not False}  # which a base file may have put there
     return _convert_scalar(hint, value, name)

@@ -89,7 +89,7 @@ def test_bases_that_cannot_be_read(tmp_path):
         ("parallel=2", "parallel must be a mapping"),
         (
             "exploration.lp_reg=null",
-            "exploration.lp_reg is null, which could mean on or off: write {} for its defaults, or false to leave it out",
+            "exploration.lp_reg is null, which could mean on or off: write {} for its defaults, false to leave it out",
         ),
         ("seed.x=2", "'seed' holds a value"),
         ("parallel.tp", "must look like key.sub=value"),

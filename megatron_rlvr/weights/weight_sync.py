@@ -197,7 +197,7 @@ class _Stream:
         if part.dim() == 1:
             return Expected(_ALL, part.clone())
         window = _window(part.shape[1], self._syncs)
-        # An exclusive or does not see the order of a row; the window does, for a wrong order is one everywhere.
+        # An exclusive or does not see the order of a row; the window of columns, which moves on, does.
         is_cut = window.stop - window.start < part.shape[1]
         checksums = _checksums(part) if is_cut and self._engine.is_plain(parameter) else None
         return Expected(window, _by_columns(part[:, window]), checksums)
