@@ -10,6 +10,7 @@ from typing import Any
 
 from megatron_rlvr.checkpoint_folder import checkpoints
 from megatron_rlvr.config import Config, ConfigError, to_dict
+from megatron_rlvr.exploration.base import filled
 from megatron_rlvr.run_folder import INITIAL
 from megatron_rlvr.types import Prompt
 
@@ -26,6 +27,11 @@ ROUNDING = [
     *("parallel", "rollout.tp", "rollout.max_running", "trainer.microbatch_tokens", "model.recompute", "model.logits"),
     *("optimizer.distributed", "critic.optimizer.distributed"),
 ]
+
+REPACKED = (
+    "the loss is another one from here on: it is taken within microbatches, by algorithm.reduction or a method's scope, "
+    "and responses are packed into other ones"
+)
 
 MEANING = {
     "seed": "prompts come in another order and samples are drawn anew: some prompts come twice, others not at all",
@@ -48,8 +54,12 @@ MEANING = {
 
 
 def settings_of(config: Config, prompts: Sequence[Prompt]) -> dict[str, Any]:
-    """The config as plain values, with what its prompts are, and where the run's own folder lies left out."""
-    settings = json.loads(json.dumps(to_dict(config)))
+    """The config as plain values, with what its prompts are, and where the run's own folder lies left out.
+
+    Methods have all their options there: a default is no less a setting than one that is written out.
+    """
+    methods = {name: filled(name, options) for name, options in config.exploration.items()}
+    settings = json.loads(json.dumps(to_dict(config) | {"exploration": methods}))
     own = str(config.run_dir)
     if settings["model"].pop("random_init"):  # the ranks are given the folder that the weights were drawn into
         settings["model"]["path"] = f"{own}/{INITIAL}"
@@ -76,10 +86,10 @@ def check_newest(config: Config, folder: Path) -> None:
 
 def describe(saved: Mapping[str, Any], now: Mapping[str, Any]) -> tuple[list[str], list[str], list[str]]:
     """Nested plain values -> lines on what changed: without an effect, in the last bits, into another run."""
-    after = _flat(now)
-    before = _flat(saved)
     # A key that is younger than the checkpoint had the effect of its default.
+    before, after = _flat(_with_methods(saved, now)), _flat(_with_methods(now, saved))
     before = {key: value for key, value in _flat(to_dict(Config())).items() if key in after} | before
+    repacking = _repacking(before, after) if _by_microbatch(now) else set()
     lines: tuple[list[str], list[str], list[str]] = ([], [], [])
     decays = any(after.get(f"{section}.schedule") != "constant" for section in ("optimizer", "critic.optimizer"))
     for key in sorted(before.keys() | after.keys()):
@@ -90,11 +100,42 @@ def describe(saved: Mapping[str, Any], now: Mapping[str, Any]) -> tuple[list[str
         name = _section(key, [*FREE, *ROUNDING, *MEANING])
         if name in FREE and not (key == "trainer.num_steps" and decays):
             lines[0].append(change)
+        elif key in repacking:
+            lines[2].append(f"{change} ({REPACKED})")
         elif name in ROUNDING:
             lines[1].append(f"{change} (sums in another order: last bits differ)")
         else:
             lines[2].append(f"{change} ({MEANING.get(name, 'the run is another one from here on')})")
     return lines
+
+
+def _by_microbatch(settings: Mapping[str, Any]) -> bool:
+    """Whether the loss depends on which responses share a microbatch."""
+    scopes = _flat(settings["exploration"]).values()
+    return settings["algorithm"]["reduction"] == "microbatch_token_mean" or "microbatch" in scopes
+
+
+def _repacking(before: Mapping[str, Any], after: Mapping[str, Any]) -> set[str]:
+    """Keys whose change puts other responses into a microbatch (packing.pack); tp and cp only share the work on one."""
+    # The number of microbatches is a multiple of the stages where virtual ones interleave.
+    multiples = {flat["parallel.pp"] if flat["parallel.vpp"] > 1 else 1 for flat in (before, after)}
+    stages = {"parallel.pp", "parallel.vpp"} if len(multiples) > 1 else set()
+    return {"trainer.microbatch_tokens", "parallel.dp"} | stages
+
+
+def _with_methods(tree: Mapping[str, Any], other: Mapping[str, Any]) -> dict[str, Any]:
+    """``tree`` with all options of the methods that both have; one that ``other`` lacks is one line, not its options."""
+    mine, theirs = tree["exploration"], other["exploration"]
+    methods = {name: _options(name, options) if name in theirs else "on" for name, options in mine.items()}
+    rest = {key: value for key, value in tree.items() if key != "exploration"}
+    return rest | ({"exploration": methods} if methods else {})
+
+
+def _options(name: str, options: dict[str, Any]) -> dict[str, Any]:
+    try:
+        return filled(name, options)
+    except ConfigError:  # of a version whose methods had other options: compared as they are
+        return options
 
 
 def check_resume(saved: Mapping[str, Any], now: Mapping[str, Any], accepted: bool) -> list[str]:

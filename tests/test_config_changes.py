@@ -52,7 +52,7 @@ def test_what_changes_nothing_or_last_bits_is_said(tree: dict[str, Any], line: s
         ({"optimizer": {"lr": 0.5}}, "optimizer.lr: 1e-06 -> 0.5 .*moments and the number of updates are kept"),
         ({"optimizer": {"schedule": "cosine"}, "trainer": {"num_steps": 9}}, "trainer.num_steps.*decay ends"),
         ({"exploration": {"lp_reg": {"rho": 0.2}}}, "exploration.lp_reg.rho: 0.01 -> 0.2"),
-        ({"exploration": {"cde": {}}}, r"exploration.cde: \(absent\) -> {}"),
+        ({"exploration": {"cde": {}}}, r"exploration.cde: \(absent\) -> on"),
         ({"algorithm": {"clip_high": 0.3}}, "algorithm.clip_high: 0.2 -> 0.3 .*the loss is another one"),
     ],
 )
@@ -60,6 +60,58 @@ def test_another_run_is_refused_unless_it_is_accepted(tree: dict[str, Any], mess
     with pytest.raises(ConfigError, match=f"(?s){message}.*run.accept_changes=true"):
         check_resume(settings(), settings(tree), accepted=False)
     assert any(line.startswith("changed since") for line in check_resume(settings(), settings(tree), accepted=True))
+
+
+BY_MICROBATCH: list[dict[str, Any]] = [
+    {"algorithm": {"reduction": "microbatch_token_mean"}},
+    {"exploration": {"lp_reg": {"preset": "released_code"}}},
+    {"exploration": {"kl_cov": {"scope": "microbatch"}}},
+]
+
+
+@pytest.mark.parametrize("method", [{}, *BY_MICROBATCH])
+@pytest.mark.parametrize(
+    ("old", "new", "repacks"),
+    [
+        ({"trainer": {"microbatch_tokens": 8192}}, {"trainer": {"microbatch_tokens": 16384}}, True),
+        ({"parallel": {"dp": 1}}, {"parallel": {"dp": 2}}, True),
+        ({"parallel": {"pp": 2}}, {"parallel": {"pp": 2, "vpp": 2}}, True),
+        ({"parallel": {"pp": 2, "vpp": 2}}, {"parallel": {"pp": 4, "vpp": 2}}, True),
+        ({"parallel": {"pp": 2, "vpp": 2}}, {"parallel": {"pp": 2, "vpp": 4}}, False),
+        ({"parallel": {"pp": 1}}, {"parallel": {"pp": 4}}, False),
+        ({"parallel": {"tp": 1}}, {"parallel": {"tp": 2, "cp": 2, "sequence_parallel": True}}, False),
+    ],
+)
+def test_what_repacks_responses_is_another_run_where_the_loss_is_taken_by_microbatch(
+    method: dict[str, Any], old: dict[str, Any], new: dict[str, Any], repacks: bool
+) -> None:
+    free, rounding, other = describe(settings(method | old), settings(method | new))
+    said, rest = (other, rounding) if method and repacks else (rounding, other)
+    assert said and not rest and not free
+    if said is other:
+        assert all("packed into other ones" in line for line in other)
+
+
+def test_a_default_or_preset_that_is_written_out_changes_nothing() -> None:
+    written = {"preset": "paper", "rho": 0.01, "gate": "kept", "kappa": 0.02}
+    said = check_resume(settings({"exploration": {"lp_reg": {}}}), settings({"exploration": {"lp_reg": written}}), False)
+    assert said == []
+
+
+def test_an_option_younger_than_the_checkpoint_had_its_default() -> None:
+    old = settings()
+    old["exploration"] = {"lp_reg": {"rho": 0.01}}
+    assert check_resume(old, settings(), accepted=False) == []
+    old["exploration"] = {"lp_reg": {"rho": 0.01, "given_up": 3}}  # no option any more: all are compared as they are
+    assert "exploration.lp_reg.given_up: 3 -> (absent)" in "".join(describe(old, settings())[2])
+
+
+def test_a_method_more_or_less_is_one_line() -> None:
+    without = settings({"exploration": {}}) | {"exploration": {}}
+    (line,) = describe(without, settings())[2]
+    assert line.startswith("exploration.lp_reg: (absent) -> on (the method is another one")
+    (line,) = describe(settings(), without)[2]
+    assert line.startswith("exploration.lp_reg: on -> (absent)")
 
 
 def test_a_swapped_data_set_is_seen_under_the_same_name() -> None:
