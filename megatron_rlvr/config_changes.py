@@ -1,4 +1,4 @@
-"""What it means to resume a run with another config: nothing, other last bits, or another run."""
+"""What it means to resume a run with another config: nothing, other last bits, another run, or none at all."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from megatron_rlvr.checkpoint_folder import checkpoints
 from megatron_rlvr.config import Config, ConfigError, to_dict
@@ -29,8 +29,8 @@ ROUNDING = [
 ]
 
 REPACKED = (
-    "the loss is another one from here on: it is taken within microbatches, by algorithm.reduction or a method's scope, "
-    "and responses are packed into other ones"
+    "the loss is another one from here on: algorithm.reduction or a method's scope takes it within microbatches, and "
+    "responses are packed into other ones"
 )
 
 MEANING = {
@@ -84,29 +84,51 @@ def check_newest(config: Config, folder: Path) -> None:
         check_resume(saved, now, config.run.accept_changes)
 
 
-def describe(saved: Mapping[str, Any], now: Mapping[str, Any]) -> tuple[list[str], list[str], list[str]]:
-    """Nested plain values -> lines on what changed: without an effect, in the last bits, into another run."""
+class Changes(NamedTuple):
+    """Lines on what changed, by what that does to the run."""
+
+    free: list[str]  # nothing
+    rounding: list[str]  # other last bits
+    other: list[str]  # another run
+    impossible: list[str]  # no run: the checkpoint's tensors do not fit
+
+
+def describe(saved: Mapping[str, Any], now: Mapping[str, Any]) -> Changes:
+    """What changed between two trees of plain values, as ``settings_of`` makes them."""
     # A key that is younger than the checkpoint had the effect of its default.
     before, after = _flat(_with_methods(saved, now)), _flat(_with_methods(now, saved))
     before = {key: value for key, value in _flat(to_dict(Config())).items() if key in after} | before
-    repacking = _repacking(before, after) if _by_microbatch(now) else set()
-    lines: tuple[list[str], list[str], list[str]] = ([], [], [])
+    misfits, repacking = _misfits(before, after), _repacking(before, after) if _by_microbatch(now) else set()
     decays = any(after.get(f"{section}.schedule") != "constant" for section in ("optimizer", "critic.optimizer"))
+    changes = Changes([], [], [], [])
     for key in sorted(before.keys() | after.keys()):
         old, new = before.get(key, "(absent)"), after.get(key, "(absent)")
         if old == new or key.startswith("run."):  # how it is started, not what it is
             continue
         change = f"{key}: {_short(old)} -> {_short(new)}"
         name = _section(key, [*FREE, *ROUNDING, *MEANING])
-        if name in FREE and not (key == "trainer.num_steps" and decays):
-            lines[0].append(change)
+        if key in misfits:
+            changes.impossible.append(f"{change} ({misfits[key]})")
+        elif name in FREE and not (key == "trainer.num_steps" and decays):
+            changes.free.append(change)
         elif key in repacking:
-            lines[2].append(f"{change} ({REPACKED})")
+            changes.other.append(f"{change} ({REPACKED})")
         elif name in ROUNDING:
-            lines[1].append(f"{change} (sums in another order: last bits differ)")
+            changes.rounding.append(f"{change} (sums in another order: last bits differ)")
         else:
-            lines[2].append(f"{change} ({MEANING.get(name, 'the run is another one from here on')})")
-    return lines
+            changes.other.append(f"{change} ({MEANING.get(name, 'the run is another one from here on')})")
+    return changes
+
+
+def _misfits(before: Mapping[str, Any], after: Mapping[str, Any]) -> dict[str, str]:
+    """Keys whose change asks for tensors that the checkpoint does not hold -> what it holds."""
+    reasons = {"model.dtype": f"the checkpoint's weights are {before['model.dtype']}"}
+    had_critic, has_critic = (flat["algorithm.advantage"] == "gae" for flat in (before, after))
+    if had_critic and has_critic:
+        reasons["critic.num_heads"] = f"the checkpoint's critic has {before['critic.num_heads']}"
+    elif has_critic:
+        reasons["algorithm.advantage"] = "the checkpoint holds no critic"
+    return reasons
 
 
 def _by_microbatch(settings: Mapping[str, Any]) -> bool:
@@ -124,7 +146,7 @@ def _repacking(before: Mapping[str, Any], after: Mapping[str, Any]) -> set[str]:
 
 
 def _with_methods(tree: Mapping[str, Any], other: Mapping[str, Any]) -> dict[str, Any]:
-    """``tree`` with all options of the methods that both have; one that ``other`` lacks is one line, not its options."""
+    """``tree`` with every option of the methods that both have; one that ``other`` lacks is a line, not its options."""
     mine, theirs = tree["exploration"], other["exploration"]
     methods = {name: _options(name, options) if name in theirs else "on" for name, options in mine.items()}
     rest = {key: value for key, value in tree.items() if key != "exploration"}
@@ -139,15 +161,25 @@ def _options(name: str, options: dict[str, Any]) -> dict[str, Any]:
 
 
 def check_resume(saved: Mapping[str, Any], now: Mapping[str, Any], accepted: bool) -> list[str]:
-    """Lines to say aloud. Raises ConfigError where the run would be another one and that is not ``accepted``."""
-    free, rounding, other = describe(saved, now)
-    if other and not accepted:
+    """Lines to say aloud.
+
+    Raises ConfigError where the run would be another one and that is not ``accepted``, or where no run can go on so.
+    """
+    changes = describe(saved, now)
+    if changes.impossible:
+        raise ConfigError(
+            "no run can go on from the checkpoint with this config:\n  "
+            + "\n  ".join(changes.impossible)
+            + "\n  set these back, or begin a new run in another run.dir, for example with the model.path that "
+            "tools/convert_hf.py export makes of the checkpoint"
+        )
+    if changes.other and not accepted:
         raise ConfigError(
             "the config is not the one that the checkpoint was made with:\n  "
-            + "\n  ".join(other)
+            + "\n  ".join(changes.other)
             + "\n  set these back, or go on all the same with run.accept_changes=true"
         )
-    return [f"changed since the checkpoint: {line}" for line in free + rounding + other]
+    return [f"changed since the checkpoint: {line}" for lines in changes for line in lines]
 
 
 def _section(key: str, names: list[str]) -> str:

@@ -62,6 +62,31 @@ def test_another_run_is_refused_unless_it_is_accepted(tree: dict[str, Any], mess
     assert any(line.startswith("changed since") for line in check_resume(settings(), settings(tree), accepted=True))
 
 
+PPO = {"advantage": "gae"}
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "line"),
+    [
+        ({}, {"algorithm": PPO}, "algorithm.advantage: grpo -> gae (the checkpoint holds no critic)"),
+        ({}, {"model": {"dtype": "float32"}}, "dtype: bfloat16 -> float32 (the checkpoint's weights are bfloat16)"),
+        ({"algorithm": PPO}, {"algorithm": PPO, "critic": {"num_heads": 3}}, "1 -> 3 (the checkpoint's critic has 1)"),
+    ],
+)
+def test_what_the_checkpoint_has_no_tensors_for_is_refused_even_where_it_is_accepted(
+    old: dict[str, Any], new: dict[str, Any], line: str
+) -> None:
+    for accepted in (False, True):
+        with pytest.raises(ConfigError, match="(?s)no run can go on.*set these back, or begin a new run") as error:
+            check_resume(settings(old), settings(new), accepted)
+        assert line in str(error.value) and "accept_changes" not in str(error.value)
+
+
+def test_a_critic_may_be_left_out() -> None:
+    (line,) = describe(settings({"algorithm": PPO}), settings()).other
+    assert line.startswith("algorithm.advantage: gae -> grpo")
+
+
 BY_MICROBATCH: list[dict[str, Any]] = [
     {"algorithm": {"reduction": "microbatch_token_mean"}},
     {"exploration": {"lp_reg": {"preset": "released_code"}}},
@@ -85,7 +110,7 @@ BY_MICROBATCH: list[dict[str, Any]] = [
 def test_what_repacks_responses_is_another_run_where_the_loss_is_taken_by_microbatch(
     method: dict[str, Any], old: dict[str, Any], new: dict[str, Any], repacks: bool
 ) -> None:
-    free, rounding, other = describe(settings(method | old), settings(method | new))
+    free, rounding, other, _ = describe(settings(method | old), settings(method | new))
     said, rest = (other, rounding) if method and repacks else (rounding, other)
     assert said and not rest and not free
     if said is other:
@@ -94,8 +119,8 @@ def test_what_repacks_responses_is_another_run_where_the_loss_is_taken_by_microb
 
 def test_a_default_or_preset_that_is_written_out_changes_nothing() -> None:
     written = {"preset": "paper", "rho": 0.01, "gate": "kept", "kappa": 0.02}
-    said = check_resume(settings({"exploration": {"lp_reg": {}}}), settings({"exploration": {"lp_reg": written}}), False)
-    assert said == []
+    short, long = ({"exploration": {"lp_reg": options}} for options in ({}, written))
+    assert check_resume(settings(short), settings(long), accepted=False) == []
 
 
 def test_an_option_younger_than_the_checkpoint_had_its_default() -> None:
@@ -103,14 +128,14 @@ def test_an_option_younger_than_the_checkpoint_had_its_default() -> None:
     old["exploration"] = {"lp_reg": {"rho": 0.01}}
     assert check_resume(old, settings(), accepted=False) == []
     old["exploration"] = {"lp_reg": {"rho": 0.01, "given_up": 3}}  # no option any more: all are compared as they are
-    assert "exploration.lp_reg.given_up: 3 -> (absent)" in "".join(describe(old, settings())[2])
+    assert "exploration.lp_reg.given_up: 3 -> (absent)" in "".join(describe(old, settings()).other)
 
 
 def test_a_method_more_or_less_is_one_line() -> None:
     without = settings({"exploration": {}}) | {"exploration": {}}
-    (line,) = describe(without, settings())[2]
+    (line,) = describe(without, settings()).other
     assert line.startswith("exploration.lp_reg: (absent) -> on (the method is another one")
-    (line,) = describe(settings(), without)[2]
+    (line,) = describe(settings(), without).other
     assert line.startswith("exploration.lp_reg: on -> (absent)")
 
 
@@ -152,7 +177,7 @@ def test_a_key_younger_than_the_checkpoint_had_its_default() -> None:
     old = settings()
     del old["algorithm"]["dual_clip"]
     assert check_resume(old, settings(), accepted=False) == []
-    assert "algorithm.dual_clip: 0.0 -> 3.0" in describe(old, settings({"algorithm": {"dual_clip": 3.0}}))[2][0]
+    assert "algorithm.dual_clip: 0.0 -> 3.0" in describe(old, settings({"algorithm": {"dual_clip": 3.0}})).other[0]
 
 
 def test_every_name_in_the_tables_is_a_key() -> None:
