@@ -17,7 +17,8 @@ from megatron_rlvr.types import Prompt
 # Keys, or sections of them, that never reach a weight. The longest name that fits a key counts.
 FREE = [
     *("name", "prepare", "logging", "data.path", "data.eval_path", "data.eval_sources", "data.strict"),
-    *("reward.workers", "reward.deadline", "rollout.kv_cache_mib", "rollout.gpu_memory_utilization"),
+    *("reward.workers", "reward.deadline", "reward.max_error_share"),
+    *("rollout.kv_cache_mib", "rollout.gpu_memory_utilization"),
     *("trainer.num_steps", "trainer.eval_every", "trainer.eval_responses", "trainer.eval_temperature"),
     *("trainer.log_rollouts", "trainer.save_every", "trainer.keep_last", "trainer.keep_best"),
 ]
@@ -99,7 +100,6 @@ def describe(saved: Mapping[str, Any], now: Mapping[str, Any]) -> Changes:
     before, after = _flat(_with_methods(saved, now)), _flat(_with_methods(now, saved))
     before = {key: value for key, value in _flat(to_dict(Config())).items() if key in after} | before
     misfits, repacking = _misfits(before, after), _repacking(before, after) if _by_microbatch(now) else set()
-    decays = any(after.get(f"{section}.schedule") != "constant" for section in ("optimizer", "critic.optimizer"))
     changes = Changes([], [], [], [])
     for key in sorted(before.keys() | after.keys()):
         old, new = before.get(key, "(absent)"), after.get(key, "(absent)")
@@ -109,7 +109,7 @@ def describe(saved: Mapping[str, Any], now: Mapping[str, Any]) -> Changes:
         name = _section(key, [*FREE, *ROUNDING, *MEANING])
         if key in misfits:
             changes.impossible.append(f"{change} ({misfits[key]})")
-        elif name in FREE and not (key == "trainer.num_steps" and decays):
+        elif _is_free(key, name, after):
             changes.free.append(change)
         elif key in repacking:
             changes.other.append(f"{change} ({REPACKED})")
@@ -118,6 +118,16 @@ def describe(saved: Mapping[str, Any], now: Mapping[str, Any]) -> Changes:
         else:
             changes.other.append(f"{change} ({MEANING.get(name, 'the run is another one from here on')})")
     return changes
+
+
+def _is_free(key: str, name: str, after: Mapping[str, Any]) -> bool:
+    has_critic = after["algorithm.advantage"] == "gae"
+    if key.startswith("critic.") and not has_critic:
+        return True
+    if key == "trainer.num_steps":
+        optimizers = ["optimizer", "critic.optimizer"] if has_critic else ["optimizer"]
+        return all(after[f"{section}.schedule"] == "constant" for section in optimizers)
+    return name in FREE
 
 
 def _misfits(before: Mapping[str, Any], after: Mapping[str, Any]) -> dict[str, str]:

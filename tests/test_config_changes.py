@@ -33,6 +33,9 @@ def test_the_same_config_says_nothing() -> None:
         ({"trainer": {"num_steps": 500}}, "trainer.num_steps: 100 -> 500"),
         ({"logging": {"tensorboard": False}}, "logging.tensorboard: True -> False"),
         ({"data": {"path": "moved.jsonl"}}, "data.path:  -> moved.jsonl"),
+        ({"reward": {"max_error_share": 0.3}}, "reward.max_error_share: 0.1 -> 0.3"),
+        ({"critic": {"num_heads": 3}}, "critic.num_heads: 1 -> 3"),  # there is none
+        ({"critic": {"optimizer": {"distributed": False}}}, "critic.optimizer.distributed: True -> False"),
         ({"parallel": {"tp": 2}}, "parallel.tp: 1 -> 2 (sums in another order: last bits differ)"),
     ],
 )
@@ -80,6 +83,15 @@ def test_what_the_checkpoint_has_no_tensors_for_is_refused_even_where_it_is_acce
         with pytest.raises(ConfigError, match="(?s)no run can go on.*set these back, or begin a new run") as error:
             check_resume(settings(old), settings(new), accepted)
         assert line in str(error.value) and "accept_changes" not in str(error.value)
+
+
+def test_the_schedule_of_a_critic_counts_where_there_is_one() -> None:
+    decaying = {"critic": {"optimizer": {"schedule": "linear"}}}
+    for algorithm, kind in (({}, "free"), (PPO, "other")):
+        old = settings({"algorithm": algorithm, **decaying})
+        new = settings({"algorithm": algorithm, **decaying, "trainer": {"num_steps": 9}})
+        (line,) = getattr(describe(old, new), kind)
+        assert line.startswith("trainer.num_steps: 100 -> 9")
 
 
 def test_a_critic_may_be_left_out() -> None:
