@@ -8,8 +8,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from megatron_rlvr.checkpoint_folder import checkpoints
-from megatron_rlvr.config import Config, ConfigError, to_dict
+from megatron_rlvr.checkpoint_folder import checkpoints, step_of
+from megatron_rlvr.config import Config, ConfigError, rule, to_dict
 from megatron_rlvr.exploration.base import filled
 from megatron_rlvr.run_folder import INITIAL
 from megatron_rlvr.types import Prompt
@@ -74,15 +74,29 @@ def settings_of(config: Config, prompts: Sequence[Prompt]) -> dict[str, Any]:
 
 
 def check_newest(config: Config, folder: Path) -> None:
-    """``check_resume`` as far as it goes without the prompts: before a rank starts. Raises ConfigError."""
+    """``check_steps``, and ``check_resume`` as far as it goes without the prompts, before a rank starts.
+
+    Raises ConfigError.
+    """
     for path in checkpoints(folder)[-1:]:
         try:
             saved = json.loads((path / "run.json").read_text())["config"]
         except (OSError, ValueError, KeyError):
             return  # the ranks will say what is wrong with it, and use the one before
+        check_steps(path, config)
         now = settings_of(config, [])
         now["data"]["contents"] = saved["data"]["contents"]
         check_resume(saved, now, config.run.accept_changes)
+
+
+def check_steps(path: Path, config: Config) -> None:
+    """Raises ConfigError where the checkpoint has more steps behind it than the run is to have."""
+    done, wanted = step_of(path), config.trainer.num_steps
+    rule(
+        done <= wanted,
+        f"trainer.num_steps={wanted}, but {path} has {done} steps behind it: set at least {done}, or begin a new run "
+        f"in another run.dir; tools/convert_hf.py export makes a model of an earlier checkpoint",
+    )
 
 
 class Changes(NamedTuple):

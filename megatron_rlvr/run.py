@@ -17,7 +17,7 @@ from rich.console import Console
 
 from megatron_rlvr import platform, watchdog
 from megatron_rlvr.config import Config, batch_table, dump, rule, to_dict
-from megatron_rlvr.config_changes import check_resume, settings_of
+from megatron_rlvr.config_changes import check_resume, check_steps, settings_of
 from megatron_rlvr.distributed import groups as process_groups
 from megatron_rlvr.distributed import reduce
 from megatron_rlvr.metrics import MetricsWriter, RolloutsWriter
@@ -104,6 +104,7 @@ class Run:
             rule(not problems, f"no checkpoint in {self.folder} can be used: " + "; ".join(problems))
             self._say(f"{self.folder} holds no checkpoint: the run begins with step 1, and earlier records of it go")
             return 0
+        check_steps(path, self.config)
         saved = json.loads((path / "run.json").read_text())["config"]
         for line in check_resume(saved, self.settings, self.config.run.accept_changes):
             self._say(line)

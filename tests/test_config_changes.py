@@ -185,6 +185,16 @@ def test_the_launcher_refuses_by_the_newest_checkpoint(tmp_path: Path) -> None:
     check_newest(config, tmp_path)  # damaged: for the ranks to find
 
 
+def test_a_run_does_not_end_before_its_newest_checkpoint(tmp_path: Path) -> None:
+    """It would report steps, and leave a model, that are not those of the config."""
+    (tmp_path / "checkpoints/step_9").mkdir(parents=True)
+    (tmp_path / "checkpoints/step_9/run.json").write_text(json.dumps({"config": settings()}))
+    for steps in (9, 10):  # at its end there is the model to write
+        check_newest(from_dict(Config, BASE | {"trainer": {"num_steps": steps}}), tmp_path)
+    with pytest.raises(ConfigError, match="trainer.num_steps=8, but .*step_9 has 9 steps behind it: set at least 9"):
+        check_newest(from_dict(Config, BASE | {"trainer": {"num_steps": 8}}), tmp_path)
+
+
 def test_a_key_younger_than_the_checkpoint_had_its_default() -> None:
     old = settings()
     del old["algorithm"]["dual_clip"]

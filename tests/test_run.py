@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import logging
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 from megatron_rlvr import run
-from megatron_rlvr.config import Config, from_dict
+from megatron_rlvr.config import Config, ConfigError, from_dict
 from megatron_rlvr.records import read_rows
 from tests.test_recorder import one_rank
 
@@ -30,3 +31,16 @@ def test_a_record_or_a_report_that_cannot_be_written_is_said_and_the_run_goes_on
     assert len(said) == 2 and all("could NOT be written, and the run goes on" in line for line in said)
     assert "the tokens of step 2" in said[0] and "the report" in said[1]
     assert [row["step"] for row in read_rows(tmp_path / "metrics.jsonl")] == [1, 2]
+
+
+def test_a_run_that_has_more_steps_behind_it_than_it_is_to_have_ends_before_it_loads(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The launcher looks at the newest checkpoint; what the ranks find may be an older one."""
+    tree = {"run": {"dir": str(tmp_path), "resume": "must"}, "trainer": {"num_steps": 2}}
+    resumed = object.__new__(run.Run)
+    resumed.config, resumed.folder = from_dict(Config, tree), tmp_path
+    resumed.trainer = SimpleNamespace(models={}, groups=None)  # type: ignore[assignment]
+    monkeypatch.setattr(run, "newest_usable", lambda *arguments: (tmp_path / "checkpoints/step_3", []))
+    with pytest.raises(ConfigError, match="trainer.num_steps=2, but .*step_3 has 3 steps behind it"):
+        resumed._resume()
