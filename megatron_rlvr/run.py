@@ -14,6 +14,7 @@ from typing import Any
 import numpy
 import torch
 from rich.console import Console
+from torch import Tensor
 
 from megatron_rlvr import platform, watchdog
 from megatron_rlvr.config import Config, batch_table, dump, rule, to_dict
@@ -149,8 +150,7 @@ class Run:
 
     def _finish(self, final: dict[str, float]) -> None:
         """The model as a Hugging Face folder, the last figures, the report."""
-        watchdog.beat("export")
-        target, weights = self.folder / "hf", self.trainer.policy.hf_weights()
+        target, weights = self.folder / "hf", _heard_of(self.trainer.policy.hf_weights())
         if not self.is_writer:
             for _ in weights:  # gathering is collective; the first rank writes
                 pass
@@ -163,6 +163,14 @@ class Run:
             self.console.print(f"{name} {value:.3f}", highlight=False)
         self.console.print(f"model   {target}", highlight=False)
         self.console.print(f"report  {build_report(self.folder)}", highlight=False)
+
+
+def _heard_of(weights: Iterator[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
+    """The watchdog hears of every tensor: a whole model may take longer to write than a phase may."""
+    watchdog.beat("export")
+    for named in weights:
+        watchdog.beat("export")
+        yield named
 
 
 class Records:

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from megatron.core.dist_checkpointing.mapping import ShardedTensor, is_main_replica
 
-from megatron_rlvr import checkpoint_folder
+from megatron_rlvr import checkpoint_folder, watchdog
 from megatron_rlvr.config import Config
 from megatron_rlvr.distributed import reduce, sharded_files
 from megatron_rlvr.distributed.groups import ParallelGroups
@@ -30,6 +30,7 @@ from megatron_rlvr.weights.partial_folder import copy_companions
 log = logging.getLogger(__name__)
 
 TIMEOUT = 3600.0  # seconds that the writers wait for one another
+BEAT = 1.0  # seconds between two signs of life of a rank that waits for its writer
 RECORDS = ("metrics.jsonl", "rollouts.jsonl")
 SCORE = "eval/pass@1"  # of the policy that a checkpoint holds: the row of the step after it has it
 
@@ -48,6 +49,7 @@ class CheckpointWriter:
         self.run, self.config, self.models, self.groups = run, config, models, groups
         self._group = sharded_files.background_group(TIMEOUT)
         self._thread: threading.Thread | None = None
+        self._began = 0.0  # when the part of the write that goes on began
         self._problem = ""
         self.stalled = 0.0  # seconds that the last save kept the step waiting
         self.written = 0.0  # seconds from then on until it was whole
@@ -61,6 +63,7 @@ class CheckpointWriter:
         state = state | {"models": progress, "shapes": shapes_of(self.models), "layout": layout_of(self.groups)}
         arguments = (state, tensors, random_streams.streams())
         self.stalled = time.perf_counter() - started
+        self._began = time.monotonic()
         self._thread = threading.Thread(target=self._write, args=arguments, daemon=True)
         self._thread.start()
 
@@ -69,10 +72,15 @@ class CheckpointWriter:
         return self._thread is not None and self._thread.is_alive()
 
     def wait(self) -> str:
-        """Until nothing is being written; what was wrong with the last one, "" where it is there."""
-        if self._thread is not None:
-            self._thread.join()
-            self._thread = None
+        """Until nothing is being written; what was wrong with the last one, "" where it is there.
+
+        A slow disk is no hang: the watchdog hears of this rank as long as its writer keeps to its own limit.
+        """
+        while self._thread is not None and self._thread.is_alive():
+            if time.monotonic() - self._began < TIMEOUT:
+                watchdog.beat("save")
+            self._thread.join(BEAT)
+        self._thread = None
         return self._problem
 
     def _write(self, state: dict[str, Any], tensors: dict[str, list[ShardedTensor]], streams: dict[str, Any]) -> None:
@@ -97,6 +105,7 @@ class CheckpointWriter:
 
     def _together(self, action: Callable[[], Any]) -> list[Any]:
         """What every rank's action returned. Raises WriteFailed on all of them where one has failed."""
+        self._began = time.monotonic()
         try:
             outcome = (action(), "")
         except Exception as error:
