@@ -25,7 +25,7 @@ from megatron_rlvr.models.checkpoint import Models, layout_of, shapes_of, tensor
 from megatron_rlvr.models.trainable import Trainable
 from megatron_rlvr.records import read_rows
 from megatron_rlvr.weights.megatron_folder import FORMAT
-from megatron_rlvr.weights.partial_folder import copy_companions
+from megatron_rlvr.weights.partial_folder import companions, write_companions
 
 log = logging.getLogger(__name__)
 
@@ -47,6 +47,8 @@ class CheckpointWriter:
 
     def __init__(self, run: Path, config: Config, models: Models, groups: ParallelGroups) -> None:
         self.run, self.config, self.models, self.groups = run, config, models, groups
+        # Read once: the folder may change, or go, while the run goes on with what was in it.
+        self._companions = {name: companions(Path(model.path), leave_out=(FORMAT,)) for name, model in models.items()}
         self._group = sharded_files.background_group(TIMEOUT)
         self._thread: threading.Thread | None = None
         self._began = 0.0  # when the part of the write that goes on began
@@ -120,9 +122,9 @@ class CheckpointWriter:
         if self.groups.rank:
             return
         checkpoint_folder.clear_leftovers(self.run)
-        for name, model in self.models.items():
+        for name in self.models:
             (folder / name).mkdir(parents=True)
-            copy_companions(Path(model.path), folder / name, state["shapes"][name]["dtype"], leave_out=(FORMAT,))
+            write_companions(self._companions[name], folder / name, state["shapes"][name]["dtype"])
         (folder / "rng").mkdir()
         (folder / "run.json").write_text(json.dumps(state))
 

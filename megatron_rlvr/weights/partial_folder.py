@@ -89,11 +89,20 @@ def fingerprint(folder: Path, names: list[str]) -> list[Any]:
     return [[name, stat.st_size, stat.st_mtime_ns] for name, stat in stats]
 
 
-def copy_companions(source: Path, folder: Path, dtype: str, leave_out: tuple[str, ...] = ()) -> None:
-    """Config, generation config, tokenizer and chat template; the config names the ``dtype`` of the weights."""
-    for file in sorted(source.iterdir()):
-        if file.suffix in _COMPANIONS and not file.name.endswith(".index.json") and file.name not in leave_out:
-            shutil.copyfile(file, folder / file.name)
-    config = json.loads((folder / "config.json").read_text())
+def companions(source: Path, leave_out: tuple[str, ...] = ()) -> dict[str, bytes]:
+    """File name -> content: config, generation config, tokenizer and chat template of a model."""
+    files = sorted(file for file in source.iterdir() if file.suffix in _COMPANIONS and file.name not in leave_out)
+    return {file.name: file.read_bytes() for file in files if not file.name.endswith(".index.json")}
+
+
+def write_companions(contents: dict[str, bytes], folder: Path, dtype: str) -> None:
+    """The files of ``companions`` into ``folder``; the config names the ``dtype`` of the weights."""
+    config = json.loads(contents["config.json"])
     config["dtype" if "dtype" in config else "torch_dtype"] = dtype
-    (folder / "config.json").write_text(json.dumps(config, indent=2))
+    for name, content in (contents | {"config.json": json.dumps(config, indent=2).encode()}).items():
+        (folder / name).write_bytes(content)
+
+
+def copy_companions(source: Path, folder: Path, dtype: str, leave_out: tuple[str, ...] = ()) -> None:
+    """``write_companions`` of a folder's ``companions``."""
+    write_companions(companions(source, leave_out), folder, dtype)

@@ -320,6 +320,21 @@ def test_no_checkpoint_goes_before_the_next_is_there(cases: dict[str, Case], tmp
     assert {path.name for path in (run / "checkpoints").iterdir()} == set(gone_back)  # nothing half written is left
 
 
+def _save_without_the_model(folder: Path, run: Path) -> tuple[str, list[str]]:
+    with megatron(Layout()) as ranks:
+        models = {"policy": make_policy(folder, Layout(), ranks)}
+        writer = _writer(run, models, ranks)
+        shutil.rmtree(folder)
+        writer.save({"step": 1})
+        return writer.wait(), [json.loads(path.read_text())["model_type"] for path in run.glob("**/config.json")]
+
+
+def test_a_model_folder_that_goes_away_takes_no_checkpoint_with_it(cases: dict[str, Case], tmp_path: Path) -> None:
+    shutil.copytree(cases["qwen3-tied"].folder, tmp_path / "model")
+    (found,) = run_ranks(1, _save_without_the_model, tmp_path / "model", tmp_path / "run", timeout=60)
+    assert found == ("", ["qwen3"])
+
+
 def test_a_rank_that_waits_for_its_writer_is_alive_for_as_long_as_that_may_take(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
