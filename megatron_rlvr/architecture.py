@@ -157,6 +157,7 @@ def _from_tree(tree: dict[str, Any], source: Path) -> Architecture:
     kv_heads = tree.get("num_key_value_heads") or heads
     rule(heads % kv_heads == 0, f"{source}: {kv_heads} key-value heads must divide the {heads} attention heads")
     _refuse_variants(tree, source)
+    _refuse_two_ropes(tree, source)
     return Architecture(
         family=family,
         num_layers=need("num_hidden_layers"),
@@ -209,6 +210,16 @@ def _experts(tree: dict[str, Any], source: Path) -> Experts:
 def _rope(tree: dict[str, Any]) -> dict[str, Any]:
     """transformers 5 writes ``rope_parameters``, earlier ones ``rope_theta`` and ``rope_scaling``."""
     return tree.get("rope_parameters") or tree.get("rope_scaling") or {}
+
+
+def _refuse_two_ropes(tree: dict[str, Any], source: Path) -> None:
+    """transformers and vLLM take rope_scaling alone where both are there, without the other's rope_theta."""
+    new, old = tree.get("rope_parameters"), tree.get("rope_scaling")
+    rule(
+        not new or not old or new == old,
+        f"{source}: rope_parameters {new} and rope_scaling {old} both say how positions turn, and differ: keep one of "
+        f"them; rope_parameters is what transformers 5 writes, with rope_theta inside",
+    )
 
 
 def _refuse_variants(tree: dict[str, Any], source: Path) -> None:

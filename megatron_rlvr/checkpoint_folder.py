@@ -118,7 +118,7 @@ def superfluous(steps: list[int], scores: Mapping[int, float], keep_last: int, k
     superfluous([10, 20, 30, 40], {10: 0.5, 20: 0.9, 30: 0.6}, keep_last=1, keep_best=1) == [10, 30]
     """
     scored = sorted((step for step in steps if step in scores), key=lambda step: (scores[step], step))
-    kept = set(sorted(steps)[-keep_last:]) | set(scored[len(scored) - keep_best :])
+    kept = set(sorted(steps)[-keep_last:]) | set(scored[max(0, len(scored) - keep_best) :])
     return [step for step in sorted(steps) if step not in kept]
 
 

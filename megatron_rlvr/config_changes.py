@@ -1,4 +1,4 @@
-"""What it means to resume a run with another config: nothing, other last bits, or another run."""
+"""What it means to resume a run with another config: nothing, other last bits, another run, or none at all."""
 
 from __future__ import annotations
 
@@ -6,17 +6,19 @@ import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
-from megatron_rlvr.checkpoint_folder import checkpoints
-from megatron_rlvr.config import Config, ConfigError, to_dict
+from megatron_rlvr.checkpoint_folder import checkpoints, step_of
+from megatron_rlvr.config import Config, ConfigError, rule, to_dict
+from megatron_rlvr.exploration.base import filled
 from megatron_rlvr.run_folder import INITIAL
 from megatron_rlvr.types import Prompt
 
 # Keys, or sections of them, that never reach a weight. The longest name that fits a key counts.
 FREE = [
     *("name", "prepare", "logging", "data.path", "data.eval_path", "data.eval_sources", "data.strict"),
-    *("reward.workers", "reward.deadline", "rollout.kv_cache_mib", "rollout.gpu_memory_utilization"),
+    *("reward.workers", "reward.deadline", "reward.max_error_share"),
+    *("rollout.kv_cache_mib", "rollout.gpu_memory_utilization"),
     *("trainer.num_steps", "trainer.eval_every", "trainer.eval_responses", "trainer.eval_temperature"),
     *("trainer.log_rollouts", "trainer.save_every", "trainer.keep_last", "trainer.keep_best"),
 ]
@@ -26,6 +28,11 @@ ROUNDING = [
     *("parallel", "rollout.tp", "rollout.max_running", "trainer.microbatch_tokens", "model.recompute", "model.logits"),
     *("optimizer.distributed", "critic.optimizer.distributed"),
 ]
+
+REPACKED = (
+    "the loss is another one from here on: algorithm.reduction or a method's scope takes it within microbatches, and "
+    "responses are packed into other ones"
+)
 
 MEANING = {
     "seed": "prompts come in another order and samples are drawn anew: some prompts come twice, others not at all",
@@ -48,8 +55,12 @@ MEANING = {
 
 
 def settings_of(config: Config, prompts: Sequence[Prompt]) -> dict[str, Any]:
-    """The config as plain values, with what its prompts are, and where the run's own folder lies left out."""
-    settings = json.loads(json.dumps(to_dict(config)))
+    """The config as plain values, with what its prompts are, and where the run's own folder lies left out.
+
+    Methods have all their options there: a default is no less a setting than one that is written out.
+    """
+    methods = {name: filled(name, options) for name, options in config.exploration.items()}
+    settings = json.loads(json.dumps(to_dict(config) | {"exploration": methods}))
     own = str(config.run_dir)
     if settings["model"].pop("random_init"):  # the ranks are given the folder that the weights were drawn into
         settings["model"]["path"] = f"{own}/{INITIAL}"
@@ -63,50 +74,136 @@ def settings_of(config: Config, prompts: Sequence[Prompt]) -> dict[str, Any]:
 
 
 def check_newest(config: Config, folder: Path) -> None:
-    """``check_resume`` as far as it goes without the prompts: before a rank starts. Raises ConfigError."""
+    """``check_steps``, and ``check_resume`` as far as it goes without the prompts, before a rank starts.
+
+    Raises ConfigError.
+    """
     for path in checkpoints(folder)[-1:]:
         try:
             saved = json.loads((path / "run.json").read_text())["config"]
         except (OSError, ValueError, KeyError):
             return  # the ranks will say what is wrong with it, and use the one before
+        check_steps(path, config)
         now = settings_of(config, [])
         now["data"]["contents"] = saved["data"]["contents"]
         check_resume(saved, now, config.run.accept_changes)
 
 
-def describe(saved: Mapping[str, Any], now: Mapping[str, Any]) -> tuple[list[str], list[str], list[str]]:
-    """Nested plain values -> lines on what changed: without an effect, in the last bits, into another run."""
-    after = _flat(now)
-    before = _flat(saved)
+def check_steps(path: Path, config: Config) -> None:
+    """Raises ConfigError where the checkpoint has more steps behind it than the run is to have."""
+    done, wanted = step_of(path), config.trainer.num_steps
+    rule(
+        done <= wanted,
+        f"trainer.num_steps={wanted}, but {path} has {done} steps behind it: set at least {done}, or begin a new run "
+        f"in another run.dir; tools/convert_hf.py export makes a model of an earlier checkpoint",
+    )
+
+
+class Changes(NamedTuple):
+    """Lines on what changed, by what that does to the run."""
+
+    free: list[str]  # nothing
+    rounding: list[str]  # other last bits
+    other: list[str]  # another run
+    impossible: list[str]  # no run: the checkpoint's tensors do not fit
+
+
+def describe(saved: Mapping[str, Any], now: Mapping[str, Any]) -> Changes:
+    """What changed between two trees of plain values, as ``settings_of`` makes them."""
     # A key that is younger than the checkpoint had the effect of its default.
+    before, after = _flat(_with_methods(saved, now)), _flat(_with_methods(now, saved))
     before = {key: value for key, value in _flat(to_dict(Config())).items() if key in after} | before
-    lines: tuple[list[str], list[str], list[str]] = ([], [], [])
-    decays = any(after.get(f"{section}.schedule") != "constant" for section in ("optimizer", "critic.optimizer"))
+    misfits, repacking = _misfits(before, after), _repacking(before, after) if _by_microbatch(now) else set()
+    changes = Changes([], [], [], [])
     for key in sorted(before.keys() | after.keys()):
         old, new = before.get(key, "(absent)"), after.get(key, "(absent)")
         if old == new or key.startswith("run."):  # how it is started, not what it is
             continue
         change = f"{key}: {_short(old)} -> {_short(new)}"
         name = _section(key, [*FREE, *ROUNDING, *MEANING])
-        if name in FREE and not (key == "trainer.num_steps" and decays):
-            lines[0].append(change)
+        if key in misfits:
+            changes.impossible.append(f"{change} ({misfits[key]})")
+        elif _is_free(key, name, after):
+            changes.free.append(change)
+        elif key in repacking:
+            changes.other.append(f"{change} ({REPACKED})")
         elif name in ROUNDING:
-            lines[1].append(f"{change} (sums in another order: last bits differ)")
+            changes.rounding.append(f"{change} (sums in another order: last bits differ)")
         else:
-            lines[2].append(f"{change} ({MEANING.get(name, 'the run is another one from here on')})")
-    return lines
+            changes.other.append(f"{change} ({MEANING.get(name, 'the run is another one from here on')})")
+    return changes
+
+
+def _is_free(key: str, name: str, after: Mapping[str, Any]) -> bool:
+    has_critic = after["algorithm.advantage"] == "gae"
+    if key.startswith("critic.") and not has_critic:
+        return True
+    if key == "trainer.num_steps":
+        optimizers = ["optimizer", "critic.optimizer"] if has_critic else ["optimizer"]
+        return all(after[f"{section}.schedule"] == "constant" for section in optimizers)
+    return name in FREE
+
+
+def _misfits(before: Mapping[str, Any], after: Mapping[str, Any]) -> dict[str, str]:
+    """Keys whose change asks for tensors that the checkpoint does not hold -> what it holds."""
+    reasons = {"model.dtype": f"the checkpoint's weights are {before['model.dtype']}"}
+    had_critic, has_critic = (flat["algorithm.advantage"] == "gae" for flat in (before, after))
+    if had_critic and has_critic:
+        reasons["critic.num_heads"] = f"the checkpoint's critic has {before['critic.num_heads']}"
+    elif has_critic:
+        reasons["algorithm.advantage"] = "the checkpoint holds no critic"
+    return reasons
+
+
+def _by_microbatch(settings: Mapping[str, Any]) -> bool:
+    """Whether the loss depends on which responses share a microbatch."""
+    scopes = _flat(settings["exploration"]).values()
+    return settings["algorithm"]["reduction"] == "microbatch_token_mean" or "microbatch" in scopes
+
+
+def _repacking(before: Mapping[str, Any], after: Mapping[str, Any]) -> set[str]:
+    """Keys whose change puts other responses into a microbatch (packing.pack); tp and cp only share the work on one."""
+    # The number of microbatches is a multiple of the stages where virtual ones interleave.
+    multiples = {flat["parallel.pp"] if flat["parallel.vpp"] > 1 else 1 for flat in (before, after)}
+    stages = {"parallel.pp", "parallel.vpp"} if len(multiples) > 1 else set()
+    return {"trainer.microbatch_tokens", "parallel.dp"} | stages
+
+
+def _with_methods(tree: Mapping[str, Any], other: Mapping[str, Any]) -> dict[str, Any]:
+    """``tree`` with every option of the methods that both have; one that ``other`` lacks is a line, not its options."""
+    mine, theirs = tree["exploration"], other["exploration"]
+    methods = {name: _options(name, options) if name in theirs else "on" for name, options in mine.items()}
+    rest = {key: value for key, value in tree.items() if key != "exploration"}
+    return rest | ({"exploration": methods} if methods else {})
+
+
+def _options(name: str, options: dict[str, Any]) -> dict[str, Any]:
+    try:
+        return filled(name, options)
+    except ConfigError:  # of a version whose methods had other options: compared as they are
+        return options
 
 
 def check_resume(saved: Mapping[str, Any], now: Mapping[str, Any], accepted: bool) -> list[str]:
-    """Lines to say aloud. Raises ConfigError where the run would be another one and that is not ``accepted``."""
-    free, rounding, other = describe(saved, now)
-    if other and not accepted:
+    """Lines to say aloud.
+
+    Raises ConfigError where the run would be another one and that is not ``accepted``, or where no run can go on so.
+    """
+    changes = describe(saved, now)
+    if changes.impossible:
+        raise ConfigError(
+            "no run can go on from the checkpoint with this config:\n  "
+            + "\n  ".join(changes.impossible)
+            + "\n  set these back, or begin a new run in another run.dir, for example with the model.path that "
+            "tools/convert_hf.py export makes of the checkpoint"
+        )
+    if changes.other and not accepted:
         raise ConfigError(
             "the config is not the one that the checkpoint was made with:\n  "
-            + "\n  ".join(other)
+            + "\n  ".join(changes.other)
             + "\n  set these back, or go on all the same with run.accept_changes=true"
         )
-    return [f"changed since the checkpoint: {line}" for line in free + rounding + other]
+    return [f"changed since the checkpoint: {line}" for lines in changes for line in lines]
 
 
 def _section(key: str, names: list[str]) -> str:

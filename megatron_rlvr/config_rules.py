@@ -43,12 +43,20 @@ def check(config: Config) -> None:
         "model.path is not set: give a Hugging Face folder (config.json, tokenizer, safetensors)",
     )
     _check_data(config.data)
+    _check_kept(config)
+
+
+def _check_kept(config: Config) -> None:
     trainer, held_out = config.trainer, bool(config.data.held_out_sources)
+    best, save, measure = trainer.keep_best, trainer.save_every, trainer.eval_every
     rule(
-        trainer.keep_best == 0
-        or (held_out and trainer.eval_every > 0 and trainer.save_every % trainer.eval_every == 0),
-        f"trainer.keep_best={trainer.keep_best} needs held-out figures of every checkpoint: set data.eval_path, and "
-        f"trainer.eval_every (now {trainer.eval_every}) so that it divides trainer.save_every ({trainer.save_every})",
+        best == 0 or save > 0,
+        f"trainer.keep_best={best} needs trainer.save_every: with 0 a run writes one checkpoint, at its end",
+    )
+    rule(
+        best == 0 or (held_out and measure > 0 and save % measure == 0),
+        f"trainer.keep_best={best} needs held-out figures of every checkpoint: set data.eval_path, and "
+        f"trainer.eval_every (now {measure}) so that it divides trainer.save_every ({save})",
     )
 
 

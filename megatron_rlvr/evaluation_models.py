@@ -7,10 +7,12 @@ folder = hugging_face(model, Path("evaluation/model"))
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
 from megatron_rlvr.architecture import Architecture
+from megatron_rlvr.checkpoint_folder import checkpoints, step_of
 from megatron_rlvr.config import rule
 from megatron_rlvr.weights.convert_export import export_megatron
 from megatron_rlvr.weights.megatron_folder import is_megatron_folder, model_folder
@@ -22,6 +24,7 @@ def find_model(name: str) -> Path:
     """A Hugging Face or Megatron folder, a training checkpoint's policy, or the hf/ of a run. Raises ConfigError."""
     folder = Path(name)
     if (folder / "hf" / "config.json").exists():
+        _refuse_outdated(folder)
         return folder / "hf"
     rule(
         not (folder / "checkpoints").exists(),
@@ -34,6 +37,20 @@ def find_model(name: str) -> Path:
         f"{folder} is no Hugging Face folder (config.json), Megatron folder, checkpoint (policy/) or run (hf/)",
     )
     return found
+
+
+def _refuse_outdated(run: Path) -> None:
+    """A run that ended, and then went on with more steps, has the model of its first end until it ends again."""
+    summary = run / "summary.json"
+    newest = checkpoints(run)[-1:]
+    if not newest or not summary.is_file():
+        return
+    done = json.loads(summary.read_text())["steps"]
+    rule(
+        step_of(newest[0]) <= done,
+        f"{run}/hf is the model of step {done}, and the run has gone on since: name {run}/hf to measure that one, or "
+        f"{newest[0]} for the newest",
+    )
 
 
 def find_critic(name: str, model: Path) -> Path:

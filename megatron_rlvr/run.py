@@ -14,10 +14,11 @@ from typing import Any
 import numpy
 import torch
 from rich.console import Console
+from torch import Tensor
 
 from megatron_rlvr import platform, watchdog
 from megatron_rlvr.config import Config, batch_table, dump, rule, to_dict
-from megatron_rlvr.config_changes import check_resume, settings_of
+from megatron_rlvr.config_changes import check_resume, check_steps, settings_of
 from megatron_rlvr.distributed import groups as process_groups
 from megatron_rlvr.distributed import reduce
 from megatron_rlvr.metrics import MetricsWriter, RolloutsWriter
@@ -104,6 +105,7 @@ class Run:
             rule(not problems, f"no checkpoint in {self.folder} can be used: " + "; ".join(problems))
             self._say(f"{self.folder} holds no checkpoint: the run begins with step 1, and earlier records of it go")
             return 0
+        check_steps(path, self.config)
         saved = json.loads((path / "run.json").read_text())["config"]
         for line in check_resume(saved, self.settings, self.config.run.accept_changes):
             self._say(line)
@@ -148,8 +150,7 @@ class Run:
 
     def _finish(self, final: dict[str, float]) -> None:
         """The model as a Hugging Face folder, the last figures, the report."""
-        watchdog.beat("export")
-        target, weights = self.folder / "hf", self.trainer.policy.hf_weights()
+        target, weights = self.folder / "hf", _heard_of(self.trainer.policy.hf_weights())
         if not self.is_writer:
             for _ in weights:  # gathering is collective; the first rank writes
                 pass
@@ -163,6 +164,14 @@ class Run:
         self.console.print(f"model   {target}", highlight=False)
         with _may_fail("the report"):
             self.console.print(f"report  {build_report(self.folder)}", highlight=False)
+
+
+def _heard_of(weights: Iterator[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
+    """The watchdog hears of every tensor: a whole model may take longer to write than a phase may."""
+    watchdog.beat("export")
+    for named in weights:
+        watchdog.beat("export")
+        yield named
 
 
 class Records:

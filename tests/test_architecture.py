@@ -82,6 +82,14 @@ def test_rope_theta_in_either_place(tmp_path):
     assert read(tmp_path, rope_theta=...).rope_theta == 1e4
 
 
+def test_both_places_may_say_the_same_about_rope(tmp_path):
+    rope = LLAMA3 | {"rope_theta": 5e5}
+    plain = read(tmp_path, model_type="llama", rope_theta=..., rope_parameters=rope)
+    for scaling in (rope, None, {}):
+        tree = {"rope_theta": ..., "rope_parameters": rope, "rope_scaling": scaling}
+        assert read(tmp_path, model_type="llama", **tree) == plain
+
+
 @pytest.mark.parametrize("family", ["Qwen2Config", "Qwen3Config"])
 def test_reads_what_transformers_writes(tmp_path, family):
     import transformers
@@ -103,6 +111,10 @@ def test_reads_what_transformers_writes(tmp_path, family):
         ({"model_type": "llama", "mlp_bias": True}, "mlp_bias is not supported for llama"),
         (MIXTURE | {"mlp_only_layers": [1]}, "dense layers among those with experts .* are not supported"),
         (MIXTURE | {"num_experts": 0}, "num_experts must be a positive integer, not None"),
+        (
+            {"rope_parameters": {"rope_type": "default", "rope_theta": 1e6}, "rope_scaling": {"rope_type": "yarn"}},
+            "rope_parameters .* and rope_scaling .*'yarn'.* differ: keep one of them",
+        ),
         ({"rope_scaling": {"rope_type": "yarn", "factor": 4.0}}, "rope scaling 'yarn' is not supported"),
         ({"rope_parameters": {"rope_type": "linear", "rope_theta": 1e4}}, "rope scaling 'linear' is not supported"),
         ({"use_sliding_window": True}, "sliding-window attention is not supported"),

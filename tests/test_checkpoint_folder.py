@@ -103,3 +103,17 @@ def test_the_newest_and_the_best_stay() -> None:
     assert superfluous(steps, scores, keep_last=1, keep_best=2) == [10, 30]
     assert superfluous(steps, {}, keep_last=1, keep_best=2) == [10, 20, 30, 40]  # none is known to be good
     assert superfluous([10], {}, keep_last=3, keep_best=0) == []
+
+
+def test_the_best_stay_from_the_first_one_that_is_measured() -> None:
+    """Step by step, as a run asks: a checkpoint's score is known one step later, so at first few are scored."""
+    scores = {10: 0.1, 20: 0.2, 30: 0.9, 40: 0.3, 50: 0.8, 60: 0.4, 70: 0.7}
+    there: list[int] = []
+    for step in scores:
+        there.append(step)
+        known = {earlier: score for earlier, score in scores.items() if earlier < step}
+        gone = superfluous(there, known, keep_last=1, keep_best=4)
+        assert gone == ([] if len(known) <= 4 else [min(known.keys() & set(there), key=scores.__getitem__)])
+        there = [kept for kept in there if kept not in gone]
+    assert there == [30, 40, 50, 60, 70]
+    assert superfluous([10, 20, 30], {20: 0.2}, keep_last=1, keep_best=3) == [10]  # 0 < scored < keep_best - 1

@@ -33,6 +33,9 @@ def test_the_same_config_says_nothing() -> None:
         ({"trainer": {"num_steps": 500}}, "trainer.num_steps: 100 -> 500"),
         ({"logging": {"tensorboard": False}}, "logging.tensorboard: True -> False"),
         ({"data": {"path": "moved.jsonl"}}, "data.path:  -> moved.jsonl"),
+        ({"reward": {"max_error_share": 0.3}}, "reward.max_error_share: 0.1 -> 0.3"),
+        ({"critic": {"num_heads": 3}}, "critic.num_heads: 1 -> 3"),  # there is none
+        ({"critic": {"optimizer": {"distributed": False}}}, "critic.optimizer.distributed: True -> False"),
         ({"parallel": {"tp": 2}}, "parallel.tp: 1 -> 2 (sums in another order: last bits differ)"),
     ],
 )
@@ -52,7 +55,7 @@ def test_what_changes_nothing_or_last_bits_is_said(tree: dict[str, Any], line: s
         ({"optimizer": {"lr": 0.5}}, "optimizer.lr: 1e-06 -> 0.5 .*moments and the number of updates are kept"),
         ({"optimizer": {"schedule": "cosine"}, "trainer": {"num_steps": 9}}, "trainer.num_steps.*decay ends"),
         ({"exploration": {"lp_reg": {"rho": 0.2}}}, "exploration.lp_reg.rho: 0.01 -> 0.2"),
-        ({"exploration": {"cde": {}}}, r"exploration.cde: \(absent\) -> {}"),
+        ({"exploration": {"cde": {}}}, r"exploration.cde: \(absent\) -> on"),
         ({"algorithm": {"clip_high": 0.3}}, "algorithm.clip_high: 0.2 -> 0.3 .*the loss is another one"),
     ],
 )
@@ -60,6 +63,92 @@ def test_another_run_is_refused_unless_it_is_accepted(tree: dict[str, Any], mess
     with pytest.raises(ConfigError, match=f"(?s){message}.*run.accept_changes=true"):
         check_resume(settings(), settings(tree), accepted=False)
     assert any(line.startswith("changed since") for line in check_resume(settings(), settings(tree), accepted=True))
+
+
+PPO = {"advantage": "gae"}
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "line"),
+    [
+        ({}, {"algorithm": PPO}, "algorithm.advantage: grpo -> gae (the checkpoint holds no critic)"),
+        ({}, {"model": {"dtype": "float32"}}, "dtype: bfloat16 -> float32 (the checkpoint's weights are bfloat16)"),
+        ({"algorithm": PPO}, {"algorithm": PPO, "critic": {"num_heads": 3}}, "1 -> 3 (the checkpoint's critic has 1)"),
+    ],
+)
+def test_what_the_checkpoint_has_no_tensors_for_is_refused_even_where_it_is_accepted(
+    old: dict[str, Any], new: dict[str, Any], line: str
+) -> None:
+    for accepted in (False, True):
+        with pytest.raises(ConfigError, match="(?s)no run can go on.*set these back, or begin a new run") as error:
+            check_resume(settings(old), settings(new), accepted)
+        assert line in str(error.value) and "accept_changes" not in str(error.value)
+
+
+def test_the_schedule_of_a_critic_counts_where_there_is_one() -> None:
+    decaying = {"critic": {"optimizer": {"schedule": "linear"}}}
+    for algorithm, kind in (({}, "free"), (PPO, "other")):
+        old = settings({"algorithm": algorithm, **decaying})
+        new = settings({"algorithm": algorithm, **decaying, "trainer": {"num_steps": 9}})
+        (line,) = getattr(describe(old, new), kind)
+        assert line.startswith("trainer.num_steps: 100 -> 9")
+
+
+def test_a_critic_may_be_left_out() -> None:
+    (line,) = describe(settings({"algorithm": PPO}), settings()).other
+    assert line.startswith("algorithm.advantage: gae -> grpo")
+
+
+BY_MICROBATCH: list[dict[str, Any]] = [
+    {"algorithm": {"reduction": "microbatch_token_mean"}},
+    {"exploration": {"lp_reg": {"preset": "released_code"}}},
+    {"exploration": {"kl_cov": {"scope": "microbatch"}}},
+]
+
+
+@pytest.mark.parametrize("method", [{}, *BY_MICROBATCH])
+@pytest.mark.parametrize(
+    ("old", "new", "repacks"),
+    [
+        ({"trainer": {"microbatch_tokens": 8192}}, {"trainer": {"microbatch_tokens": 16384}}, True),
+        ({"parallel": {"dp": 1}}, {"parallel": {"dp": 2}}, True),
+        ({"parallel": {"pp": 2}}, {"parallel": {"pp": 2, "vpp": 2}}, True),
+        ({"parallel": {"pp": 2, "vpp": 2}}, {"parallel": {"pp": 4, "vpp": 2}}, True),
+        ({"parallel": {"pp": 2, "vpp": 2}}, {"parallel": {"pp": 2, "vpp": 4}}, False),
+        ({"parallel": {"pp": 1}}, {"parallel": {"pp": 4}}, False),
+        ({"parallel": {"tp": 1}}, {"parallel": {"tp": 2, "cp": 2, "sequence_parallel": True}}, False),
+    ],
+)
+def test_what_repacks_responses_is_another_run_where_the_loss_is_taken_by_microbatch(
+    method: dict[str, Any], old: dict[str, Any], new: dict[str, Any], repacks: bool
+) -> None:
+    free, rounding, other, _ = describe(settings(method | old), settings(method | new))
+    said, rest = (other, rounding) if method and repacks else (rounding, other)
+    assert said and not rest and not free
+    if said is other:
+        assert all("packed into other ones" in line for line in other)
+
+
+def test_a_default_or_preset_that_is_written_out_changes_nothing() -> None:
+    written = {"preset": "paper", "rho": 0.01, "gate": "kept", "kappa": 0.02}
+    short, long = ({"exploration": {"lp_reg": options}} for options in ({}, written))
+    assert check_resume(settings(short), settings(long), accepted=False) == []
+
+
+def test_an_option_younger_than_the_checkpoint_had_its_default() -> None:
+    old = settings()
+    old["exploration"] = {"lp_reg": {"rho": 0.01}}
+    assert check_resume(old, settings(), accepted=False) == []
+    old["exploration"] = {"lp_reg": {"rho": 0.01, "given_up": 3}}  # no option any more: all are compared as they are
+    assert "exploration.lp_reg.given_up: 3 -> (absent)" in "".join(describe(old, settings()).other)
+
+
+def test_a_method_more_or_less_is_one_line() -> None:
+    without = settings({"exploration": {}}) | {"exploration": {}}
+    (line,) = describe(without, settings()).other
+    assert line.startswith("exploration.lp_reg: (absent) -> on (the method is another one")
+    (line,) = describe(settings(), without).other
+    assert line.startswith("exploration.lp_reg: on -> (absent)")
 
 
 def test_a_swapped_data_set_is_seen_under_the_same_name() -> None:
@@ -96,11 +185,21 @@ def test_the_launcher_refuses_by_the_newest_checkpoint(tmp_path: Path) -> None:
     check_newest(config, tmp_path)  # damaged: for the ranks to find
 
 
+def test_a_run_does_not_end_before_its_newest_checkpoint(tmp_path: Path) -> None:
+    """It would report steps, and leave a model, that are not those of the config."""
+    (tmp_path / "checkpoints/step_9").mkdir(parents=True)
+    (tmp_path / "checkpoints/step_9/run.json").write_text(json.dumps({"config": settings()}))
+    for steps in (9, 10):  # at its end there is the model to write
+        check_newest(from_dict(Config, BASE | {"trainer": {"num_steps": steps}}), tmp_path)
+    with pytest.raises(ConfigError, match="trainer.num_steps=8, but .*step_9 has 9 steps behind it: set at least 9"):
+        check_newest(from_dict(Config, BASE | {"trainer": {"num_steps": 8}}), tmp_path)
+
+
 def test_a_key_younger_than_the_checkpoint_had_its_default() -> None:
     old = settings()
     del old["algorithm"]["dual_clip"]
     assert check_resume(old, settings(), accepted=False) == []
-    assert "algorithm.dual_clip: 0.0 -> 3.0" in describe(old, settings({"algorithm": {"dual_clip": 3.0}}))[2][0]
+    assert "algorithm.dual_clip: 0.0 -> 3.0" in describe(old, settings({"algorithm": {"dual_clip": 3.0}})).other[0]
 
 
 def test_every_name_in_the_tables_is_a_key() -> None:

@@ -229,6 +229,18 @@ def test_which_folder_stands_for_a_model(model: Path, tmp_path: Path) -> None:
         find_model(str(tmp_path))
 
 
+def test_a_run_that_went_on_after_its_end_is_asked_which_model_is_meant(model: Path, tmp_path: Path) -> None:
+    for step in (90, 100):
+        (tmp_path / f"checkpoints/step_{step}").mkdir(parents=True)
+    (tmp_path / "summary.json").write_text('{"steps": 100, "eval/pass@1": 0.5}')
+    (tmp_path / "hf").symlink_to(model)
+    assert find_model(str(tmp_path)) == tmp_path / "hf"
+    (tmp_path / "checkpoints/step_150").mkdir()
+    with pytest.raises(ConfigError, match="hf is the model of step 100, .*name .*/hf .*or .*checkpoints/step_150"):
+        find_model(str(tmp_path))
+    assert find_model(str(tmp_path / "hf")) == tmp_path / "hf"
+
+
 def test_a_file_of_ones_own_is_judged_by_the_verifier_that_is_named(ready: Settings, tmp_path: Path) -> None:
     ready.benchmarks, ready.verifier = [str(tmp_path / "one.jsonl")], str(tmp_path / "equal.py")
     own = evaluate.evaluate(ready, Console(quiet=True))["benchmarks"]["one"]

@@ -18,12 +18,12 @@ PACKAGE = "megatron_rlvr"
 # Module or folder -> floor; a module's own line wins over its folder's.
 FLOORS = {
     0: "config config_reading config_rules platform processes seeds types verdict watchdog",
-    1: "advantages architecture benchmarks checkpoint_folder config_changes decontamination environment "
+    1: "advantages architecture benchmarks checkpoint_folder decontamination environment "
     "evaluation evaluation_settings losses metrics packing pages planner progress prompt_files prompt_order "
     "prompt_report prompt_rows prompts records rollout_metrics run_folder run_warnings sample_store templates "
     "token_records trackers verifiers verify_file weights.initial weights.mapping weights.partial_folder",
     2: "distributed group_advantages recorder value_targets",
-    3: "exploration",
+    3: "config_changes exploration",
     4: "models rollout weights",
     5: "evaluate evaluation_critic evaluation_models evaluation_sampling launch preflight run train trainer",
 }

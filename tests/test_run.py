@@ -8,10 +8,11 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import torch
 from rich.console import Console
 
 from megatron_rlvr import run
-from megatron_rlvr.config import Config, from_dict
+from megatron_rlvr.config import Config, ConfigError, from_dict
 from megatron_rlvr.records import read_rows
 from tests.test_recorder import one_rank
 
@@ -47,3 +48,32 @@ def test_a_report_that_cannot_be_written_is_no_reason_for_a_finished_run_to_fail
     finished._finish({"eval/pass@1": 0.5})
     assert (tmp_path / "hf").is_dir() and '"eval/pass@1": 0.5' in (tmp_path / "summary.json").read_text()
     assert "the report could NOT be written, and the run goes on" in caplog.text
+
+
+def test_a_run_that_has_more_steps_behind_it_than_it_is_to_have_ends_before_it_loads(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The launcher looks at the newest checkpoint; what the ranks find may be an older one."""
+    tree = {"run": {"dir": str(tmp_path), "resume": "must"}, "trainer": {"num_steps": 2}}
+    resumed = object.__new__(run.Run)
+    resumed.config, resumed.folder = from_dict(Config, tree), tmp_path
+    resumed.trainer = SimpleNamespace(models={}, groups=None)  # type: ignore[assignment]
+    monkeypatch.setattr(run, "newest_usable", lambda *arguments: (tmp_path / "checkpoints/step_3", []))
+    with pytest.raises(ConfigError, match="trainer.num_steps=2, but .*step_3 has 3 steps behind it"):
+        resumed._resume()
+
+
+@pytest.mark.parametrize("writes", [True, False])
+def test_the_watchdog_hears_of_every_tensor_of_an_export(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, writes: bool
+) -> None:
+    heard: list[str] = []
+    monkeypatch.setattr(run.watchdog, "beat", heard.append)
+    monkeypatch.setattr(run, "save_hf", lambda weights, *folders: list(weights))
+    monkeypatch.setattr(run, "build_report", lambda folder: folder / "report.html")
+    ended = object.__new__(run.Run)
+    ended.config, ended.folder, ended.is_writer, ended.console = Config(), tmp_path, writes, Console(quiet=True)
+    policy = SimpleNamespace(hf_weights=lambda: ((str(number), torch.zeros(1)) for number in range(3)))
+    ended.trainer = SimpleNamespace(policy=policy)  # type: ignore[assignment]
+    ended._finish({})
+    assert heard == ["export"] * 4

@@ -28,7 +28,10 @@ def parse() -> argparse.Namespace:
             command.add_argument(f"--{folder}", required=True, metavar="DIR")
     for size, text in {"tp": "how far the vocabulary is padded", "pp": "stages that share no file"}.items():
         commands.choices["import"].add_argument(f"--{size}", type=int, default=1, help=text)
-    commands.choices["export"].add_argument("--model", default="policy", help="of a training checkpoint: or critic")
+    models = ("policy", "critic")
+    commands.choices["export"].add_argument(
+        "--model", choices=models, default="policy", help="of a training checkpoint"
+    )
     commands.choices["verify"].add_argument("--tensors-only", action="store_true")
     commands.add_parser("inspect", help="what a folder of either kind holds").add_argument("folder")
     return parser.parse_args()

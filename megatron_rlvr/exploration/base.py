@@ -32,7 +32,7 @@ import torch
 from torch import Tensor
 
 from megatron_rlvr import exploration
-from megatron_rlvr.config import Config, ConfigError, from_dict, rule
+from megatron_rlvr.config import Config, ConfigError, from_dict, rule, to_dict
 from megatron_rlvr.distributed import reduce
 from megatron_rlvr.distributed.groups import ParallelGroups
 from megatron_rlvr.distributed.vocab import StatisticsOptions, TokenStatistics
@@ -296,7 +296,27 @@ def build(settings: dict[str, dict], run: Config | None = None) -> Composite:
     return Composite([_build_one(name, options, run) for name, options in settings.items()])
 
 
+def filled(name: str, options: dict[str, Any]) -> dict[str, Any]:
+    """A method's options as plain values, with its defaults and presets. Raises ConfigError as ``build`` does.
+
+    filled("high_entropy", {"share": 0.1}) == {"share": 0.1, "scope": "update"}
+    """
+    return to_dict(from_dict(_module(name).Config, options, path=f"exploration.{name}"))
+
+
 def _build_one(name: str, options: dict, run: Config | None) -> Exploration:
+    module = _module(name)
+    classes = [item for item in vars(module).values() if isinstance(item, type) and item.__module__ == module.__name__]
+    methods = [item for item in classes if issubclass(item, Exploration)]
+    rule(
+        len(methods) == 1,
+        f"exploration/{name}.py must hold one subclass of Exploration, not {len(methods)}: the file is the method",
+    )
+    (method,) = methods
+    return method(name, from_dict(module.Config, options, path=f"exploration.{name}"), run)
+
+
+def _module(name: str) -> Any:
     known = method_names()
     if name not in known:
         closest = difflib.get_close_matches(name, known, n=1, cutoff=0.0)[0]
@@ -304,10 +324,8 @@ def _build_one(name: str, options: dict, run: Config | None) -> Exploration:
             f"unknown exploration method {name!r}; did you mean {closest!r}? There are: {', '.join(known)}"
         )
     module = importlib.import_module(f"{exploration.__name__}.{name}")
-    classes = [item for item in vars(module).values() if isinstance(item, type) and item.__module__ == module.__name__]
-    methods = [item for item in classes if issubclass(item, Exploration)]
-    file = f"exploration/{name}.py"
-    rule(len(methods) == 1, f"{file} must hold one subclass of Exploration, not {len(methods)}: the file is the method")
-    rule(hasattr(module, "Config"), f"{file} has no dataclass named Config: it holds the method's options, if any")
-    (method,) = methods
-    return method(name, from_dict(module.Config, options, path=f"exploration.{name}"), run)
+    rule(
+        hasattr(module, "Config"),
+        f"exploration/{name}.py has no dataclass named Config: it holds the method's options, if any",
+    )
+    return module

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from megatron.core.dist_checkpointing.mapping import ShardedTensor, is_main_replica
 
-from megatron_rlvr import checkpoint_folder
+from megatron_rlvr import checkpoint_folder, watchdog
 from megatron_rlvr.config import Config
 from megatron_rlvr.distributed import reduce, sharded_files
 from megatron_rlvr.distributed.groups import ParallelGroups
@@ -25,11 +25,12 @@ from megatron_rlvr.models.checkpoint import Models, layout_of, shapes_of, tensor
 from megatron_rlvr.models.trainable import Trainable
 from megatron_rlvr.records import read_rows
 from megatron_rlvr.weights.megatron_folder import FORMAT
-from megatron_rlvr.weights.partial_folder import copy_companions
+from megatron_rlvr.weights.partial_folder import companions, write_companions
 
 log = logging.getLogger(__name__)
 
 TIMEOUT = 3600.0  # seconds that the writers wait for one another
+BEAT = 1.0  # seconds between two signs of life of a rank that waits for its writer
 RECORDS = ("metrics.jsonl", "rollouts.jsonl")
 SCORE = "eval/pass@1"  # of the policy that a checkpoint holds: the row of the step after it has it
 
@@ -46,8 +47,11 @@ class CheckpointWriter:
 
     def __init__(self, run: Path, config: Config, models: Models, groups: ParallelGroups) -> None:
         self.run, self.config, self.models, self.groups = run, config, models, groups
+        # Read once: the folder may change, or go, while the run goes on with what was in it.
+        self._companions = {name: companions(Path(model.path), leave_out=(FORMAT,)) for name, model in models.items()}
         self._group = sharded_files.background_group(TIMEOUT)
         self._thread: threading.Thread | None = None
+        self._began = 0.0  # when the part of the write that goes on began
         self._problem = ""
         self.stalled = 0.0  # seconds that the last save kept the step waiting
         self.written = 0.0  # seconds from then on until it was whole
@@ -61,6 +65,7 @@ class CheckpointWriter:
         state = state | {"models": progress, "shapes": shapes_of(self.models), "layout": layout_of(self.groups)}
         arguments = (state, tensors, random_streams.streams())
         self.stalled = time.perf_counter() - started
+        self._began = time.monotonic()
         self._thread = threading.Thread(target=self._write, args=arguments, daemon=True)
         self._thread.start()
 
@@ -69,10 +74,15 @@ class CheckpointWriter:
         return self._thread is not None and self._thread.is_alive()
 
     def wait(self) -> str:
-        """Until nothing is being written; what was wrong with the last one, "" where it is there."""
-        if self._thread is not None:
-            self._thread.join()
-            self._thread = None
+        """Until nothing is being written; what was wrong with the last one, "" where it is there.
+
+        A slow disk is no hang: the watchdog hears of this rank as long as its writer keeps to its own limit.
+        """
+        while self._thread is not None and self._thread.is_alive():
+            if time.monotonic() - self._began < TIMEOUT:
+                watchdog.beat("save")
+            self._thread.join(BEAT)
+        self._thread = None
         return self._problem
 
     def _write(self, state: dict[str, Any], tensors: dict[str, list[ShardedTensor]], streams: dict[str, Any]) -> None:
@@ -97,6 +107,7 @@ class CheckpointWriter:
 
     def _together(self, action: Callable[[], Any]) -> list[Any]:
         """What every rank's action returned. Raises WriteFailed on all of them where one has failed."""
+        self._began = time.monotonic()
         try:
             outcome = (action(), "")
         except Exception as error:
@@ -111,9 +122,9 @@ class CheckpointWriter:
         if self.groups.rank:
             return
         checkpoint_folder.clear_leftovers(self.run)
-        for name, model in self.models.items():
+        for name in self.models:
             (folder / name).mkdir(parents=True)
-            copy_companions(Path(model.path), folder / name, state["shapes"][name]["dtype"], leave_out=(FORMAT,))
+            write_companions(self._companions[name], folder / name, state["shapes"][name]["dtype"])
         (folder / "rng").mkdir()
         (folder / "run.json").write_text(json.dumps(state))
 

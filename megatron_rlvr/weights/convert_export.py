@@ -15,7 +15,7 @@ from torch import Tensor
 from megatron_rlvr.architecture import Architecture
 from megatron_rlvr.config import rule
 from megatron_rlvr.weights.megatron_folder import FORMAT, METADATA, is_megatron_folder, model_folder
-from megatron_rlvr.weights.partial_folder import PartialFolder, copy_companions, fingerprint
+from megatron_rlvr.weights.partial_folder import PartialFolder, fingerprint
 from megatron_rlvr.weights.sources import VALUE_HEAD, MegatronWeights, Source
 
 SHARD_BYTES = 2 << 30
@@ -32,11 +32,11 @@ def export_megatron(
     folder that is damaged or of another model; the target then does not exist. A critic's head goes into a file of its
     own, value_head.safetensors.
     """
-    folder = model_folder(megatron, model)
-    rule(is_megatron_folder(folder), f"--megatron={str(megatron)!r} is no Megatron folder: it holds no {METADATA}")
+    folder = _folder(Path(megatron), model)
     architecture = Architecture.from_folder(folder, key="--megatron")
     with MegatronWeights(folder, architecture) as source:
-        names = list(source.check_model(architecture))
+        names, head = list(source.check_model(architecture)), source.value_head()
+        rule(bool(head) or model != "critic", f"--megatron={str(megatron)!r} is a language model: drop --model=critic")
         layouts = {name: source.layout(name) for name in names}
         sizes = {name: math.prod(shape) * dtype.itemsize for name, (shape, dtype) in layouts.items()}
         stored = sorted({info.relative_path for info in source.megatron.metadata.storage_data.values()})
@@ -49,15 +49,27 @@ def export_megatron(
             done += sum(sizes[name] for name in held)
             if advance:
                 advance(done, sum(sizes.values()))
-        if head := source.value_head():
+        if head:
             partial.write(VALUE_HEAD, lambda path: save_file(head, path))
     if len(shards) > 1:
         located = {name: file for file, held in shards.items() for name in held}
         index = {"metadata": {"total_size": sum(sizes.values())}, "weight_map": located}
         partial.write("model.safetensors.index.json", lambda path: path.write_text(json.dumps(index, indent=2)))
     dtypes = {str(dtype).removeprefix("torch.") for _, dtype in layouts.values()}
-    copy_companions(folder, partial.path, "bfloat16" if "bfloat16" in dtypes else min(dtypes), leave_out=(FORMAT,))
+    partial.copy_companions(folder, "bfloat16" if "bfloat16" in dtypes else min(dtypes), leave_out=(FORMAT,))
     partial.finish()
+
+
+def _folder(path: Path, model: str) -> Path:
+    """The Megatron folder that is meant. Raises ConfigError, which names what there is."""
+    folder, given = model_folder(path, model), f"--megatron={str(path)!r}"
+    held = sorted(inside.parent.name for inside in path.glob(f"*/{METADATA}"))
+    rule(
+        is_megatron_folder(folder) or not held,
+        f"{given} is a checkpoint without {model}: it holds {' and '.join(held)}, which --model names",
+    )
+    rule(is_megatron_folder(folder), f"{given} is no Megatron folder: it holds no {METADATA}")
+    return folder
 
 
 def _shards(sizes: dict[str, int]) -> dict[str, list[str]]:

@@ -33,7 +33,7 @@ from megatron_rlvr.config import rule
 from megatron_rlvr.weights import mapping
 from megatron_rlvr.weights.gather import owner_stage
 from megatron_rlvr.weights.megatron_folder import COMMON, FORMAT, METADATA
-from megatron_rlvr.weights.partial_folder import PartialFolder, copy_companions, fingerprint
+from megatron_rlvr.weights.partial_folder import PartialFolder, fingerprint
 from megatron_rlvr.weights.sources import VALUE_HEAD, Checkpoint, Source
 
 FILE_BYTES = 1 << 30
@@ -73,6 +73,8 @@ def import_hf(
     """
     hf = Path(hf)
     architecture = Architecture.from_folder(hf, key="--hf")
+    for name, size in {"tp": tp, "pp": pp}.items():
+        rule(size >= 1, f"--{name} must be at least 1, not {size}: it is a number of ranks")
     architecture.check_layout(tp, pp, 1)
     with Checkpoint(hf) as source:
         source.check_model(architecture)
@@ -183,7 +185,7 @@ def _complete(partial: PartialFolder, files: dict[str, list[Item]], hf: Path) ->
             if record["extra_state"]:
                 metadata.state_dict_metadata[record["extra_state"]] = BytesStorageMetadata()
                 metadata.storage_data[MetadataIndex(record["extra_state"])] = empty
-    copy_companions(hf, partial.path, "bfloat16" if "bfloat16" in dtypes else min(dtypes))
+    partial.copy_companions(hf, "bfloat16" if "bfloat16" in dtypes else min(dtypes))
     partial.write(COMMON, lambda path: torch.save({}, path))
     partial.write(METADATA, lambda path: path.write_bytes(pickle.dumps(metadata)))
     partial.write(FORMAT, lambda path: path.write_text(json.dumps(_FORMAT)))

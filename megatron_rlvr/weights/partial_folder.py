@@ -5,13 +5,17 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from megatron_rlvr.config import rule
+from safetensors import SafetensorError
+
+from megatron_rlvr.config import ConfigError, rule
 
 _TASK = "task.json"
+_TORCH_WRITER = "inline_container"  # what torch.save calls its writer where that could not write
 _COMPANIONS = {".json", ".txt", ".jinja", ".model"}
 
 
@@ -19,30 +23,54 @@ class PartialFolder:
     """``target`` while it is written, under the name target.partial.
 
     ``task`` is what is written, from what: where an earlier attempt at the very same was interrupted, its finished
-    files are kept; anything else that lies there is thrown away. Raises ConfigError for a ``target`` that exists.
+    files are kept; anything else that lies there is thrown away. Raises ConfigError for a ``target`` that exists, and
+    where the disk does not take it.
     """
 
     def __init__(self, target: str | Path, task: dict[str, Any]) -> None:
         self.target = Path(target)
-        rule(not self.target.exists(), f"{target} exists already: remove it, or give another name")
         self.path = self.target.with_name(self.target.name + ".partial")
         written = json.dumps(task, sort_keys=True)
-        if not (self.path / _TASK).is_file() or (self.path / _TASK).read_text() != written:
-            shutil.rmtree(self.path, ignore_errors=True)
-            self.path.mkdir(parents=True)
-            self.write(_TASK, lambda file: file.write_text(written))
+        try:
+            rule(not self.target.exists(), f"{target} exists already: remove it, or give another name")
+            if not (self.path / _TASK).is_file() or (self.path / _TASK).read_text() != written:
+                shutil.rmtree(self.path, ignore_errors=True)
+                self.path.mkdir(parents=True)
+                self.write(_TASK, lambda file: file.write_text(written))
+        except OSError as error:
+            raise ConfigError(f"cannot make {self.path}: {error.strerror}; give a place that can be written") from error
 
     def has(self, name: str) -> bool:
         return (self.path / name).is_file()
 
     def write(self, name: str, fill: Callable[[Path], Any]) -> None:
-        """One file, made by ``fill(path)``, on the disk before it has its name."""
+        """One file, made by ``fill(path)``, on the disk before it has its name. Raises ConfigError for a full disk."""
         unfinished = self.path / f"{name}.unfinished"
-        fill(unfinished)
-        with unfinished.open("rb") as file:
-            os.fsync(file.fileno())
+        with self._room_for(unfinished):
+            fill(unfinished)
+            with unfinished.open("rb") as file:
+                os.fsync(file.fileno())
         readable(unfinished)
         unfinished.rename(self.path / name)
+
+    def copy_companions(self, source: Path, dtype: str, leave_out: tuple[str, ...] = ()) -> None:
+        """``copy_companions`` into this folder. Raises ConfigError for a full disk."""
+        with self._room_for(self.path / "config.json"):
+            copy_companions(source, self.path, dtype, leave_out)
+
+    @contextmanager
+    def _room_for(self, file: Path) -> Iterator[None]:
+        try:
+            yield
+        except (OSError, SafetensorError, RuntimeError) as error:
+            reason = error.__context__ if isinstance(error.__context__, OSError) else error
+            if isinstance(reason, RuntimeError) and _TORCH_WRITER not in str(reason):
+                raise
+            file.unlink(missing_ok=True)  # gives the disk its room back
+            raise ConfigError(
+                f"{file} could not be written: {reason}; {shutil.disk_usage(self.path).free >> 20} MiB are free: make "
+                f"room, and the same command goes on where it stopped, or give a place on another disk"
+            ) from error
 
     def finish(self) -> None:
         """Give the folder its name."""
@@ -61,11 +89,20 @@ def fingerprint(folder: Path, names: list[str]) -> list[Any]:
     return [[name, stat.st_size, stat.st_mtime_ns] for name, stat in stats]
 
 
-def copy_companions(source: Path, folder: Path, dtype: str, leave_out: tuple[str, ...] = ()) -> None:
-    """Config, generation config, tokenizer and chat template; the config names the ``dtype`` of the weights."""
-    for file in sorted(source.iterdir()):
-        if file.suffix in _COMPANIONS and not file.name.endswith(".index.json") and file.name not in leave_out:
-            shutil.copyfile(file, folder / file.name)
-    config = json.loads((folder / "config.json").read_text())
+def companions(source: Path, leave_out: tuple[str, ...] = ()) -> dict[str, bytes]:
+    """File name -> content: config, generation config, tokenizer and chat template of a model."""
+    files = sorted(file for file in source.iterdir() if file.suffix in _COMPANIONS and file.name not in leave_out)
+    return {file.name: file.read_bytes() for file in files if not file.name.endswith(".index.json")}
+
+
+def write_companions(contents: dict[str, bytes], folder: Path, dtype: str) -> None:
+    """The files of ``companions`` into ``folder``; the config names the ``dtype`` of the weights."""
+    config = json.loads(contents["config.json"])
     config["dtype" if "dtype" in config else "torch_dtype"] = dtype
-    (folder / "config.json").write_text(json.dumps(config, indent=2))
+    for name, content in (contents | {"config.json": json.dumps(config, indent=2).encode()}).items():
+        (folder / name).write_bytes(content)
+
+
+def copy_companions(source: Path, folder: Path, dtype: str, leave_out: tuple[str, ...] = ()) -> None:
+    """``write_companions`` of a folder's ``companions``."""
+    write_companions(companions(source, leave_out), folder, dtype)

@@ -7,6 +7,8 @@ import pickle
 import random
 import resource
 import shutil
+import threading
+import time
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -18,7 +20,7 @@ from megatron.core import dist_checkpointing
 from megatron_rlvr import platform
 from megatron_rlvr.checkpoint_folder import checkpoints, inventory, seal
 from megatron_rlvr.distributed.groups import ParallelGroups
-from megatron_rlvr.models import sharded_state
+from megatron_rlvr.models import checkpoint_writer, sharded_state
 from megatron_rlvr.models.checkpoint import load, newest_usable
 from megatron_rlvr.models.checkpoint_writer import CheckpointWriter
 from megatron_rlvr.models.critic import Critic
@@ -316,6 +318,48 @@ def test_no_checkpoint_goes_before_the_next_is_there(cases: dict[str, Case], tmp
     assert again == "" and found == ["step_9", "step_11", "step_12"]
     assert gone_back == ["step_5", *found]
     assert {path.name for path in (run / "checkpoints").iterdir()} == set(gone_back)  # nothing half written is left
+
+
+def _save_without_the_model(folder: Path, run: Path) -> tuple[str, list[str]]:
+    with megatron(Layout()) as ranks:
+        models = {"policy": make_policy(folder, Layout(), ranks)}
+        writer = _writer(run, models, ranks)
+        shutil.rmtree(folder)
+        writer.save({"step": 1})
+        return writer.wait(), [json.loads(path.read_text())["model_type"] for path in run.glob("**/config.json")]
+
+
+def test_a_model_folder_that_goes_away_takes_no_checkpoint_with_it(cases: dict[str, Case], tmp_path: Path) -> None:
+    shutil.copytree(cases["qwen3-tied"].folder, tmp_path / "model")
+    (found,) = run_ranks(1, _save_without_the_model, tmp_path / "model", tmp_path / "run", timeout=60)
+    assert found == ("", ["qwen3"])
+
+
+def test_a_rank_that_waits_for_its_writer_is_alive_for_as_long_as_that_may_take(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """A large model on a slow disk takes longer than run.hang_timeout; a writer that hangs does not go on for ever."""
+    beats: list[str] = []
+    enough, written = threading.Event(), threading.Event()
+
+    def beat(phase: str) -> None:
+        beats.append(phase)
+        if len(beats) == 5:
+            enough.set()
+
+    monkeypatch.setattr(checkpoint_writer.watchdog, "beat", beat)
+    monkeypatch.setattr(checkpoint_writer, "BEAT", 0.01)
+    writer = object.__new__(CheckpointWriter)
+    writer._problem, writer._began = "", time.monotonic()
+    writer._thread = threading.Thread(target=enough.wait, args=(30,))
+    writer._thread.start()
+    assert writer.wait() == "" and set(beats) == {"save"} and len(beats) >= 5
+
+    beats.clear()
+    writer._began -= checkpoint_writer.TIMEOUT
+    writer._thread = threading.Thread(target=written.wait, args=(0.2,))
+    writer._thread.start()
+    assert writer.wait() == "" and not beats
 
 
 def test_a_flat_range_is_cut_into_boxes() -> None:

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import json
 import os
+import resource
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -22,6 +24,7 @@ from megatron_rlvr.weights import convert_export, convert_import
 from megatron_rlvr.weights.convert_export import export_megatron
 from megatron_rlvr.weights.convert_import import import_hf
 from megatron_rlvr.weights.convert_verify import describe, differing_tensors
+from megatron_rlvr.weights.partial_folder import PartialFolder
 from megatron_rlvr.weights.sources import VALUE_HEAD
 from tests.ranks import run_ranks
 from tests.weights.tiny_models import save_model
@@ -221,6 +224,61 @@ def test_a_critic_starts_from_a_critics_folder(tmp_path: Path, heads: int) -> No
             assert all(torch.from_numpy(found[leaf]).equal(head[leaf]) for leaf in head)
         else:
             assert "output_layer.weight has shape [3, 64], critic.num_heads asks for [2, 64]" in found
+
+
+def test_what_is_asked_for_and_not_there_is_named(tmp_path: Path) -> None:
+    save_model(tmp_path / "hf", "qwen3", tied=True)
+    step, back = tmp_path / "step_3", tmp_path / "back"
+    import_hf(tmp_path / "hf", step / "policy")
+    with pytest.raises(ConfigError, match="step_3' is a checkpoint without critic: it holds policy, which --model"):
+        export_megatron(step, back, "critic")
+    with pytest.raises(ConfigError, match="policy' is a language model: drop --model=critic"):
+        export_megatron(step / "policy", back, "critic")
+    with pytest.raises(ConfigError, match="is no Megatron folder: it holds no .metadata"):
+        export_megatron(tmp_path, back)
+    for layout in ({"tp": 0}, {"pp": -1}):
+        ((name, size),) = layout.items()
+        with pytest.raises(ConfigError, match=f"--{name} must be at least 1, not {size}"):
+            import_hf(tmp_path / "hf", back, **layout)
+    for place in (tmp_path / "hf" / "config.json" / "inside", Path("/proc/inside")):
+        with pytest.raises(ConfigError, match="cannot make .*inside.partial: .*; give a place that can be written"):
+            export_megatron(step, place)
+    assert not back.exists()
+
+
+def test_a_mistake_of_ours_is_not_called_a_full_disk(tmp_path: Path) -> None:
+    def fails(path: Path) -> None:
+        raise RuntimeError("shapes differ")
+
+    with pytest.raises(RuntimeError, match="shapes differ"):
+        PartialFolder(tmp_path / "target", {}).write("one", fails)
+
+
+@contextmanager
+def no_file_above(size: int) -> Iterator[None]:
+    """As on a full disk, a write fails in the middle of a file."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+def test_a_disk_that_takes_no_more_is_one_error_and_the_same_command_goes_on(tmp_path: Path) -> None:
+    source, megatron, back = (tmp_path / name for name in ("hf", "megatron", "back"))
+    save_model(source, "llama", tied=True)
+    for convert, folders, file in (
+        (import_hf, (source, megatron), "megatron.partial/__0_0.distcp"),
+        (export_megatron, (megatron, back), "back.partial/model.safetensors"),
+    ):
+        with no_file_above(50_000), pytest.raises(ConfigError) as error:
+            convert(*folders)
+        assert f"{file}.unfinished could not be written: " in str(error.value) and "File too large" in str(error.value)
+        assert "MiB are free: make room, and the same command goes on where it stopped" in str(error.value)
+        assert not folders[1].exists() and not list(tmp_path.glob("*.partial/*.unfinished"))
+        convert(*folders)
+    assert not differing_tensors(source, back)
 
 
 def test_the_tool_converts_verifies_and_says_what_is_wrong(tmp_path: Path) -> None:
