@@ -43,8 +43,9 @@ def figures(problems: Sequence[Sequence[Outcome]]) -> dict[str, Estimate | float
 
     avg@n, pass@k for k = 2, 4, ... and n, maj@n: Estimates. length: mean tokens; truncated, unjudged: shares of the
     responses; ppl_right, ppl_wrong: mean perplexity exp(-log_prob / tokens) of right and wrong responses, whose gap is
-    CDE's calibration (arXiv 2509.09675, Fig. 9); distinct, distinct_right: different (right) responses per problem. A
-    problem with fewer than k judged responses counts for smaller k alone.
+    CDE's calibration (arXiv 2509.09675, Fig. 9); distinct, distinct_right: different (right) responses per problem.
+    Responses that no verifier could judge are left out. A problem that lost some of them stays in every figure, with
+    fewer than k for pass@k where so few are left, for without it pass@n could be below avg@n; one that lost all is out.
     """
     samples = max(map(len, problems))
     judged = [[item for item in outcomes if item.right is not None] for outcomes in problems]
@@ -52,7 +53,7 @@ def figures(problems: Sequence[Sequence[Outcome]]) -> dict[str, Estimate | float
     pairs = list(zip(judged, right, strict=True))
     found: dict[str, Estimate | float] = {f"avg@{samples}": estimate([r / len(of) for of, r in pairs if of])}
     for k in _powers(samples):
-        found[f"pass@{k}"] = estimate([pass_at_k(len(of), r, k) for of, r in pairs if len(of) >= k])
+        found[f"pass@{k}"] = estimate([pass_at_k(len(of), r, min(k, len(of))) for of, r in pairs if of])
     if samples > 1:
         found[f"maj@{samples}"] = estimate([majority(of) for of in judged if of])
     everything = [item for outcomes in problems for item in outcomes]

@@ -15,7 +15,7 @@ from typing import Any
 from megatron_rlvr.config import ConfigError, rule
 from megatron_rlvr.evaluation import Outcome
 from megatron_rlvr.types import FinishReason
-from megatron_rlvr.verdict import SCORED, VerdictStatus
+from megatron_rlvr.verdict import SCORED, Verdict, VerdictStatus
 
 
 @dataclass(frozen=True)
@@ -36,6 +36,10 @@ class StoredSample:
     log_prob: float  # nats, summed over the tokens
     text: str  # of a benchmark whose texts are not shown: a digest
     head_std: float | None = None  # of a critic, where one is given: mean over the tokens
+
+    @property
+    def verdict(self) -> Verdict:
+        return Verdict(self.reward, self.status, self.extracted)
 
     @property
     def outcome(self) -> Outcome:

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import math
-from itertools import combinations, permutations, product
+from itertools import combinations, pairwise, permutations, product
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from megatron_rlvr.evaluation import Estimate, Outcome, estimate, figures, majority, pass_at_k, summarise
 from megatron_rlvr.types import Prompt, Rollout, RolloutGroup
@@ -169,5 +171,17 @@ def test_summary() -> None:
 def test_a_failed_verifier_is_no_wrong_answer() -> None:
     metrics = summarise([group(1.0, None), group(0.0, 1.0)])
     assert metrics["pass@1"] == 0.75  # 1 of 1 judged, 1 of 2
-    assert metrics["pass@2"] == 1.0  # of the second prompt alone
+    assert metrics["pass@2"] == metrics["pass@1"] + 0.25  # the first prompt's only judged one is right
     assert metrics["unjudged"] == 0.25
+    assert summarise([group(0.0, None), group(0.0, 1.0)])["pass@2"] == 0.5
+    assert summarise([group(None, None), group(0.0, 1.0)])["pass@2"] == 1.0  # nothing known of the first
+
+
+@given(st.lists(st.lists(st.sampled_from([True, False, None]), min_size=1, max_size=9), min_size=1, max_size=4))
+def test_more_tries_are_never_worse_whatever_was_lost(rights: list[list[bool | None]]) -> None:
+    found = figures([[answered("7", right) for right in of] for of in rights])
+    chances = [found[name].value for name in found if name.startswith(("avg@", "pass@"))]
+    if any(right is not None for of in rights for right in of):
+        assert all(less <= more + 1e-12 for less, more in pairwise(chances)), found
+    else:
+        assert all(map(math.isnan, chances))
