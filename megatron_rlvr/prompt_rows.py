@@ -59,6 +59,8 @@ class RowReader:
             find_field(row, self.source, "answer_field", self.data.answer_field),
         )
         prompt_field, answer_field = self.fields
+        if answer_field in _TESTS and not (self.source.prompt_field or self.data.prompt_field):
+            row = _with_tests(row, prompt_field)
         messages = _messages(row, prompt_field)
         asked = _asked(messages)
         answer, mark = _answer(row, answer_field, self.read_answer), turn_mark(asked)
@@ -152,6 +154,19 @@ def plain(value: Any) -> Any:
     if isinstance(value, str) and (found := _INTEGER.fullmatch(value.strip())):
         return found[1].replace("+", "") * (found[2] != "0") + found[2]
     return value
+
+
+def _with_tests(row: dict[str, Any], field: str) -> dict[str, Any]:
+    """MBPP's row with its tests behind the task, in the words of MBPP's own prompt (arXiv 2108.07732).
+
+    They call a function by a name that the task alone rarely says. Other rows stay as they are.
+    """
+    task, tests = _get(row, field), row.get("test_list")
+    if not isinstance(task, str) or not isinstance(tests, list) or row.get("entry_point") or turn_mark(task):
+        return row
+    if not tests or not all(isinstance(test, str) and test.strip() not in task for test in tests):
+        return row
+    return row | {field: "\n".join([task.strip(), "Your code should pass these tests:", "", *tests])}
 
 
 def _multiple_choice(row: dict[str, Any]) -> dict[str, Any]:

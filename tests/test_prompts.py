@@ -347,6 +347,27 @@ def test_rows_with_tests_in_columns_are_their_own_answer(tmp_path, tokenizer, fi
             assert load(path, data, tokenizer, "code").prompts[0].answer == expected[name]
 
 
+def test_mbpp_asks_for_what_its_tests_call(tmp_path, chat_tokenizer):
+    """Two of its tasks may be word for word the same, and differ in what is tested."""
+    rows = [
+        {"prompt": "Round up.", "test_list": [f"assert {name}(1.5) == 2", f"assert {name}(1) == 1"]} for name in "fg"
+    ]
+    plus = {
+        "prompt": "Round down.",
+        "test_list": ["assert h(1.5) == 1"],
+        "test": "for x in range(99):\n    assert h(x) == x",
+    }
+    shown = "Round up.\nYour code should pass these tests:\n\nassert f(1.5) == 2\nassert f(1) == 1"
+    path = write(tmp_path / "a.jsonl", [*rows, plus])
+    loaded = load(path, DataConfig(), chat_tokenizer, "code")
+    assert loaded.prompts[0].text == f"<user>{shown}\n<bot>" and len(loaded) == 3 and loaded.drops == []
+    assert "assert h(1.5) == 1" in loaded.prompts[2].text and "range" not in loaded.prompts[2].text
+    named = load(path, replace(RAW, prompt_field="prompt"), chat_tokenizer, "code")
+    assert [prompt.text for prompt in named.prompts] == ["Round down."]  # as asked: the others contradict each other
+    again = [{"prompt": shown, "test_list": rows[0]["test_list"]}]
+    assert load(write(tmp_path / "b.jsonl", again), RAW, chat_tokenizer, "code").prompts[0].text == shown
+
+
 def test_a_folder_of_datasets_and_its_splits(tmp_path, tokenizer):
     datasets = pytest.importorskip("datasets")
     rows = datasets.Dataset.from_list(ROWS[:1] + ROWS[2:])
@@ -439,6 +460,15 @@ def test_the_published_training_sets_from_one_line_each():
     assert sum(prompt.answer.startswith("-") for prompt in kept.prompts) == 366
     assert sum(len(prompt.answer) > 15 for prompt in kept.prompts) == 5
     assert sum(bool(re.search("[一-鿿]", prompt.text)) for prompt in kept.prompts) == 3_432
+
+
+@pytest.mark.real_data
+def test_every_task_of_mbpp_names_the_function_that_its_tests_call():
+    config = DataConfig(template="raw", max_prompt_length=100_000)
+    loaded = load(Path(DATA, "other/mbpp_new.json"), config, Characters(), "code")
+    assert len(loaded) == 399 and loaded.drops == []
+    for prompt in loaded.prompts:
+        assert prompt.answer["tests"].strip().rpartition("\n")[2] in prompt.text
 
 
 @pytest.mark.real_data
