@@ -127,7 +127,12 @@ def _fitting(
     """The prompts of each source that are short enough; the others are added to ``drops``."""
     prefixes = [stem(name) for name in names]
     parts: list[list[Prompt]] = [[] for _ in names]
+    start = (
+        [] if data.template in ("chat", *INSIDE_CHAT) else _first_token(tokenizer)
+    )  # a chat template writes it itself
     for placed, ids in zip(rows, _tokenise([placed.row.text for placed in rows], tokenizer), strict=True):
+        if not placed.row.mark and ids[:1] != start:
+            ids = start + ids
         if len(ids) > data.max_prompt_length:
             reason = f"longer than data.max_prompt_length={data.max_prompt_length} tokens"
             drops.append(placed.drop(reason, f"{len(ids)} tokens"))
@@ -135,6 +140,12 @@ def _fitting(
             name = f"{prefixes[placed.part]}/{placed.number}"
             parts[placed.part].append(Prompt(name, placed.row.text, tuple(ids), verifier, placed.row.answer))
     return parts
+
+
+def _first_token(tokenizer: Any) -> list[int]:
+    """The token that begins every text of the model by the tokenizer's own default: Llama's, which Qwen lacks."""
+    token = getattr(tokenizer, "bos_token_id", None)
+    return [token] if token is not None and tokenizer("")["input_ids"][:1] == [token] else []
 
 
 def _tokenise(texts: list[str], tokenizer: Any) -> list[list[int]]:

@@ -13,7 +13,7 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
 from megatron_rlvr.config import ConfigError, DataConfig, SourceConfig, from_dict
@@ -143,6 +143,30 @@ def test_a_tokenizer_without_chat_template_names_the_way_out(tmp_path, tokenizer
     for template in ("chat", "dapo"):
         with pytest.raises(ConfigError, match=f"data.template={template}.*data.template=raw"):
             load(write(tmp_path / "a.jsonl", ROWS), DataConfig(template=template), tokenizer, "math")
+
+
+@pytest.mark.parametrize("default", ["<bos> $A", "<bos> $A <eos>", "$A"])
+def test_a_base_models_text_begins_as_the_tokenizer_has_it(tmp_path, default):
+    """As Llama 3's does with <|begin_of_text|>, once, and never with an end."""
+    letters = Tokenizer(models.WordLevel({"<bos>": 0, "<eos>": 1, "<other>": 2, "a": 3}, unk_token="<other>"))
+    letters.pre_tokenizer = pre_tokenizers.Split(" ", "removed")
+    letters.post_processor = processors.TemplateProcessing(default, special_tokens=[("<bos>", 0), ("<eos>", 1)])
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=letters, bos_token="<bos>", chat_template="<bos> a")
+    path = write(
+        tmp_path / "a.jsonl", [{"problem": text, "answer": "1"} for text in ("a a", "<bos> a", "a <|im_end|>")]
+    )
+    start = [0] if "<bos>" in default else []
+
+    def ids(template):
+        return [
+            list(prompt.token_ids) for prompt in load(path, DataConfig(template=template), tokenizer, "math").prompts
+        ]
+
+    assert ids("raw") == [[*start, 3, 3], [0, 3], [3, 2]]  # the last came in a chat template: it is as it is
+    assert ids("r1_zero")[0][:2] == [*start, 2, 2][:2] and ids("r1_zero")[0][-1] == 2
+    assert ids("chat")[:2] == [[0, 3], [0, 3]]
+    longest = DataConfig(template="raw", max_prompt_length=2)
+    assert [drop.row for drop in load(path, longest, tokenizer, "math").drops] == ([1] if start else [])
 
 
 BAD = [
