@@ -14,6 +14,7 @@ from typing import NamedTuple
 
 from megatron_rlvr.types import Rollout, RolloutGroup
 from megatron_rlvr.verifiers import is_scored
+from megatron_rlvr.verifiers.answer_forms import comparable
 
 _Z = 1.959963984540054  # the normal distribution holds 95 % within so many standard deviations
 
@@ -83,10 +84,13 @@ def pass_at_k(samples: int, right: int, k: int) -> float:
 def majority(outcomes: Sequence[Outcome]) -> float:
     """Chance that the most frequent answer is right, a tie broken by lot.
 
-    All right answers are one answer, however they are written; wrong ones differ where their text does. Responses
-    without an answer do not vote; where none votes the problem counts as wrong.
+    All right answers are one answer, however they are written. Wrong ones are one where answer_forms.comparable makes
+    one text of them, else those of a model that writes 2/3 in many ways would split their votes. Responses without an
+    answer do not vote; where none votes the problem counts as wrong.
     """
-    votes = Counter("" if item.right else f"={item.answer}" for item in outcomes if item.right or item.answer)
+    votes = Counter(
+        "" if item.right else f"={comparable(item.answer or '')}" for item in outcomes if item.right or item.answer
+    )
     if not votes:
         return 0.0
     most = max(votes.values())

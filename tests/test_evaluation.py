@@ -121,6 +121,20 @@ def test_majority(outcomes: list[Outcome], chance: float) -> None:
     assert sum(firsts) / len(firsts) == pytest.approx(chance)
 
 
+def test_a_wrong_answer_is_one_answer_however_it_is_written() -> None:
+    right = [answered(text, True) for text in ("1/2", "0.5")]
+    for wrong in (
+        ("2/3", r"\dfrac{2}{3}", r"\frac 23"),
+        ("1000", "1,000", "1000.0", "1{,}000"),
+        ("(1, 2)", r"\left(1,2\right)", "(1,2)"),
+        (r"x \le 2", r"x\leq2", "x≤2."),
+    ):
+        assert majority([*right, *map(answered, wrong)]) == 0.0, wrong
+    assert majority([*right, answered("2/3"), answered("3/2"), answered("12 3"), answered("1 23")]) == 1.0
+    programs = ["x = 1" * 300, "x  = 1" * 300]  # too long for an answer: they are compared as they are
+    assert majority([answered("1", True), *map(answered, programs)]) == pytest.approx(1 / 3)
+
+
 def test_figures_by_hand() -> None:
     found = figures(
         [problem(True, False, False, False), problem(False, False, False, False), problem(True, *[True] * 3)]

@@ -108,6 +108,18 @@ def squeeze(text: str) -> str:
     return re.sub(r"(?<![0-9]) +| +(?![0-9])", "", text)
 
 
+def comparable(text: str) -> str:
+    r"""One text for the ways to write an answer, as far as no mathematics is needed: \dfrac12, 0.5 and .50 are 1/2.
+
+    A text of more than 1000 characters is a program or a ramble, and stays as it is.
+    """
+    if len(text) > 1000:
+        return text
+    text = canonical(text)
+    value = number(text)
+    return squeeze(text) if value is None else str(value)
+
+
 def number(text: str) -> Fraction | None:
     r"""The exact value of 025, 70.0, 12,000, 4.4e7, 2\times 10^{-3}, 1/3, \frac{1}{3}, 1\frac{1}{3}; else None.
 
