@@ -7,6 +7,7 @@ from collections import Counter, defaultdict
 from typing import NamedTuple
 
 from megatron_rlvr.prompt_rows import Row
+from megatron_rlvr.verifiers.answer_forms import comparable
 
 REPEAT, CONTRADICTION = "repeats an earlier row", "contradicting answers"
 _NAMED = 3  # dropped rows that the report names, per reason
@@ -36,9 +37,14 @@ class Placed(NamedTuple):
 
     @property
     def answer_text(self) -> str:
-        """The answer in a form that can be compared and shown."""
+        """The answer in a form that can be shown."""
         answer = self.row.answer
         return answer if isinstance(answer, str) else json.dumps(answer, sort_keys=True)
+
+    @property
+    def answer_form(self) -> str:
+        """The same for answers that only differ in spelling."""
+        return comparable(self.row.answer) if isinstance(self.row.answer, str) else self.answer_text
 
     def drop(self, reason: str, detail: str) -> Drop:
         return Drop(self.source, self.number, self.row.field, reason, detail)

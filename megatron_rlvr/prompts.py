@@ -102,7 +102,8 @@ def _contradicting(rows: list[Placed]) -> dict[str, list[Placed]]:
     by_question = defaultdict(list)
     for placed in rows:
         by_question[placed.row.question].append(placed)
-    return {question: same for question, same in by_question.items() if len({row.answer_text for row in same}) > 1}
+    repeated = {question: same for question, same in by_question.items() if len(same) > 1}
+    return {question: same for question, same in repeated.items() if len({row.answer_form for row in same}) > 1}
 
 
 def _without_repeats(rows: list[Placed], contradicting: dict[str, list[Placed]], drops: list[Drop]) -> list[Placed]:
@@ -111,7 +112,7 @@ def _without_repeats(rows: list[Placed], contradicting: dict[str, list[Placed]],
     for placed in rows:
         question = placed.row.question
         if question in contradicting:
-            other = next(row for row in contradicting[question] if row.answer_text != placed.answer_text)
+            other = next(row for row in contradicting[question] if row.answer_form != placed.answer_form)
             detail = f"{placed.answer_text[:40]}, but {other.answer_text[:40]} in {other.source} row {other.number}"
             drops.append(placed.drop(CONTRADICTION, detail))
         elif question in kept:

@@ -314,6 +314,17 @@ def test_a_question_comes_once_and_contradictions_never(tmp_path, tokenizer):
     assert kept.report[1:] == ["1 questions have contradicting answers (kept: data.repeats=keep)"]
 
 
+def test_one_answer_in_two_spellings_is_no_contradiction(tmp_path, tokenizer):
+    spellings = [(r"\frac{1}{2}", r"\dfrac12"), ("0.5", ".5"), ("1,000", "1000"), ("(1,2)", "(1, 2)"), ("$2 n$", "2n")]
+    rows = [{"problem": f"q{number}", "answer": text} for number, pair in enumerate(spellings) for text in pair]
+    rows += [{"problem": "which", "answer": text} for text in ("1 2", "12")]
+    loaded = load(write(tmp_path / "a.jsonl", rows), DataConfig(template="raw"), tokenizer, "math")
+    assert [(prompt.text, prompt.answer) for prompt in loaded.prompts] == [
+        *(("q0", r"\frac{1}{2}"), ("q1", "0.5"), ("q2", "1,000"), ("q3", "(1,2)"), ("q4", "2 n"))
+    ]
+    assert Counter(drop.reason for drop in loaded.drops) == {"repeats an earlier row": 5, "contradicting answers": 2}
+
+
 def test_strict_stops_at_a_contradiction_but_not_at_a_repeat(tmp_path, tokenizer):
     strict = DataConfig(template="raw", strict=True)
     assert len(load(write(tmp_path / "a.jsonl", REPEATED[:4]), strict, tokenizer, "math")) == 2
