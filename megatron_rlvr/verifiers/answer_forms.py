@@ -24,6 +24,7 @@ _REWRITES = [
         (r"\\(?:left|right|[bB]igg?[lr]?)(?![a-zA-Z])\.?", ""),
         (r"\\(?:display|text)style(?![a-zA-Z])", ""),
         (r"\\(?:bf|it|rm|sf)(?![a-zA-Z]) *", ""),
+        (r"(?<![a-zA-Z.\\])np\.(?=[a-z])", r"\\"),  # numpy's functions, in Minerva's answers
         (r"\\[dtc]frac(?![a-zA-Z])", r"\\frac"),
         (r"\{([^{}]*)\\over(?![a-zA-Z])([^{}]*)\}", r"\\frac{\1}{\2}"),
         (r"√ *([0-9]+|[a-zA-Z])", r"\\sqrt{\1}"),
