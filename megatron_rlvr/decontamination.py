@@ -14,7 +14,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from typing import Any, NamedTuple
 
-from megatron_rlvr.benchmarks import Benchmark, source
+from megatron_rlvr.benchmarks import Benchmark, flag, source
 from megatron_rlvr.config import SourceConfig
 from megatron_rlvr.prompt_files import read_rows, source_name
 from megatron_rlvr.prompt_rows import RowError, find_field, read_question
@@ -114,13 +114,16 @@ class Found(NamedTuple):
     question: str
 
 
-def questions(data: SourceConfig) -> Iterator[Row]:
-    """Every row of a source. Raises ConfigError: it cannot be read, or its first row has no prompt."""
+def questions(data: SourceConfig, key: str) -> Iterator[Row]:
+    """Every row of a source.
+
+    Raises ConfigError: it cannot be read, or its first row has no prompt; ``key`` is what names the field.
+    """
     field = ""
     for number, row in read_rows(data.path):
         question = None
         if isinstance(row, dict):
-            field = field or find_field(row, data, "prompt_field")
+            field = field or find_field(row, data, "prompt_field", "", key)
             with suppress(RowError):  # no run trains on such a row: load_prompts drops it, with the reason
                 question = read_question(row, field)
         yield Row(number, row, question)
@@ -130,7 +133,7 @@ def index_benchmarks(benchmarks: Sequence[Benchmark], folder: str, n: int) -> tu
     """Every problem of the benchmarks, and the texts of those that may be shown by their ids NAME/ROW."""
     index, texts = Index(n), {}
     for benchmark in benchmarks:
-        for number, _, question in questions(source(benchmark, folder)):
+        for number, _, question in questions(source(benchmark, folder), flag(benchmark, "benchmark_field")):
             if question is not None:
                 index.add(f"{benchmark.name}/{number}", question)
                 if benchmark.shown:
@@ -141,7 +144,7 @@ def index_benchmarks(benchmarks: Sequence[Benchmark], folder: str, n: int) -> tu
 def check(data: SourceConfig, index: Index, least_share: float) -> tuple[list[Row], list[Found]]:
     """The rows of a training set that hold no problem, and those that do."""
     clean, found = [], []
-    for row in questions(data):
+    for row in questions(data, "--prompt-field"):
         matches = index.matches(row.question, least_share) if row.question is not None else []
         if matches:
             found.append(Found(f"{source_name(data.path)} row {row.number}", matches, row.question or ""))

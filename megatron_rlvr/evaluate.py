@@ -31,7 +31,8 @@ def evaluate(settings: Settings, console: Console) -> dict[str, Any]:
     Raises ConfigError: settings, a model, a benchmark or an output folder that cannot be used.
     """
     settings.check()
-    model, benchmarks = find_model(settings.model), [find(name, settings.verifier) for name in settings.benchmarks]
+    own = settings.verifier, settings.prompt_field, settings.answer_field
+    model, benchmarks = find_model(settings.model), [find(name, *own) for name in settings.benchmarks]
     names = [benchmark.name for benchmark in benchmarks]
     twice = next((name for name in names if names.count(name) > 1), None)
     rule(twice is None, f"two benchmarks are called {twice}, and their samples share a file: rename one, or drop it")

@@ -22,6 +22,8 @@ class Settings:
     data: str = option("", "folder of the benchmarks' files; without it they come from the hub")
     critic: str = option("", "checkpoint or folder of a critic whose heads' disagreement is measured too")
     verifier: str = option("math", "of benchmarks that are files of your own")
+    prompt_field: str = option("", "of benchmarks that are files of your own, where it is not found by itself")
+    answer_field: str = option("", "the same for the answer")
     samples: int = option(1, "samples of each problem")
     temperature: float = option(0.6, "0: greedy")
     top_p: float = option(0.95, "share of the probability that is sampled from")

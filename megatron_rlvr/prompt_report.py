@@ -27,6 +27,11 @@ class Drop(NamedTuple):
         return f"{self.source} row {self.row}, {self.field}: {self.reason}{detail}"
 
 
+def unusable(drops: list[Drop]) -> list[Drop]:
+    """The rows whose question is lost, in order: a repeat's is not."""
+    return sorted(drop for drop in drops if drop.reason != REPEAT)
+
+
 class Placed(NamedTuple):
     """A row and where it came from."""
 

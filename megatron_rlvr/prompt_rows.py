@@ -41,11 +41,26 @@ class RowError(Exception):
     """What is wrong with one row: (field, reason, detail)."""
 
 
-class RowReader:
-    """Reads the rows of one source; the first row decides which fields hold prompt and answer."""
+def config_key(name: str) -> str:
+    """What the user of a config sets for prompt_field, answer_field, template, ...; tools name their flags instead."""
+    return f"data.{name}"
 
-    def __init__(self, source: SourceConfig, data: DataConfig, tokenizer: Any, read_answer: Callable) -> None:
-        self.source, self.data, self.tokenizer, self.read_answer = source, data, tokenizer, read_answer
+
+class RowReader:
+    """Reads the rows of one source; the first row decides which fields hold prompt and answer.
+
+    ``key`` says what errors call a field's name in the config.
+    """
+
+    def __init__(
+        self,
+        source: SourceConfig,
+        data: DataConfig,
+        tokenizer: Any,
+        read_answer: Callable,
+        key: Callable[[str], str] = config_key,
+    ) -> None:
+        self.source, self.data, self.tokenizer, self.read_answer, self.key = source, data, tokenizer, read_answer, key
         self.fields: tuple[str, str] | None = None
 
     def __call__(self, row: Any) -> Row:
@@ -55,8 +70,8 @@ class RowReader:
         if all(isinstance(row.get(field), str) for field in _GPQA):
             row = _multiple_choice(row)
         self.fields = self.fields or (
-            find_field(row, self.source, "prompt_field", self.data.prompt_field),
-            find_field(row, self.source, "answer_field", self.data.answer_field),
+            find_field(row, self.source, "prompt_field", self.data.prompt_field, self.key("prompt_field")),
+            find_field(row, self.source, "answer_field", self.data.answer_field, self.key("answer_field")),
         )
         prompt_field, answer_field = self.fields
         if answer_field in _TESTS and not (self.source.prompt_field or self.data.prompt_field):
@@ -82,18 +97,17 @@ class RowReader:
         return self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
 
 
-def find_field(row: dict[str, Any], source: SourceConfig, key: str, default: str = "") -> str:
-    """The field named by ``key`` of the source, else ``default``, else the one that this row shows.
+def find_field(row: dict[str, Any], source: SourceConfig, kind: str, default: str, key: str) -> str:
+    """The field named by the source, else ``default``, else the one that this row shows.
 
-    Raises ConfigError where the row has none. ``key`` is prompt_field or answer_field.
+    Raises ConfigError where the row has none: ``key`` is what to set then. ``kind`` is prompt_field or answer_field.
     """
-    known = _PROMPT_FIELDS if key == "prompt_field" else _ANSWER_FIELDS
-    named = getattr(source, key) or default
+    known = _PROMPT_FIELDS if kind == "prompt_field" else _ANSWER_FIELDS
+    named = getattr(source, kind) or default
     field = named or next((name for name in known if _get(row, name) is not _MISSING), "")
     rule(
         bool(field) and _get(row, field) is not _MISSING,
-        f"the first row of {source.path} has no field {field or ' or '.join(known)}, but {', '.join(row)}: "
-        f"set data.{key}",
+        f"the first row of {source.path} has no field {field or ' or '.join(known)}, but {', '.join(row)}: set {key}",
     )
     return field
 

@@ -100,6 +100,15 @@ def test_the_tool_reports_every_match_and_writes_the_rest(tmp_path: Path) -> Non
     }
     assert [json.loads(line) for line in clean.read_text().splitlines()] == [rows[0], rows[2]]
     assert run(str(clean), *asked).returncode == 0 and json.loads(report.read_text()) == []
+    for path in (clean, tmp_path / "amc23.jsonl"):
+        (tmp_path / f"own_{path.name}").write_text(
+            path.read_text().replace('"prompt"', '"t"').replace('"problem"', '"b"')
+        )
+    own = [*asked, "--benchmarks", str(tmp_path / "own_amc23.jsonl")]
+    for flags, says in (([], "set --benchmark-field"), (["--benchmark-field", "b"], "set --prompt-field")):
+        wrong = run(str(tmp_path / "own_clean.jsonl"), *own, *flags)
+        assert wrong.returncode == 2 and wrong.stderr.strip().endswith(says)
+    assert run(str(tmp_path / "own_clean.jsonl"), *own, "--benchmark-field", "b", "--prompt-field", "t").returncode == 0
     wrong = run(str(tmp_path / "none.jsonl"), *asked)
     assert wrong.returncode == 2 and "none.jsonl: there is no such file" in wrong.stderr
 

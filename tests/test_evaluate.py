@@ -305,6 +305,16 @@ def test_the_share_of_failures_is_that_of_all_so_far(ready: Settings, tmp_path: 
     assert found["unjudged"] == pytest.approx(1 / 12)
 
 
+def test_a_file_of_ones_own_has_fields_of_its_own(ready: Settings, tmp_path: Path) -> None:
+    lines = (tmp_path / "one.jsonl").read_text().replace('"problem"', '"task"').replace('"answer"', '"gold"')
+    (tmp_path / "own.jsonl").write_text(lines)
+    ready.benchmarks, ready.verifier = ["two", str(tmp_path / "own.jsonl")], str(tmp_path / "equal.py")
+    with pytest.raises(ConfigError, match="own.jsonl has no field .*: set --prompt-field"):
+        evaluate.evaluate(ready, Console(quiet=True))
+    ready.prompt_field, ready.answer_field = "task", "gold"
+    assert evaluate.evaluate(ready, Console(quiet=True))["benchmarks"]["own"]["problems"] == 3
+
+
 def test_a_file_that_has_changed_is_not_taken_for_the_one_that_was_sampled(ready: Settings, tmp_path: Path) -> None:
     evaluate.evaluate(ready, Console(quiet=True))
     file = tmp_path / "one.jsonl"
