@@ -66,9 +66,12 @@ class SampleStore:
             (folder / "samples").mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise ConfigError(f"cannot make the output folder {folder}: {error.strerror}") from error
-        written = folder / "settings.json"
-        earlier = json.loads(written.read_text()) if written.exists() else settings
-        there, way_out = earlier.get("problems", {}), "name another output folder, or delete this one"
+        written, way_out = folder / "settings.json", "name another output folder, or delete this one"
+        try:
+            earlier = dict(json.loads(written.read_text())) if written.exists() else settings
+        except (ValueError, TypeError) as error:
+            raise ConfigError(f"{written} is damaged, so what its samples are of is not known: {way_out}") from error
+        there = earlier.get("problems", {})
         for name, value in settings.items():
             rule(
                 earlier.get(name) == value,
@@ -80,7 +83,9 @@ class SampleStore:
                 f"{folder} holds samples of other problems by the name of {name}, whose file, answers or verifier have "
                 f"changed since: {way_out}",
             )
-        written.write_text(json.dumps(settings | {"problems": there | problems}, indent=1) + "\n")
+        draft = folder / "settings.json.new"  # in place in one move: a kill leaves the old ones or the new ones whole
+        draft.write_text(json.dumps(settings | {"problems": there | problems}, indent=1) + "\n")
+        os.replace(draft, written)
 
     def read(self, benchmark: str) -> dict[tuple[str, int], StoredSample]:
         """(problem id, sample index) -> sample; the line that a killed evaluation was writing is cut off the file."""
