@@ -7,8 +7,11 @@ import os
 import subprocess
 import sys
 from collections import Counter
+from datetime import datetime
 from pathlib import Path
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from megatron_rlvr.benchmarks import BENCHMARKS, find
@@ -111,6 +114,16 @@ def test_the_tool_reports_every_match_and_writes_the_rest(tmp_path: Path) -> Non
     assert run(str(tmp_path / "own_clean.jsonl"), *own, "--benchmark-field", "b", "--prompt-field", "t").returncode == 0
     wrong = run(str(tmp_path / "none.jsonl"), *asked)
     assert wrong.returncode == 2 and "none.jsonl: there is no such file" in wrong.stderr
+
+
+def test_clean_rows_of_parquet_may_hold_dates(tmp_path: Path) -> None:
+    (tmp_path / "amc23.jsonl").write_text(json.dumps({"problem": PROBLEM, "answer": 1}) + "\n")
+    row = {"prompt": "other", "answer": "1", "made": datetime(2024, 7, 26, 1, 2)}
+    pq.write_table(pa.Table.from_pylist([row]), tmp_path / "train.parquet")
+    asked = ["--benchmarks", "amc23", "--data", str(tmp_path), "--report", str(tmp_path / "report.json")]
+    done = run(str(tmp_path / "train.parquet"), *asked, "--clean", str(tmp_path / "clean.jsonl"))
+    assert done.returncode == 0, done.stderr
+    assert json.loads((tmp_path / "clean.jsonl").read_text()) == row | {"made": "2024-07-26 01:02:00"}
 
 
 @pytest.mark.real_data

@@ -52,7 +52,8 @@ def main() -> int:
     Path(asked.report).write_text(json.dumps(report, indent=1, ensure_ascii=False) + "\n")
     if asked.clean:
         rows = [row.row for clean, _ in results.values() for row in clean if isinstance(row.row, dict)]
-        Path(asked.clean).write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+        lines = [json.dumps(row, ensure_ascii=False, default=str) + "\n" for row in rows]  # a date as text
+        Path(asked.clean).write_text("".join(lines))
     return 1 if report else 0
 
 
