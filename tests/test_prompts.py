@@ -139,6 +139,22 @@ def test_the_papers_templates_wrap_a_question_once(tmp_path, chat_tokenizer):
     assert R1_ZERO.endswith("<think>") and DAPO.startswith("Solve the following math problem step by step.")
 
 
+def test_a_question_that_asks_for_a_box_already_is_not_asked_twice(tmp_path, chat_tokenizer):
+    """As verl's MATH and GSM8K end, and Qwen's sentence behind a space or on a line of its own."""
+    endings = [
+        " Let's think step by step and output the final answer within \\boxed{}.",
+        ' Let\'s think step by step and output the final answer after "####".',
+        " Please reason step by step, and put your final answer within \\boxed{}.",
+        "\nPlease reason step by step, and put your final answer within \\boxed{}.",
+    ]
+    path = write(tmp_path / "a.jsonl", [{"prompt": f"1+1=?{ending}", "answer": "2"} for ending in endings])
+    for name, template in (("boxed", BOXED), ("dapo", DAPO)):
+        loaded = load(path, DataConfig(template=name, repeats="keep"), chat_tokenizer, "math")
+        assert {prompt.text for prompt in loaded.prompts} == {f"<user>{template.replace('{prompt}', '1+1=?')}\n<bot>"}
+    kept = load(path, DataConfig(), chat_tokenizer, "math")  # one question, used as the first row asks it
+    assert [prompt.text for prompt in kept.prompts] == [f"<user>1+1=?{endings[0]}\n<bot>"]
+
+
 def test_a_tokenizer_without_chat_template_names_the_way_out(tmp_path, tokenizer):
     for template in ("chat", "dapo"):
         with pytest.raises(ConfigError, match=f"data.template={template}.*data.template=raw"):
