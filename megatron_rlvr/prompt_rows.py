@@ -25,6 +25,9 @@ _GPQA = ("Question", "Correct Answer", "Incorrect Answer 1", "Incorrect Answer 2
 _INTEGER = re.compile(r"([-+]?)0*([0-9]+)(?:\.0*)?")
 _BOX = re.compile(r"\\(?:boxed|fbox)\b")
 _MISSING = object()
+# Llama 3's chat templates write a day into the system message: today, where nobody says another one. Then a run that is
+# resumed, or an evaluation that goes on, would have other prompts tomorrow. This is the day that they fall back to.
+_DATE = "26 Jul 2024"
 
 
 class Row(NamedTuple):
@@ -94,7 +97,9 @@ class RowReader:
             messages = [{"role": "user", "content": wrap(template, asked)}]
         elif asked.startswith(R1_ZERO.partition("{prompt}")[0]):  # a whole prompt, which chat must not wrap again
             messages = [{"role": "user", "content": unwrap(asked)}]
-        return self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+        return self.tokenizer.apply_chat_template(
+            messages, tokenize=False, add_generation_prompt=True, date_string=_DATE
+        )
 
 
 def find_field(row: dict[str, Any], source: SourceConfig, kind: str, default: str, key: str) -> str:

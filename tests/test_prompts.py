@@ -139,6 +139,17 @@ def test_the_papers_templates_wrap_a_question_once(tmp_path, chat_tokenizer):
     assert R1_ZERO.endswith("<think>") and DAPO.startswith("Solve the following math problem step by step.")
 
 
+def test_prompts_are_the_same_tomorrow(tmp_path, tokenizer, monkeypatch):
+    """The first lines of Llama 3.2's template, and its system message."""
+    day = (
+        "{% if not date_string is defined %}{% set date_string = strftime_now('%d %b %Y') %}{% endif %}"
+        "Today Date: {{ date_string }}\n"
+    )
+    monkeypatch.setattr(tokenizer, "chat_template", day + TEMPLATE)
+    (prompt,) = load(write(tmp_path / "a.jsonl", ROWS[:1]), DataConfig(), tokenizer, "math").prompts
+    assert prompt.text == "Today Date: 26 Jul 2024\n<user>1+1=?\n<bot>"
+
+
 def test_a_question_that_asks_for_a_box_already_is_not_asked_twice(tmp_path, chat_tokenizer):
     """As verl's MATH and GSM8K end, and Qwen's sentence behind a space or on a line of its own."""
     endings = [
