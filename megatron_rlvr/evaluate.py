@@ -21,6 +21,7 @@ from megatron_rlvr.evaluation_models import find_critic, find_model, hugging_fac
 from megatron_rlvr.evaluation_sampling import Job, sample
 from megatron_rlvr.evaluation_settings import Settings
 from megatron_rlvr.records import finite
+from megatron_rlvr.run_folder import hold
 from megatron_rlvr.sample_store import SampleStore
 from megatron_rlvr.types import Prompt
 
@@ -28,7 +29,8 @@ from megatron_rlvr.types import Prompt
 def evaluate(settings: Settings, console: Console) -> dict[str, Any]:
     """Sample and judge what is missing, write OUTPUT/results.json and print it as a table.
 
-    Raises ConfigError: settings, a model, a benchmark or an output folder that cannot be used.
+    Raises ConfigError: settings, a model, a benchmark or an output folder that cannot be used, or is in use;
+    VerifierError: a verifier that fails on too many responses.
     """
     settings.check()
     own = settings.verifier, settings.prompt_field, settings.answer_field
@@ -41,9 +43,28 @@ def evaluate(settings: Settings, console: Console) -> dict[str, Any]:
 
     tokenizer = AutoTokenizer.from_pretrained(model)
     problems = [(item, _problems(item, settings, tokenizer, console)) for item in benchmarks]
-    output = Path(settings.output)
     sampled = settings.identity() | {"model": identity(model), "critic": identity(critic) if critic else None}
-    store = SampleStore(output, sampled, {item.name: digest(item, prompts) for item, prompts in problems})
+    output = Path(settings.output)
+    with hold(output, what="evaluation", key="--output"):
+        store = SampleStore(output, sampled, {item.name: digest(item, prompts) for item, prompts in problems})
+        _fill(store, problems, settings, model, critic, tokenizer, console)
+        results = {item.name: _results(item, prompts, settings.samples, store) for item, prompts in problems}
+        written = {"settings": sampled | {"samples": settings.samples}, "benchmarks": results}
+        (output / "results.json").write_text(json.dumps(written, indent=1, allow_nan=False) + "\n")
+    console.print(_table(results))
+    return written
+
+
+def _fill(
+    store: SampleStore,
+    problems: list[tuple[Benchmark, list[Prompt]]],
+    settings: Settings,
+    model: Path,
+    critic: Path | None,
+    tokenizer: Any,
+    console: Console,
+) -> None:
+    """The samples that are missing, into the store."""
     jobs = [
         Job(benchmark, prompt, number)
         for benchmark, prompts in problems
@@ -53,14 +74,9 @@ def evaluate(settings: Settings, console: Console) -> dict[str, Any]:
         if (prompt.id, number) not in there
     ]
     if jobs:
-        folder = hugging_face(model, output / "model")
-        spread = EvaluationCritic(hugging_face(critic, output / "critic")).head_std if critic else None
+        folder = hugging_face(model, store.folder / "model")
+        spread = EvaluationCritic(hugging_face(critic, store.folder / "critic")).head_std if critic else None
         sample(jobs, settings, folder, tokenizer, spread, store, console)
-    results = {item.name: _results(item, prompts, settings.samples, store) for item, prompts in problems}
-    written = {"settings": sampled | {"samples": settings.samples}, "benchmarks": results}
-    (output / "results.json").write_text(json.dumps(written, indent=1, allow_nan=False) + "\n")
-    console.print(_table(results))
-    return written
 
 
 def _problems(benchmark: Benchmark, settings: Settings, tokenizer: Any, console: Console) -> list[Prompt]:

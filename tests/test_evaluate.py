@@ -19,6 +19,7 @@ from megatron_rlvr.config import ConfigError
 from megatron_rlvr.evaluation_models import find_model
 from megatron_rlvr.evaluation_settings import Settings
 from megatron_rlvr.rollout.engine import Request, Sample
+from megatron_rlvr.run_folder import hold
 from megatron_rlvr.seeds import stable_seed
 from megatron_rlvr.verifiers import VerifierError
 from megatron_rlvr.weights.convert_import import import_hf
@@ -313,6 +314,17 @@ def test_a_file_of_ones_own_has_fields_of_its_own(ready: Settings, tmp_path: Pat
         evaluate.evaluate(ready, Console(quiet=True))
     ready.prompt_field, ready.answer_field = "task", "gold"
     assert evaluate.evaluate(ready, Console(quiet=True))["benchmarks"]["own"]["problems"] == 3
+
+
+def test_one_evaluation_at_a_time_writes_into_a_folder(ready: Settings) -> None:
+    with hold(Path(ready.output)):
+        with pytest.raises(
+            ConfigError, match="another evaluation is going on in .*: wait for its end, or set --output"
+        ):
+            evaluate.evaluate(ready, Console(quiet=True))
+        assert not FakeSampler.calls and not Path(ready.output, "settings.json").exists()
+    evaluate.evaluate(ready, Console(quiet=True))
+    hold(Path(ready.output)).close()  # the lock is gone with the evaluation
 
 
 def test_a_file_that_has_changed_is_not_taken_for_the_one_that_was_sampled(ready: Settings, tmp_path: Path) -> None:
