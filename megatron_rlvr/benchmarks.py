@@ -74,15 +74,15 @@ def find(name: str, verifier: str = "math", prompt_field: str = "", answer_field
 
 def source(benchmark: Benchmark, folder: str) -> SourceConfig:
     """Its file in ``folder``, or its hub name where none is given. Raises ConfigError: the folder lacks the file."""
-    fields = {"prompt_field": benchmark.prompt_field, "answer_field": benchmark.answer_field}
+    named = SourceConfig(prompt_field=benchmark.prompt_field, answer_field=benchmark.answer_field)
     if not folder or not benchmark.file:
-        return SourceConfig(benchmark.hub or benchmark.file, **fields)
+        return replace(named, path=benchmark.hub or benchmark.file)
     path = Path(folder, benchmark.file)  # an absolute file stays as it is
     rule(
         path.exists(),
         f"{benchmark.title}: {folder} holds no {benchmark.file}; name another folder, or none to take {benchmark.hub}",
     )
-    return SourceConfig(str(path), **fields)
+    return replace(named, path=str(path))
 
 
 def flag(benchmark: Benchmark, name: str) -> str:
