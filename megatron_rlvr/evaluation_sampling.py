@@ -63,8 +63,8 @@ def sample(
         )
         stack.enter_context(closing(sampler))
         bar = stack.enter_context(_bar(len(jobs), console))
-        there = [item for name in {job.benchmark.name for job in jobs} for item in store.read(name).values()]
-        judged = [item.verdict for item in there]
+        asked = {job.benchmark.name for job in jobs}
+        judged = [item.verdict for name in asked for item in store.read(name).values()]
         right = known = 0
         for start in range(0, len(jobs), settings.batch):
             batch = jobs[start : start + settings.batch]

@@ -14,7 +14,7 @@ def option(default: Any, what: str) -> Any:
 
 @dataclass
 class Settings:
-    """The fields from ``batch`` on decide only how fast it goes."""
+    """The fields from ``batch`` on decide only how fast it goes, and what it gives up at."""
 
     model: str
     output: str

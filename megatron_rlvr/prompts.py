@@ -139,9 +139,8 @@ def _fitting(
     """The prompts of each source that are short enough; the others are added to ``drops``."""
     prefixes = [stem(name) for name in names]
     parts: list[list[Prompt]] = [[] for _ in names]
-    start = (
-        [] if data.template in ("chat", *INSIDE_CHAT) else _first_token(tokenizer)
-    )  # a chat template writes it itself
+    writes_start = data.template in ("chat", *INSIDE_CHAT)  # the model's chat template
+    start = [] if writes_start else _first_token(tokenizer)
     for placed, ids in zip(rows, _tokenise([placed.row.text for placed in rows], tokenizer), strict=True):
         if not placed.row.mark and ids[:1] != start:
             ids = start + ids

@@ -61,7 +61,9 @@ def hold(folder: Path, patience: float = 0.0, what: str = "run", key: str = "run
         except BlockingIOError as error:
             if time.monotonic() >= deadline:
                 lock.close()
-                raise ConfigError(f"another {what} is going on in {folder}: wait for its end, or set {key}") from error
+                raise ConfigError(
+                    f"another {what} is going on in {folder}: wait for its end, or set another {key}"
+                ) from error
             time.sleep(1.0)
             continue
         except OSError as error:

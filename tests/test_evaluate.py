@@ -319,7 +319,7 @@ def test_a_file_of_ones_own_has_fields_of_its_own(ready: Settings, tmp_path: Pat
 def test_one_evaluation_at_a_time_writes_into_a_folder(ready: Settings) -> None:
     with hold(Path(ready.output)):
         with pytest.raises(
-            ConfigError, match="another evaluation is going on in .*: wait for its end, or set --output"
+            ConfigError, match="another evaluation is going on in .*: wait for its end, or set another --output"
         ):
             evaluate.evaluate(ready, Console(quiet=True))
         assert not FakeSampler.calls and not Path(ready.output, "settings.json").exists()
