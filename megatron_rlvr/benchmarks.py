@@ -13,10 +13,12 @@ import hashlib
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from megatron_rlvr.config import ConfigError, DataConfig, SourceConfig, rule
+from megatron_rlvr.prompt_report import unusable
 from megatron_rlvr.prompts import PromptSet, load_prompts
 from megatron_rlvr.types import Prompt
 
@@ -31,6 +33,8 @@ class Benchmark:
     hub: str
     verifier: str = "math"
     shown: bool = True  # False: its authors ask that its texts are not shown, so no sample holds any
+    prompt_field: str = ""  # of a file of your own; empty: detected
+    answer_field: str = ""
 
 
 BENCHMARKS = {
@@ -50,8 +54,8 @@ BENCHMARKS = {
 }
 
 
-def find(name: str, verifier: str = "math") -> Benchmark:
-    """The benchmark called ``name``, or the file of your own problems at that path, judged by ``verifier``.
+def find(name: str, verifier: str = "math", prompt_field: str = "", answer_field: str = "") -> Benchmark:
+    """The benchmark called ``name``, or the file of your own problems at that path, which the other arguments are for.
 
     Raises ConfigError: neither (with the closest name).
     """
@@ -59,7 +63,8 @@ def find(name: str, verifier: str = "math") -> Benchmark:
         return BENCHMARKS[name]
     path = Path(name)
     if path.exists():
-        return Benchmark(path.name.partition(".")[0], path.name, str(path.resolve()), "", verifier)
+        own = Benchmark(path.name.partition(".")[0], path.name, str(path.resolve()), "", verifier)
+        return replace(own, prompt_field=prompt_field, answer_field=answer_field)
     closest = difflib.get_close_matches(name, BENCHMARKS, n=1, cutoff=0.0)[0]
     raise ConfigError(
         f"unknown benchmark {name!r}; did you mean {closest!r}? There are {', '.join(BENCHMARKS)}, or give the path of "
@@ -69,23 +74,35 @@ def find(name: str, verifier: str = "math") -> Benchmark:
 
 def source(benchmark: Benchmark, folder: str) -> SourceConfig:
     """Its file in ``folder``, or its hub name where none is given. Raises ConfigError: the folder lacks the file."""
+    named = SourceConfig(prompt_field=benchmark.prompt_field, answer_field=benchmark.answer_field)
     if not folder or not benchmark.file:
-        return SourceConfig(benchmark.hub or benchmark.file)
+        return replace(named, path=benchmark.hub or benchmark.file)
     path = Path(folder, benchmark.file)  # an absolute file stays as it is
     rule(
         path.exists(),
         f"{benchmark.title}: {folder} holds no {benchmark.file}; name another folder, or none to take {benchmark.hub}",
     )
-    return SourceConfig(str(path))
+    return replace(named, path=str(path))
+
+
+def flag(benchmark: Benchmark, name: str) -> str:
+    """What the user of a tool sets for prompt_field, answer_field or template, as errors name it."""
+    text = f"--{name.replace('_', '-')}"
+    if benchmark.hub and name.endswith("field"):
+        return f"{text}, which is for files of your own: name the file by its path, not as {benchmark.name}"
+    return text
 
 
 def read(benchmark: Benchmark, folder: str, data: DataConfig, tokenizer: Any) -> PromptSet:
-    """Its problems, each once, with ids NAME/ROW.
+    """Its problems, each once, with ids NAME/ROW. Errors name the flags of tools/evaluate.py.
 
     Raises ConfigError: what load_prompts raises, and a problem that cannot be used, for without it the figures would be
     those of another benchmark.
     """
-    prompts = load_prompts([source(benchmark, folder)], replace(data, strict=True), tokenizer, benchmark.verifier)
+    key = partial(flag, benchmark)
+    prompts = load_prompts([source(benchmark, folder)], replace(data, strict=False), tokenizer, benchmark.verifier, key)
+    if lost := unusable(prompts.drops):
+        raise ConfigError(f"{lost[0]}; mend it, or take it out and name the file by its path: a benchmark is whole")
     renamed = [replace(item, id=f"{benchmark.name}/{item.id.rpartition('/')[2]}") for item in prompts.prompts]
     return replace(prompts, prompts=renamed)
 

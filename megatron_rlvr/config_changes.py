@@ -66,6 +66,8 @@ def settings_of(config: Config, prompts: Sequence[Prompt]) -> dict[str, Any]:
         settings["model"]["path"] = f"{own}/{INITIAL}"
     for section in ("model", "critic"):
         settings[section]["path"] = settings[section]["path"].replace(own, "RUN", 1)
+    for source in settings["data"]["sources"]:
+        del source["path"]  # files may move, as that of data.path: contents says what is in them
     digest = hashlib.blake2b(digest_size=16)
     for prompt in prompts:
         digest.update(json.dumps([prompt.id, prompt.token_ids, prompt.answer], default=str).encode())

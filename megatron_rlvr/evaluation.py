@@ -14,6 +14,7 @@ from typing import NamedTuple
 
 from megatron_rlvr.types import Rollout, RolloutGroup
 from megatron_rlvr.verifiers import is_scored
+from megatron_rlvr.verifiers.answer_forms import comparable
 
 _Z = 1.959963984540054  # the normal distribution holds 95 % within so many standard deviations
 
@@ -43,8 +44,9 @@ def figures(problems: Sequence[Sequence[Outcome]]) -> dict[str, Estimate | float
 
     avg@n, pass@k for k = 2, 4, ... and n, maj@n: Estimates. length: mean tokens; truncated, unjudged: shares of the
     responses; ppl_right, ppl_wrong: mean perplexity exp(-log_prob / tokens) of right and wrong responses, whose gap is
-    CDE's calibration (arXiv 2509.09675, Fig. 9); distinct, distinct_right: different (right) responses per problem. A
-    problem with fewer than k judged responses counts for smaller k alone.
+    CDE's calibration (arXiv 2509.09675, Fig. 9); distinct, distinct_right: different (right) responses per problem.
+    Responses that no verifier could judge are left out. A problem that lost some of them stays in every figure, with
+    fewer than k for pass@k where so few are left, for without it pass@n could be below avg@n; one that lost all is out.
     """
     samples = max(map(len, problems))
     judged = [[item for item in outcomes if item.right is not None] for outcomes in problems]
@@ -52,7 +54,7 @@ def figures(problems: Sequence[Sequence[Outcome]]) -> dict[str, Estimate | float
     pairs = list(zip(judged, right, strict=True))
     found: dict[str, Estimate | float] = {f"avg@{samples}": estimate([r / len(of) for of, r in pairs if of])}
     for k in _powers(samples):
-        found[f"pass@{k}"] = estimate([pass_at_k(len(of), r, k) for of, r in pairs if len(of) >= k])
+        found[f"pass@{k}"] = estimate([pass_at_k(len(of), r, min(k, len(of))) for of, r in pairs if of])
     if samples > 1:
         found[f"maj@{samples}"] = estimate([majority(of) for of in judged if of])
     everything = [item for outcomes in problems for item in outcomes]
@@ -82,10 +84,13 @@ def pass_at_k(samples: int, right: int, k: int) -> float:
 def majority(outcomes: Sequence[Outcome]) -> float:
     """Chance that the most frequent answer is right, a tie broken by lot.
 
-    All right answers are one answer, however they are written; wrong ones differ where their text does. Responses
-    without an answer do not vote; where none votes the problem counts as wrong.
+    All right answers are one answer, however they are written. Wrong ones are one where answer_forms.comparable makes
+    one text of them, else those of a model that writes 2/3 in many ways would split their votes. Responses without an
+    answer do not vote; where none votes the problem counts as wrong.
     """
-    votes = Counter("" if item.right else f"={item.answer}" for item in outcomes if item.right or item.answer)
+    votes = Counter(
+        "" if item.right else f"={comparable(item.answer or '')}" for item in outcomes if item.right or item.answer
+    )
     if not votes:
         return 0.0
     most = max(votes.values())

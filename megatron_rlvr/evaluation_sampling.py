@@ -19,6 +19,7 @@ from megatron_rlvr.sample_store import SampleStore, StoredSample
 from megatron_rlvr.seeds import stable_seed
 from megatron_rlvr.types import Prompt
 from megatron_rlvr.verdict import Verdict
+from megatron_rlvr.verifiers import check_error_share
 from megatron_rlvr.verifiers.pool import VerifierPool
 
 # Prompt and response, token ids -> how far a critic's heads disagree on the response.
@@ -42,7 +43,11 @@ def sample(
     store: SampleStore,
     console: Console,
 ) -> None:
-    """Every job's response, into the store; ``spread`` is a critic's. Raises ConfigError for an unusable model."""
+    """Every job's response, into the store; ``spread`` is a critic's.
+
+    Raises ConfigError for an unusable model, VerifierError where too many of the verdicts so far are failures: what
+    fails on wrong answers alone would leave the right ones. That batch is not stored, so the next start asks it again.
+    """
     longest = max(len(job.prompt.token_ids) for job in jobs)
     with ExitStack() as stack:
         names = sorted({job.prompt.verifier for job in jobs})
@@ -58,18 +63,26 @@ def sample(
         )
         stack.enter_context(closing(sampler))
         bar = stack.enter_context(_bar(len(jobs), console))
-        right = 0
+        asked = {job.benchmark.name for job in jobs}
+        judged = [item.verdict for name in asked for item in store.read(name).values()]
+        right = known = 0
         for start in range(0, len(jobs), settings.batch):
             batch = jobs[start : start + settings.batch]
             samples = sampler.generate([_request(job, settings) for job in batch], bar)
-            rows = _measured(batch, samples, tokenizer, pools, spread)
+            # As in training: without the end token, but with any other special one, which a verifier must see.
+            texts = [tokenizer.decode(said(item)) for item in samples]
+            verdicts = _judge(batch, texts, pools)
+            judged = verdicts + judged  # the new ones first: the error shows the first that failed
+            check_error_share(judged, settings.max_error_share, keys=("--max-error-share", "--deadline"))
+            rows = _measured(batch, samples, texts, verdicts, spread)
             for name in sorted({job.benchmark.name for job in batch}):
                 store.append(name, [row for job, row in zip(batch, rows, strict=True) if job.benchmark.name == name])
             right += sum(row.outcome.right is True for row in rows)
-            done = start + len(batch)
-            bar(0, f"{right / done:.1%} right")
+            known += sum(row.outcome.right is not None for row in rows)
+            share = f"{right / max(1, known):.1%} right"
+            bar(0, share)
             if not console.is_terminal:
-                console.print(f"{done} of {len(jobs)} responses, {right / done:.1%} right", highlight=False)
+                console.print(f"{start + len(batch)} of {len(jobs)} responses, {share}", highlight=False)
 
 
 @contextmanager
@@ -82,11 +95,9 @@ def _bar(total: int, console: Console) -> Iterator[Callable[..., None]]:
 
 
 def _measured(
-    batch: list[Job], samples: list[Sample], tokenizer: Any, pools: dict[str, VerifierPool], spread: Spread | None
+    batch: list[Job], samples: list[Sample], texts: list[str], verdicts: list[Verdict], spread: Spread | None
 ) -> list[StoredSample]:
-    # As in training: without the end token, but with any other special one, which a verifier must see.
-    texts = [tokenizer.decode(said(sample)) for sample in samples]
-    rows = zip(batch, samples, texts, _judge(batch, texts, pools), strict=True)
+    rows = zip(batch, samples, texts, verdicts, strict=True)
     return [_stored(*row, spread(row[0].prompt.token_ids, row[1].response_ids) if spread else None) for row in rows]
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
-from megatron_rlvr.config import DataConfig, from_dict, rule
+from megatron_rlvr.config import DataConfig, RewardConfig, from_dict, rule
 
 
 def option(default: Any, what: str) -> Any:
@@ -14,7 +14,7 @@ def option(default: Any, what: str) -> Any:
 
 @dataclass
 class Settings:
-    """The fields from ``batch`` on decide only how fast it goes."""
+    """The fields from ``batch`` on decide only how fast it goes, and what it gives up at."""
 
     model: str
     output: str
@@ -22,6 +22,8 @@ class Settings:
     data: str = option("", "folder of the benchmarks' files; without it they come from the hub")
     critic: str = option("", "checkpoint or folder of a critic whose heads' disagreement is measured too")
     verifier: str = option("math", "of benchmarks that are files of your own")
+    prompt_field: str = option("", "of benchmarks that are files of your own, where it is not found by itself")
+    answer_field: str = option("", "the same for the answer")
     samples: int = option(1, "samples of each problem")
     temperature: float = option(0.6, "0: greedy")
     top_p: float = option(0.95, "share of the probability that is sampled from")
@@ -36,6 +38,9 @@ class Settings:
     gpu_memory: float = option(0.9, "share of a GPU that the engine takes; less leaves room for a critic")
     workers: int = option(2, "verifier processes")
     deadline: float = option(10.0, "seconds that judging one response may take")
+    max_error_share: float = option(
+        RewardConfig().max_error_share, "of the verdicts; the evaluation stops where the verifier fails on more"
+    )
 
     def check(self) -> None:
         """Raises ConfigError."""
@@ -47,6 +52,7 @@ class Settings:
             self.dtype in ("auto", "float32", "bfloat16"), f"dtype must be auto, float32 or bfloat16, not {self.dtype}"
         )
         rule(0 < self.gpu_memory <= 1, f"gpu_memory must be in (0, 1], not {self.gpu_memory}")
+        rule(0 <= self.max_error_share <= 1, f"max_error_share must be in [0, 1], not {self.max_error_share}")
         rule(self.deadline > 0, f"deadline must be above 0, not {self.deadline}")
 
     def data_config(self) -> DataConfig:

@@ -12,6 +12,8 @@ class Order:
     """Parts of ``sizes`` prompts, numbered through; part i has ``counts[i]`` places in every epoch.
 
     Order(sizes=(4, 10), counts=(8, 5)): each of prompts 0 .. 3 twice per epoch, each of 4 .. 13 in every second one.
+    With weight 0.7 or 3.7 every epoch holds a prompt 0 or 1, 3 or 4 times, and after no epoch is one of a
+    part more than one ahead of another.
     """
 
     sizes: tuple[int, ...]
@@ -19,7 +21,7 @@ class Order:
 
     @classmethod
     def weighted(cls, sizes: list[int], weights: list[float]) -> Order:
-        """A part of weight w has w times as many places per epoch as it has prompts, at least one."""
+        """A part of weight w has w times as many places per epoch as it has prompts, rounded, and at least one."""
         pairs = zip(sizes, weights, strict=True)
         return cls(tuple(sizes), tuple(max(1, round(weight * size)) for size, weight in pairs))
 
@@ -37,15 +39,16 @@ class Order:
 def _epoch(order: Order, seed: int | None, epoch: int) -> list[int]:
     """The prompts of one epoch; without a seed as they are numbered.
 
-    Each part goes through its own prompts in rounds, however its rounds lie to the epochs: with weight 0.5 the second
-    epoch takes those that the first left out.
+    Which ones: each part goes round and round one permutation of its prompts, and an epoch takes the next so many. As
+    many in a row hold each prompt as often as any other, or once more, in this epoch and in all so far. A permutation
+    per round would not do: an epoch that begins in one round and ends in the next could hold a prompt from both.
+    In which order: shuffled anew in every epoch, all parts together.
     """
     prompts: list[int] = []
     offset = 0
     for part, (size, count) in enumerate(zip(order.sizes, order.counts, strict=True)):
-        for place in range(epoch * count, (epoch + 1) * count):
-            turn, index = divmod(place, size)
-            prompts.append(offset + _round(size, seed, part, turn)[index])
+        ring = _ring(size, seed, part)
+        prompts += [offset + ring[place % size] for place in range(epoch * count, (epoch + 1) * count)]
         offset += size
     if seed is not None:
         random.Random(f"{seed}/{epoch}").shuffle(prompts)
@@ -53,8 +56,8 @@ def _epoch(order: Order, seed: int | None, epoch: int) -> list[int]:
 
 
 @functools.lru_cache(maxsize=16)
-def _round(size: int, seed: int | None, part: int, turn: int) -> list[int]:
+def _ring(size: int, seed: int | None, part: int) -> list[int]:
     numbers = list(range(size))
     if seed is not None:
-        random.Random(f"{seed}/{part}/{turn}").shuffle(numbers)
+        random.Random(f"{seed}/part {part}").shuffle(numbers)
     return numbers

@@ -7,6 +7,7 @@ from collections import Counter, defaultdict
 from typing import NamedTuple
 
 from megatron_rlvr.prompt_rows import Row
+from megatron_rlvr.verifiers.answer_forms import comparable
 
 REPEAT, CONTRADICTION = "repeats an earlier row", "contradicting answers"
 _NAMED = 3  # dropped rows that the report names, per reason
@@ -26,6 +27,11 @@ class Drop(NamedTuple):
         return f"{self.source} row {self.row}, {self.field}: {self.reason}{detail}"
 
 
+def unusable(drops: list[Drop]) -> list[Drop]:
+    """The rows whose question is lost, in order: a repeat's is not."""
+    return sorted(drop for drop in drops if drop.reason != REPEAT)
+
+
 class Placed(NamedTuple):
     """A row and where it came from."""
 
@@ -36,9 +42,14 @@ class Placed(NamedTuple):
 
     @property
     def answer_text(self) -> str:
-        """The answer in a form that can be compared and shown."""
+        """The answer in a form that can be shown."""
         answer = self.row.answer
         return answer if isinstance(answer, str) else json.dumps(answer, sort_keys=True)
+
+    @property
+    def answer_form(self) -> str:
+        """The same for answers that only differ in spelling."""
+        return comparable(self.row.answer) if isinstance(self.row.answer, str) else self.answer_text
 
     def drop(self, reason: str, detail: str) -> Drop:
         return Drop(self.source, self.number, self.row.field, reason, detail)

@@ -25,6 +25,9 @@ _GPQA = ("Question", "Correct Answer", "Incorrect Answer 1", "Incorrect Answer 2
 _INTEGER = re.compile(r"([-+]?)0*([0-9]+)(?:\.0*)?")
 _BOX = re.compile(r"\\(?:boxed|fbox)\b")
 _MISSING = object()
+# Llama 3's chat templates write a day into the system message: today, where nobody says another one. Then a run that is
+# resumed, or an evaluation that goes on, would have other prompts tomorrow. This is the day that they fall back to.
+_DATE = "26 Jul 2024"
 
 
 class Row(NamedTuple):
@@ -41,11 +44,26 @@ class RowError(Exception):
     """What is wrong with one row: (field, reason, detail)."""
 
 
-class RowReader:
-    """Reads the rows of one source; the first row decides which fields hold prompt and answer."""
+def config_key(name: str) -> str:
+    """What the user of a config sets for prompt_field, answer_field, template, ...; tools name their flags instead."""
+    return f"data.{name}"
 
-    def __init__(self, source: SourceConfig, data: DataConfig, tokenizer: Any, read_answer: Callable) -> None:
-        self.source, self.data, self.tokenizer, self.read_answer = source, data, tokenizer, read_answer
+
+class RowReader:
+    """Reads the rows of one source; the first row decides which fields hold prompt and answer.
+
+    ``key`` says what errors call a field's name in the config.
+    """
+
+    def __init__(
+        self,
+        source: SourceConfig,
+        data: DataConfig,
+        tokenizer: Any,
+        read_answer: Callable,
+        key: Callable[[str], str] = config_key,
+    ) -> None:
+        self.source, self.data, self.tokenizer, self.read_answer, self.key = source, data, tokenizer, read_answer, key
         self.fields: tuple[str, str] | None = None
 
     def __call__(self, row: Any) -> Row:
@@ -55,10 +73,12 @@ class RowReader:
         if all(isinstance(row.get(field), str) for field in _GPQA):
             row = _multiple_choice(row)
         self.fields = self.fields or (
-            find_field(row, self.source, "prompt_field", self.data.prompt_field),
-            find_field(row, self.source, "answer_field", self.data.answer_field),
+            find_field(row, self.source, "prompt_field", self.data.prompt_field, self.key("prompt_field")),
+            find_field(row, self.source, "answer_field", self.data.answer_field, self.key("answer_field")),
         )
         prompt_field, answer_field = self.fields
+        if answer_field in _TESTS and not (self.source.prompt_field or self.data.prompt_field):
+            row = _with_tests(row, prompt_field)
         messages = _messages(row, prompt_field)
         asked = _asked(messages)
         answer, mark = _answer(row, answer_field, self.read_answer), turn_mark(asked)
@@ -77,21 +97,22 @@ class RowReader:
             messages = [{"role": "user", "content": wrap(template, asked)}]
         elif asked.startswith(R1_ZERO.partition("{prompt}")[0]):  # a whole prompt, which chat must not wrap again
             messages = [{"role": "user", "content": unwrap(asked)}]
-        return self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+        return self.tokenizer.apply_chat_template(
+            messages, tokenize=False, add_generation_prompt=True, date_string=_DATE
+        )
 
 
-def find_field(row: dict[str, Any], source: SourceConfig, key: str, default: str = "") -> str:
-    """The field named by ``key`` of the source, else ``default``, else the one that this row shows.
+def find_field(row: dict[str, Any], source: SourceConfig, kind: str, default: str, key: str) -> str:
+    """The field named by the source, else ``default``, else the one that this row shows.
 
-    Raises ConfigError where the row has none. ``key`` is prompt_field or answer_field.
+    Raises ConfigError where the row has none: ``key`` is what to set then. ``kind`` is prompt_field or answer_field.
     """
-    known = _PROMPT_FIELDS if key == "prompt_field" else _ANSWER_FIELDS
-    named = getattr(source, key) or default
+    known = _PROMPT_FIELDS if kind == "prompt_field" else _ANSWER_FIELDS
+    named = getattr(source, kind) or default
     field = named or next((name for name in known if _get(row, name) is not _MISSING), "")
     rule(
         bool(field) and _get(row, field) is not _MISSING,
-        f"the first row of {source.path} has no field {field or ' or '.join(known)}, but {', '.join(row)}: "
-        f"set data.{key}",
+        f"the first row of {source.path} has no field {field or ' or '.join(known)}, but {', '.join(row)}: set {key}",
     )
     return field
 
@@ -152,6 +173,19 @@ def plain(value: Any) -> Any:
     if isinstance(value, str) and (found := _INTEGER.fullmatch(value.strip())):
         return found[1].replace("+", "") * (found[2] != "0") + found[2]
     return value
+
+
+def _with_tests(row: dict[str, Any], field: str) -> dict[str, Any]:
+    """MBPP's row with its tests behind the task, in the words of MBPP's own prompt (arXiv 2108.07732).
+
+    They call a function by a name that the task alone rarely says. Other rows stay as they are.
+    """
+    task, tests = _get(row, field), row.get("test_list")
+    if not isinstance(task, str) or not isinstance(tests, list) or row.get("entry_point") or turn_mark(task):
+        return row
+    if not tests or not all(isinstance(test, str) and test.strip() not in task for test in tests):
+        return row
+    return row | {field: "\n".join([task.strip(), "Your code should pass these tests:", "", *tests])}
 
 
 def _multiple_choice(row: dict[str, Any]) -> dict[str, Any]:

@@ -7,15 +7,15 @@ step_prompts = prompts.take(position=step * 32, n=32, seed=0, shuffle=True)
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from megatron_rlvr.config import ConfigError, DataConfig, SourceConfig, rule
 from megatron_rlvr.prompt_files import read_rows, source_name, stem
 from megatron_rlvr.prompt_order import Order
-from megatron_rlvr.prompt_report import CONTRADICTION, REPEAT, Drop, Placed, notes, reasons, used
-from megatron_rlvr.prompt_rows import RowError, RowReader
+from megatron_rlvr.prompt_report import CONTRADICTION, REPEAT, Drop, Placed, notes, reasons, unusable, used
+from megatron_rlvr.prompt_rows import RowError, RowReader, config_key
 from megatron_rlvr.templates import INSIDE_CHAT
 from megatron_rlvr.types import Prompt
 from megatron_rlvr.verifiers import load
@@ -44,29 +44,35 @@ class PromptSet:
         return [self.prompts[self.order.at(place, seed, shuffle)] for place in range(position, position + n)]
 
 
-def load_prompts(sources: Sequence[SourceConfig], data: DataConfig, tokenizer: Any, verifier: str) -> PromptSet:
+def load_prompts(
+    sources: Sequence[SourceConfig],
+    data: DataConfig,
+    tokenizer: Any,
+    verifier: str,
+    key: Callable[[str], str] = config_key,
+) -> PromptSet:
     """Read, render and tokenise every row of the sources (prompt_files.read_rows says what they can be).
 
     Rows without an answer or a prompt, with a prompt of more than ``data.max_prompt_length`` tokens, and unreadable
     ones are dropped and counted; so are, unless ``data.repeats`` keeps them, a question's later rows and every row of a
     question with contradicting answers. Raises ConfigError: a source that cannot be read, fields that cannot be found,
-    an unknown verifier, a source without a usable row, and with ``data.strict`` the first row that cannot be used.
+    an unknown verifier, a source without a usable row, and with ``data.strict`` the first row that cannot be used;
+    ``key`` says how such an error names a field of ``data``.
     """
     rule(
         data.template not in ("chat", *INSIDE_CHAT) or bool(getattr(tokenizer, "chat_template", None)),
-        f"data.template={data.template} needs a tokenizer with a chat template, and this one has none: set "
-        f"data.template=raw to use each prompt's text as it is, or r1_zero",
+        f"{key('template')}={data.template} needs a tokenizer with a chat template, and this one has none: set "
+        f"{key('template')}=raw to use each prompt's text as it is, or r1_zero",
     )
     names = _names(sources)
-    rows, drops = _read(sources, names, data, tokenizer, verifier)
+    rows, drops = _read(sources, names, data, tokenizer, verifier, key)
     contradicting = _contradicting(rows)
     remarks = notes(rows, len(contradicting), data.repeats)
     if data.repeats == "drop":
         rows = _without_repeats(rows, contradicting, drops)
     parts = _fitting(rows, names, data, tokenizer, verifier, drops)
-    unusable = [drop for drop in drops if drop.reason != REPEAT]
-    if data.strict and unusable:
-        raise ConfigError(f"{min(unusable)}; mend it, or set data.strict=false to drop such rows")
+    if data.strict and (lost := unusable(drops)):
+        raise ConfigError(f"{lost[0]}; mend it, or set {key('strict')}=false to drop such rows")
     order = Order.weighted([len(part) for part in parts], [source.weight for source in sources])
     shares = [count / len(order) for count in order.counts]
     report = [used(name, len(part), drops, share) for name, part, share in zip(names, parts, shares, strict=True)]
@@ -83,12 +89,17 @@ def _names(sources: Sequence[SourceConfig]) -> list[str]:
 
 
 def _read(
-    sources: Sequence[SourceConfig], names: list[str], data: DataConfig, tokenizer: Any, verifier: str
+    sources: Sequence[SourceConfig],
+    names: list[str],
+    data: DataConfig,
+    tokenizer: Any,
+    verifier: str,
+    key: Callable[[str], str],
 ) -> tuple[list[Placed], list[Drop]]:
     read_answer = load(verifier).read_answer
     rows, drops = [], []
     for part, (source, name) in enumerate(zip(sources, names, strict=True)):
-        reader = RowReader(source, data, tokenizer, read_answer)
+        reader = RowReader(source, data, tokenizer, read_answer, key)
         for number, row in read_rows(source.path):
             try:
                 rows.append(Placed(part, name, number, reader(row)))
@@ -102,7 +113,8 @@ def _contradicting(rows: list[Placed]) -> dict[str, list[Placed]]:
     by_question = defaultdict(list)
     for placed in rows:
         by_question[placed.row.question].append(placed)
-    return {question: same for question, same in by_question.items() if len({row.answer_text for row in same}) > 1}
+    repeated = {question: same for question, same in by_question.items() if len(same) > 1}
+    return {question: same for question, same in repeated.items() if len({row.answer_form for row in same}) > 1}
 
 
 def _without_repeats(rows: list[Placed], contradicting: dict[str, list[Placed]], drops: list[Drop]) -> list[Placed]:
@@ -111,7 +123,7 @@ def _without_repeats(rows: list[Placed], contradicting: dict[str, list[Placed]],
     for placed in rows:
         question = placed.row.question
         if question in contradicting:
-            other = next(row for row in contradicting[question] if row.answer_text != placed.answer_text)
+            other = next(row for row in contradicting[question] if row.answer_form != placed.answer_form)
             detail = f"{placed.answer_text[:40]}, but {other.answer_text[:40]} in {other.source} row {other.number}"
             drops.append(placed.drop(CONTRADICTION, detail))
         elif question in kept:
@@ -127,7 +139,11 @@ def _fitting(
     """The prompts of each source that are short enough; the others are added to ``drops``."""
     prefixes = [stem(name) for name in names]
     parts: list[list[Prompt]] = [[] for _ in names]
+    writes_start = data.template in ("chat", *INSIDE_CHAT)  # the model's chat template
+    start = [] if writes_start else _first_token(tokenizer)
     for placed, ids in zip(rows, _tokenise([placed.row.text for placed in rows], tokenizer), strict=True):
+        if not placed.row.mark and ids[:1] != start:
+            ids = start + ids
         if len(ids) > data.max_prompt_length:
             reason = f"longer than data.max_prompt_length={data.max_prompt_length} tokens"
             drops.append(placed.drop(reason, f"{len(ids)} tokens"))
@@ -135,6 +151,12 @@ def _fitting(
             name = f"{prefixes[placed.part]}/{placed.number}"
             parts[placed.part].append(Prompt(name, placed.row.text, tuple(ids), verifier, placed.row.answer))
     return parts
+
+
+def _first_token(tokenizer: Any) -> list[int]:
+    """The token that begins every text of the model by the tokenizer's own default: Llama's, which Qwen lacks."""
+    token = getattr(tokenizer, "bos_token_id", None)
+    return [token] if token is not None and tokenizer("")["input_ids"][:1] == [token] else []
 
 
 def _tokenise(texts: list[str], tokenizer: Any) -> list[list[int]]:

@@ -42,17 +42,18 @@ RECORDS = (
 )
 
 
-def hold(folder: Path, patience: float = 0.0) -> IO[str]:
+def hold(folder: Path, patience: float = 0.0, what: str = "run", key: str = "run.dir") -> IO[str]:
     """Make the folder and keep other runs out of it until the file is closed, or this process is gone.
 
     Raises ConfigError: a run is still going on in it after ``patience`` seconds, or it cannot be made. Two jobs that
     begin at the same moment would both find it empty. A file system without locks leaves that open, and is named.
+    ``what`` goes on there, and ``key`` is what the user sets to another folder.
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
         lock = (folder / LOCK).open("a")
     except OSError as error:
-        raise ConfigError(f"cannot make the run's folder {folder}: {error.strerror}; set run.dir") from error
+        raise ConfigError(f"cannot make the {what}'s folder {folder}: {error.strerror}; set {key}") from error
     deadline = time.monotonic() + patience
     while True:
         try:
@@ -60,11 +61,13 @@ def hold(folder: Path, patience: float = 0.0) -> IO[str]:
         except BlockingIOError as error:
             if time.monotonic() >= deadline:
                 lock.close()
-                raise ConfigError(f"a run is going on in {folder}: wait for its end, or set another run.dir") from error
+                raise ConfigError(
+                    f"another {what} is going on in {folder}: wait for its end, or set another {key}"
+                ) from error
             time.sleep(1.0)
             continue
         except OSError as error:
-            print(f"{folder}: {error.strerror}; see to it yourself that no other run writes there")
+            print(f"{folder}: {error.strerror}; see to it yourself that no other {what} writes there")
         return lock
 
 

@@ -15,7 +15,7 @@ from typing import Any
 from megatron_rlvr.config import ConfigError, rule
 from megatron_rlvr.evaluation import Outcome
 from megatron_rlvr.types import FinishReason
-from megatron_rlvr.verdict import SCORED, VerdictStatus
+from megatron_rlvr.verdict import SCORED, Verdict, VerdictStatus
 
 
 @dataclass(frozen=True)
@@ -36,6 +36,10 @@ class StoredSample:
     log_prob: float  # nats, summed over the tokens
     text: str  # of a benchmark whose texts are not shown: a digest
     head_std: float | None = None  # of a critic, where one is given: mean over the tokens
+
+    @property
+    def verdict(self) -> Verdict:
+        return Verdict(self.reward, self.status, self.extracted)
 
     @property
     def outcome(self) -> Outcome:
@@ -62,9 +66,12 @@ class SampleStore:
             (folder / "samples").mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise ConfigError(f"cannot make the output folder {folder}: {error.strerror}") from error
-        written = folder / "settings.json"
-        earlier = json.loads(written.read_text()) if written.exists() else settings
-        there, way_out = earlier.get("problems", {}), "name another output folder, or delete this one"
+        written, way_out = folder / "settings.json", "name another output folder, or delete this one"
+        try:
+            earlier = dict(json.loads(written.read_text())) if written.exists() else settings
+        except (ValueError, TypeError) as error:
+            raise ConfigError(f"{written} is damaged, so what its samples are of is not known: {way_out}") from error
+        there = earlier.get("problems", {})
         for name, value in settings.items():
             rule(
                 earlier.get(name) == value,
@@ -76,7 +83,9 @@ class SampleStore:
                 f"{folder} holds samples of other problems by the name of {name}, whose file, answers or verifier have "
                 f"changed since: {way_out}",
             )
-        written.write_text(json.dumps(settings | {"problems": there | problems}, indent=1) + "\n")
+        draft = folder / "settings.json.new"  # in place in one move: a kill leaves the old ones or the new ones whole
+        draft.write_text(json.dumps(settings | {"problems": there | problems}, indent=1) + "\n")
+        os.replace(draft, written)
 
     def read(self, benchmark: str) -> dict[tuple[str, int], StoredSample]:
         """(problem id, sample index) -> sample; the line that a killed evaluation was writing is cut off the file."""

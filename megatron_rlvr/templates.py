@@ -24,10 +24,19 @@ DAPO = (
     'Remember to put your answer on its own line after "Answer:".'
 )
 
-# Qwen's own request for a boxed answer (github.com/QwenLM/Qwen2.5-Math, README), at the end of the user message.
+# Qwen's own request for a boxed answer, at the end of the user message, as Qwen2-Math is evaluated
+# (github.com/QwenLM/Qwen2.5-Math, evaluation/utils.py, "qwen-boxed"; the README has the sentence in a system message).
 BOXED = "{prompt}\nPlease reason step by step, and put your final answer within \\boxed{}."
 
 TEMPLATES = {"r1_zero": R1_ZERO, "dapo": DAPO, "boxed": BOXED}
+# How questions end in data sets that ask for an answer already: verl's MATH and GSM8K
+# (github.com/volcengine/verl, examples/data_preprocess), and Qwen's sentence on the question's own line.
+_ENDINGS = (
+    " Let's think step by step and output the final answer within \\boxed{}.",
+    ' Let\'s think step by step and output the final answer after "####".',
+    " Please reason step by step, and put your final answer within \\boxed{}.",
+)
+_WRAPPERS = (*TEMPLATES.values(), *("{prompt}" + ending for ending in _ENDINGS))
 INSIDE_CHAT = ("dapo", "boxed")  # user messages; r1_zero is a whole prompt
 
 # Marks of a turn in the chat templates of Qwen, DeepSeek, Llama 3, Llama 2 and Gemma, loosely: data sets misspell them.
@@ -44,8 +53,8 @@ def wrap(name: str, text: str) -> str:
 
 
 def unwrap(text: str) -> str:
-    """The question inside a known template, or the text as it is."""
-    for template in TEMPLATES.values():
+    """The question inside a known template or in front of a data set's usual ending, or the text as it is."""
+    for template in _WRAPPERS:
         before, after = template.split("{prompt}")
         if text.startswith(before) and text.endswith(after):
             return text[len(before) : len(text) - len(after)]

@@ -225,7 +225,10 @@ class Trainer:
         return self.weight_sync.push(self.policy.hf_weights(), self.policy_version)
 
     def evaluate(self) -> dict[str, float]:
-        """eval/* figures over every held-out prompt; eval/SOURCE/* of each source's own, where there are several."""
+        """eval/* figures over every held-out prompt; eval/SOURCE/* of each source's own, where there are several.
+
+        Raises VerifierError where the verifier fails on too many: the figures of the others would flatter.
+        """
         prompts = [prompt for source in self.held_out.values() for prompt in source.prompts]
         settings = self.config.trainer
         groups = self.collector.collect(
@@ -236,6 +239,8 @@ class Trainer:
             policy_version=self.policy_version,
             temperature=settings.eval_temperature or self.config.rollout.temperature,
         ).groups
+        verdicts = [rollout.verdict for group in groups for rollout in group.rollouts]
+        verifiers.check_error_share(verdicts, self.config.reward.max_error_share)
         metrics = self.held_out_figures(groups, "eval")
         rest = iter(groups)
         for name, source in self.held_out.items() if len(self.held_out) > 1 else ():

@@ -47,8 +47,25 @@ def test_gpqa_comes_from_the_hub_alone_and_is_never_shown(tmp_path: Path) -> Non
 
 def test_a_problem_that_cannot_be_used_is_an_error(tmp_path: Path) -> None:
     (tmp_path / "amc23.jsonl").write_text('{"problem": "1+1?", "answer": 2.0}\n{"problem": "x", "answer": null}\n')
-    with pytest.raises(ConfigError, match="amc23.jsonl row 2, answer: no answer"):
+    with pytest.raises(ConfigError, match="amc23.jsonl row 2, answer: no answer; mend it, or take it out") as raised:
         read(find("amc23"), str(tmp_path), RAW, Characters())
+    assert "data." not in str(raised.value)
+
+
+def test_fields_of_a_file_of_your_own_are_named_by_flags(tmp_path: Path) -> None:
+    own = tmp_path / "amc23.jsonl"
+    own.write_text(json.dumps({"task": "1+1?", "gold": "2"}) + "\n")
+    for folder in ("", str(tmp_path)):
+        (prompt,) = read(find(str(own), "math", "task", "gold"), folder, RAW, Characters()).prompts
+        assert (prompt.text, prompt.answer) == ("1+1?", "2")
+    with pytest.raises(ConfigError, match="no field prompt or .*, but task, gold: set --prompt-field$"):
+        read(find(str(own)), "", RAW, Characters())
+    with pytest.raises(ConfigError, match="set --answer-field$"):
+        read(find(str(own), "math", "task"), "", RAW, Characters())
+    with pytest.raises(ConfigError, match="set --prompt-field, which is for .* by its path, not as amc23$"):
+        read(find("amc23", "math", "task", "gold"), str(tmp_path), RAW, Characters())
+    with pytest.raises(ConfigError, match="^--template=chat needs .* set --template=raw"):
+        read(find(str(own)), "", DataConfig(), Characters())
 
 
 @pytest.mark.real_data

@@ -159,6 +159,17 @@ def test_a_swapped_data_set_is_seen_under_the_same_name() -> None:
         check_resume(settings(), settings(prompts=PROMPTS[::-1]), accepted=False)
 
 
+def test_the_files_of_a_mixture_may_move_but_not_change_their_weights() -> None:
+    def mixed(*sources: dict[str, Any]) -> dict[str, Any]:
+        return settings({"data": {"sources": list(sources)}})
+
+    before = mixed({"path": "a.jsonl"}, {"path": "b.jsonl", "weight": 0.5})
+    moved = mixed({"path": "/new/a.jsonl"}, {"path": "/new/b.jsonl", "weight": 0.5})
+    assert check_resume(before, moved, accepted=False) == []
+    with pytest.raises(ConfigError, match="data.sources: "):
+        check_resume(before, mixed({"path": "a.jsonl"}, {"path": "b.jsonl"}), accepted=False)
+
+
 def test_a_run_folder_may_move() -> None:
     def moved(folder: str) -> dict[str, Any]:
         return settings({"run": {"dir": folder}, "model": {"path": str(Path(folder) / "initial_hf")}})

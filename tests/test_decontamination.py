@@ -7,8 +7,11 @@ import os
 import subprocess
 import sys
 from collections import Counter
+from datetime import datetime
 from pathlib import Path
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from megatron_rlvr.benchmarks import BENCHMARKS, find
@@ -35,6 +38,15 @@ def test_layout_is_no_difference(same: str) -> None:
     assert index.matches(same, 0.5) == [Match("p/1", True, 1.0)]
 
 
+def test_spacing_is_no_difference_but_between_digits() -> None:
+    index = Index(n=5)
+    index.add("p/1", r"Positive integers $x y+z=160$ and $x \le12$, \ge3$. What is the number $1 23$?")
+    same = r"Positive integers $xy + z = 160$ and $x\leq 12$, ≥ 3$. What is the number $1 23$?"
+    assert index.matches(same, 0.5) == [Match("p/1", True, 1.0)]
+    assert not any(match.exact for match in index.matches(same.replace("1 23", "12 3"), 0.0))
+    assert words(r"a \le b") == words(r"a \leqslant{b}") == words("a\\leq b") != words(r"a \left( b")
+
+
 @pytest.mark.parametrize("other", [PROBLEM.replace("a+b=", "a-b="), PROBLEM.replace("17", "18"), PROBLEM[4:]])
 def test_a_sign_or_a_number_is_a_difference(other: str) -> None:
     index = Index(n=5)
@@ -50,6 +62,14 @@ def test_the_share_is_that_of_the_problems_ngrams() -> None:
     assert index.matches("zero one two three four zero", 0.5) == [Match("p/1", False, 0.5)]
     assert index.matches("zero one two three four zero", 0.51) == []
     assert index.matches("One, two", 0.5) == [Match("p/2", True, 1.0)]
+    index.add("p/3", "Simplify $\\sqrt{242}$.")  # shorter than most n-grams: then it is one
+    wide = Index(n=13)
+    wide.add("p/3", "Simplify $\\sqrt{242}$.")
+    for text in (r"Simplify \(\sqrt{242}\). Let's think step by step.", "Solve this: simplify $\\sqrt{242}$"):
+        assert wide.matches(text, 0.5) == index.matches(text, 0.5) == [Match("p/3", False, 1.0)]
+    assert wide.matches(r"Simplify $\sqrt{24}$.", 0.5) == []
+    wide.add("p/4", "∫")
+    assert wide.matches("One, two", 0.5) == []
     assert words("三角形 abc") == ("三", "角", "形", "abc")
     both = [Match("p/1", False, 1.0)]
     assert index.matches("now one two three four five six again one two three", 0.5) == both
@@ -83,13 +103,35 @@ def test_the_tool_reports_every_match_and_writes_the_rest(tmp_path: Path) -> Non
     }
     assert [json.loads(line) for line in clean.read_text().splitlines()] == [rows[0], rows[2]]
     assert run(str(clean), *asked).returncode == 0 and json.loads(report.read_text()) == []
+    for path in (clean, tmp_path / "amc23.jsonl"):
+        (tmp_path / f"own_{path.name}").write_text(
+            path.read_text().replace('"prompt"', '"t"').replace('"problem"', '"b"')
+        )
+    own = [*asked, "--benchmarks", str(tmp_path / "own_amc23.jsonl")]
+    for flags, says in (([], "set --benchmark-field"), (["--benchmark-field", "b"], "set --prompt-field")):
+        wrong = run(str(tmp_path / "own_clean.jsonl"), *own, *flags)
+        assert wrong.returncode == 2 and wrong.stderr.strip().endswith(says)
+    assert run(str(tmp_path / "own_clean.jsonl"), *own, "--benchmark-field", "b", "--prompt-field", "t").returncode == 0
     wrong = run(str(tmp_path / "none.jsonl"), *asked)
     assert wrong.returncode == 2 and "none.jsonl: there is no such file" in wrong.stderr
 
 
+def test_clean_rows_of_parquet_may_hold_dates(tmp_path: Path) -> None:
+    (tmp_path / "amc23.jsonl").write_text(json.dumps({"problem": PROBLEM, "answer": 1}) + "\n")
+    row = {"prompt": "other", "answer": "1", "made": datetime(2024, 7, 26, 1, 2)}
+    pq.write_table(pa.Table.from_pylist([row]), tmp_path / "train.parquet")
+    asked = ["--benchmarks", "amc23", "--data", str(tmp_path), "--report", str(tmp_path / "report.json")]
+    done = run(str(tmp_path / "train.parquet"), *asked, "--clean", str(tmp_path / "clean.jsonl"))
+    assert done.returncode == 0, done.stderr
+    assert json.loads((tmp_path / "clean.jsonl").read_text()) == row | {"made": "2024-07-26 01:02:00"}
+
+
 @pytest.mark.real_data
 def test_what_the_published_training_sets_hold() -> None:
-    """Two rows of DAPO are problems of MATH-500 letter for letter, eight once layout is taken away; none is AIME's."""
+    """Two rows of DAPO are problems of MATH-500 letter for letter, eight once layout is taken away; none is AIME's.
+
+    And MATH-500 itself is found whole, wrapped as verl's training set wraps it.
+    """
     data = os.environ["MEGATRON_RLVR_DATA"]
     local = [find(name) for name, item in BENCHMARKS.items() if item.file]
     index, texts = index_benchmarks(local, f"{data}/eval", n=13)
@@ -103,5 +145,8 @@ def test_what_the_published_training_sets_hold() -> None:
             letters = {problem for question, problem in same if question == texts[problem].strip()}
             assert sum(problem.startswith("math500/") for problem in letters) == 2
             assert not any(match.problem.startswith("aime24/") for row in found for match in row.matches)
-    assert exact["dapo_math_17k.parquet"] == {"amc23": 11, "math500": 8, "olympiadbench": 6}
-    assert exact["math_train_7500.json"] == exact["gsm8k_train.jsonl"] == {}
+    assert exact["dapo_math_17k.parquet"] == {"amc23": 11, "math500": 8, "olympiadbench": 9}
+    assert exact["math_train_7500.json"] == {"olympiadbench": 1} and exact["gsm8k_train.jsonl"] == {}
+    for name, text in texts.items():
+        wrapped = f"{text} Let's think step by step and output the final answer within \\boxed{{}}."
+        assert name in {match.problem for match in index.matches(wrapped, least_share=0.5)}

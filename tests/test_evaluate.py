@@ -19,7 +19,9 @@ from megatron_rlvr.config import ConfigError
 from megatron_rlvr.evaluation_models import find_model
 from megatron_rlvr.evaluation_settings import Settings
 from megatron_rlvr.rollout.engine import Request, Sample
+from megatron_rlvr.run_folder import hold
 from megatron_rlvr.seeds import stable_seed
+from megatron_rlvr.verifiers import VerifierError
 from megatron_rlvr.weights.convert_import import import_hf
 from tests.integration.test_real_data import save_byte_tokenizer
 from tests.models import reference
@@ -248,6 +250,95 @@ def test_a_file_of_ones_own_is_judged_by_the_verifier_that_is_named(ready: Setti
     assert evaluate.evaluate(ready, Console(quiet=True))["benchmarks"]["one"] | {"title": "one.jsonl"} == own
 
 
+FAILING = """
+from megatron_rlvr.verdict import Verdict
+
+ISOLATED = False
+
+
+def read_answer(value):
+    return str(value)
+
+
+def verify(response, answer):
+    given = response.partition("{")[2].partition("}")[0]
+    if given != answer:
+        raise RuntimeError("cannot read " + given)
+    return Verdict(1.0, "ok", extracted=given)
+"""
+
+
+def test_a_verifier_that_fails_on_wrong_answers_does_not_flatter(
+    ready: Settings, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    (tmp_path / "failing.py").write_text(FAILING)
+    ready.benchmarks, ready.verifier = [str(tmp_path / "one.jsonl")], str(tmp_path / "failing.py")
+    ready.batch = 4
+    says = r"of 4 responses .*--max-error-share=0.1.*RuntimeError: cannot read \d.*room with --deadline"
+    for _ in range(2):  # the responses are asked again, so that a mended verifier judges them
+        with pytest.raises(VerifierError, match=says):
+            evaluate.evaluate(ready, Console(quiet=True))
+        assert not Path(ready.output, "samples/one.jsonl").exists()
+    ready.max_error_share = 1.0
+    capsys.readouterr()
+    found = evaluate.evaluate(ready, Console(width=200))["benchmarks"]["one"]
+    shown = capsys.readouterr().out
+    assert 0.5 < found["unjudged"] < 1 and f"{found['unjudged']:.3g}" in shown and "unjudged" in shown
+    assert "nan" not in shown and "NaN" not in Path(ready.output, "results.json").read_text()
+    assert "unjudged" not in tell(ready, tmp_path / "equal.py", capsys)
+
+
+def tell(settings: Settings, verifier: Path, capsys: pytest.CaptureFixture) -> str:
+    """What an evaluation with another verifier prints."""
+    settings.verifier, settings.output = str(verifier), settings.output + "-other"
+    evaluate.evaluate(settings, Console(width=200))
+    return capsys.readouterr().out
+
+
+def test_a_benchmark_of_which_nothing_was_judged_has_no_figures(
+    ready: Settings, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    (tmp_path / "failing.py").write_text(FAILING.replace("given != answer", "True"))
+    ready.benchmarks, ready.verifier, ready.max_error_share = ["one", str(tmp_path / "own.jsonl")], "", 1.0
+    (tmp_path / "one.jsonl").rename(tmp_path / "own.jsonl")
+    (tmp_path / "one.jsonl").write_text((tmp_path / "own.jsonl").read_text())
+    shown = tell(ready, tmp_path / "failing.py", capsys)
+    own = json.loads(Path(ready.output, "results.json").read_text())["benchmarks"]["own"]
+    assert own["avg@4"] == {"value": None, "low": None, "high": None} and own["unjudged"] == 1
+    assert "nan" not in shown and next(line for line in shown.splitlines() if "mean" in line).count(" - ") == 3
+
+
+def test_the_share_of_failures_is_that_of_all_so_far(ready: Settings, tmp_path: Path) -> None:
+    """A single response that no verifier can judge, alone in its batch, is no reason to stop."""
+    evaluate.evaluate(ready, Console(quiet=True))
+    (tmp_path / "equal.py").write_text(FAILING.replace("given != answer", "True"))
+    ready.batch, path = 1, Path(ready.output, "samples/one.jsonl")
+    path.write_text("".join(path.read_text().splitlines(keepends=True)[:-1]))
+    found = evaluate.evaluate(ready, Console(quiet=True))["benchmarks"]["one"]
+    assert found["unjudged"] == pytest.approx(1 / 12)
+
+
+def test_a_file_of_ones_own_has_fields_of_its_own(ready: Settings, tmp_path: Path) -> None:
+    lines = (tmp_path / "one.jsonl").read_text().replace('"problem"', '"task"').replace('"answer"', '"gold"')
+    (tmp_path / "own.jsonl").write_text(lines)
+    ready.benchmarks, ready.verifier = ["two", str(tmp_path / "own.jsonl")], str(tmp_path / "equal.py")
+    with pytest.raises(ConfigError, match="own.jsonl has no field .*: set --prompt-field"):
+        evaluate.evaluate(ready, Console(quiet=True))
+    ready.prompt_field, ready.answer_field = "task", "gold"
+    assert evaluate.evaluate(ready, Console(quiet=True))["benchmarks"]["own"]["problems"] == 3
+
+
+def test_one_evaluation_at_a_time_writes_into_a_folder(ready: Settings) -> None:
+    with hold(Path(ready.output)):
+        with pytest.raises(
+            ConfigError, match="another evaluation is going on in .*: wait for its end, or set another --output"
+        ):
+            evaluate.evaluate(ready, Console(quiet=True))
+        assert not FakeSampler.calls and not Path(ready.output, "settings.json").exists()
+    evaluate.evaluate(ready, Console(quiet=True))
+    hold(Path(ready.output)).close()  # the lock is gone with the evaluation
+
+
 def test_a_file_that_has_changed_is_not_taken_for_the_one_that_was_sampled(ready: Settings, tmp_path: Path) -> None:
     evaluate.evaluate(ready, Console(quiet=True))
     file = tmp_path / "one.jsonl"
@@ -267,6 +358,7 @@ def test_a_file_that_has_changed_is_not_taken_for_the_one_that_was_sampled(ready
         ({"template": "qwen"}, "template must be one of 'chat', 'boxed'"),
         ({"dtype": "fp8"}, "dtype must be auto, float32 or bfloat16"),
         ({"deadline": 0.0}, "deadline must be above 0"),
+        ({"max_error_share": 1.5}, r"max_error_share must be in \[0, 1\], not 1.5"),
         ({"gpu_memory": 0.0}, r"gpu_memory must be in \(0, 1\]"),
         ({"critic": "nowhere"}, "critic='nowhere' is no critic"),
         ({"benchmarks": ["three"]}, "unknown benchmark 'three'"),

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import math
-from itertools import combinations, permutations, product
+from itertools import combinations, pairwise, permutations, product
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from megatron_rlvr.evaluation import Estimate, Outcome, estimate, figures, majority, pass_at_k, summarise
 from megatron_rlvr.types import Prompt, Rollout, RolloutGroup
@@ -119,6 +121,20 @@ def test_majority(outcomes: list[Outcome], chance: float) -> None:
     assert sum(firsts) / len(firsts) == pytest.approx(chance)
 
 
+def test_a_wrong_answer_is_one_answer_however_it_is_written() -> None:
+    right = [answered(text, True) for text in ("1/2", "0.5")]
+    for wrong in (
+        ("2/3", r"\dfrac{2}{3}", r"\frac 23"),
+        ("1000", "1,000", "1000.0", "1{,}000"),
+        ("(1, 2)", r"\left(1,2\right)", "(1,2)"),
+        (r"x \le 2", r"x\leq2", "x≤2."),
+    ):
+        assert majority([*right, *map(answered, wrong)]) == 0.0, wrong
+    assert majority([*right, answered("2/3"), answered("3/2"), answered("12 3"), answered("1 23")]) == 1.0
+    programs = ["x = 1" * 300, "x  = 1" * 300]  # too long for an answer: they are compared as they are
+    assert majority([answered("1", True), *map(answered, programs)]) == pytest.approx(1 / 3)
+
+
 def test_figures_by_hand() -> None:
     found = figures(
         [problem(True, False, False, False), problem(False, False, False, False), problem(True, *[True] * 3)]
@@ -169,5 +185,17 @@ def test_summary() -> None:
 def test_a_failed_verifier_is_no_wrong_answer() -> None:
     metrics = summarise([group(1.0, None), group(0.0, 1.0)])
     assert metrics["pass@1"] == 0.75  # 1 of 1 judged, 1 of 2
-    assert metrics["pass@2"] == 1.0  # of the second prompt alone
+    assert metrics["pass@2"] == metrics["pass@1"] + 0.25  # the first prompt's only judged one is right
     assert metrics["unjudged"] == 0.25
+    assert summarise([group(0.0, None), group(0.0, 1.0)])["pass@2"] == 0.5
+    assert summarise([group(None, None), group(0.0, 1.0)])["pass@2"] == 1.0  # nothing known of the first
+
+
+@given(st.lists(st.lists(st.sampled_from([True, False, None]), min_size=1, max_size=9), min_size=1, max_size=4))
+def test_more_tries_are_never_worse_whatever_was_lost(rights: list[list[bool | None]]) -> None:
+    found = figures([[answered("7", right) for right in of] for of in rights])
+    chances = [found[name].value for name in found if name.startswith(("avg@", "pass@"))]
+    if any(right is not None for of in rights for right in of):
+        assert all(less <= more + 1e-12 for less, more in pairwise(chances)), found
+    else:
+        assert all(map(math.isnan, chances))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import multiprocessing
 import os
 import random
@@ -10,10 +11,13 @@ from collections import Counter
 from pathlib import Path
 
 import pytest
+from hypothesis import example, given
+from hypothesis import strategies as st
 
 from megatron_rlvr.config import DataConfig, SourceConfig
 from megatron_rlvr.prompt_order import Order
 from megatron_rlvr.prompts import load_prompts
+from megatron_rlvr.verifiers import load
 
 DEADLINE = 60.0  # seconds for what takes milliseconds
 
@@ -52,6 +56,40 @@ def test_weights_are_appearances_per_epoch() -> None:
     long = Counter(sequence(order, 0, 16 * 100))
     assert {long[prompt] for prompt in range(4)} == {200} and {long[prompt] for prompt in range(4, 14)} == {50}
     assert len(Order.weighted([10], [0.001])) == 1  # never nothing
+
+
+PARTS = st.lists(
+    st.tuples(st.integers(1, 41), st.integers(3, 37).map(lambda tenths: tenths / 10)), min_size=1, max_size=3
+)
+
+
+@given(PARTS, st.integers(0, 5), st.booleans())
+@example([(1000, 0.7)], 0, True)
+@example([(23, 2.5), (7, 0.3), (1, 3.7)], 1, True)
+def test_every_epoch_holds_a_prompt_as_its_weight_says(
+    parts: list[tuple[int, float]], seed: int, shuffle: bool
+) -> None:
+    order = Order.weighted(*map(list, zip(*parts, strict=True)))
+    so_far: Counter = Counter()
+    for epoch in range(12):
+        prompts = sequence(order, epoch * len(order), len(order), seed, shuffle)
+        counts, first = Counter(prompts), 0
+        so_far += counts
+        for size, weight in parts:
+            of_part = range(first, first + size)
+            assert {counts[prompt] for prompt in of_part} <= {math.floor(weight), math.ceil(weight)}
+            assert max(so_far[prompt] for prompt in of_part) - min(so_far[prompt] for prompt in of_part) <= 1
+            first += size
+
+
+@pytest.mark.parametrize("weight", [1.0, 2.0, 0.5])
+def test_an_epoch_is_shuffled_anew(weight: float) -> None:
+    order = Order.weighted([40], [weight])
+    epochs = [sequence(order, epoch * len(order), len(order)) for epoch in range(8)]
+    assert len(set(map(tuple, epochs))) == 8 and epochs[0] != sorted(epochs[0])
+    firsts = [epoch.index(epochs[index % 2][0]) for index, epoch in enumerate(epochs)]
+    assert len(set(firsts)) > 4  # nor is one epoch the other, begun elsewhere
+    assert sequence(order, 0, len(order), seed=8) != epochs[0]
 
 
 def test_parts_are_mixed() -> None:
@@ -121,6 +159,7 @@ def test_killed_twenty_times_and_every_prompt_once_per_epoch(tmp_path: Path, lay
     for name, rows in (("a", 40), ("b", PROMPTS - 40)):
         lines = [f'{{"problem": "{name}{index}", "answer": "{index}"}}\n' for index in range(rows)]
         (tmp_path / f"{name}.jsonl").write_text("".join(lines))
+    load("math")  # once: its imports take each rank longer than all else
     draw = random.Random(len(layouts))
     taken: list[str] = []
     for kill in range(21):

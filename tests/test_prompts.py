@@ -13,7 +13,7 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
 from megatron_rlvr.config import ConfigError, DataConfig, SourceConfig, from_dict
@@ -139,10 +139,61 @@ def test_the_papers_templates_wrap_a_question_once(tmp_path, chat_tokenizer):
     assert R1_ZERO.endswith("<think>") and DAPO.startswith("Solve the following math problem step by step.")
 
 
+def test_prompts_are_the_same_tomorrow(tmp_path, tokenizer, monkeypatch):
+    """The first lines of Llama 3.2's template, and its system message."""
+    day = (
+        "{% if not date_string is defined %}{% set date_string = strftime_now('%d %b %Y') %}{% endif %}"
+        "Today Date: {{ date_string }}\n"
+    )
+    monkeypatch.setattr(tokenizer, "chat_template", day + TEMPLATE)
+    (prompt,) = load(write(tmp_path / "a.jsonl", ROWS[:1]), DataConfig(), tokenizer, "math").prompts
+    assert prompt.text == "Today Date: 26 Jul 2024\n<user>1+1=?\n<bot>"
+
+
+def test_a_question_that_asks_for_a_box_already_is_not_asked_twice(tmp_path, chat_tokenizer):
+    """As verl's MATH and GSM8K end, and Qwen's sentence behind a space or on a line of its own."""
+    endings = [
+        " Let's think step by step and output the final answer within \\boxed{}.",
+        ' Let\'s think step by step and output the final answer after "####".',
+        " Please reason step by step, and put your final answer within \\boxed{}.",
+        "\nPlease reason step by step, and put your final answer within \\boxed{}.",
+    ]
+    path = write(tmp_path / "a.jsonl", [{"prompt": f"1+1=?{ending}", "answer": "2"} for ending in endings])
+    for name, template in (("boxed", BOXED), ("dapo", DAPO)):
+        loaded = load(path, DataConfig(template=name, repeats="keep"), chat_tokenizer, "math")
+        assert {prompt.text for prompt in loaded.prompts} == {f"<user>{template.replace('{prompt}', '1+1=?')}\n<bot>"}
+    kept = load(path, DataConfig(), chat_tokenizer, "math")  # one question, used as the first row asks it
+    assert [prompt.text for prompt in kept.prompts] == [f"<user>1+1=?{endings[0]}\n<bot>"]
+
+
 def test_a_tokenizer_without_chat_template_names_the_way_out(tmp_path, tokenizer):
     for template in ("chat", "dapo"):
         with pytest.raises(ConfigError, match=f"data.template={template}.*data.template=raw"):
             load(write(tmp_path / "a.jsonl", ROWS), DataConfig(template=template), tokenizer, "math")
+
+
+@pytest.mark.parametrize("default", ["<bos> $A", "<bos> $A <eos>", "$A"])
+def test_a_base_models_text_begins_as_the_tokenizer_has_it(tmp_path, default):
+    """As Llama 3's does with <|begin_of_text|>, once, and never with an end."""
+    letters = Tokenizer(models.WordLevel({"<bos>": 0, "<eos>": 1, "<other>": 2, "a": 3}, unk_token="<other>"))
+    letters.pre_tokenizer = pre_tokenizers.Split(" ", "removed")
+    letters.post_processor = processors.TemplateProcessing(default, special_tokens=[("<bos>", 0), ("<eos>", 1)])
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=letters, bos_token="<bos>", chat_template="<bos> a")
+    path = write(
+        tmp_path / "a.jsonl", [{"problem": text, "answer": "1"} for text in ("a a", "<bos> a", "a <|im_end|>")]
+    )
+    start = [0] if "<bos>" in default else []
+
+    def ids(template):
+        return [
+            list(prompt.token_ids) for prompt in load(path, DataConfig(template=template), tokenizer, "math").prompts
+        ]
+
+    assert ids("raw") == [[*start, 3, 3], [0, 3], [3, 2]]  # the last came in a chat template: it is as it is
+    assert ids("r1_zero")[0][:2] == [*start, 2, 2][:2] and ids("r1_zero")[0][-1] == 2
+    assert ids("chat")[:2] == [[0, 3], [0, 3]]
+    longest = DataConfig(template="raw", max_prompt_length=2)
+    assert [drop.row for drop in load(path, longest, tokenizer, "math").drops] == ([1] if start else [])
 
 
 BAD = [
@@ -290,6 +341,17 @@ def test_a_question_comes_once_and_contradictions_never(tmp_path, tokenizer):
     assert kept.report[1:] == ["1 questions have contradicting answers (kept: data.repeats=keep)"]
 
 
+def test_one_answer_in_two_spellings_is_no_contradiction(tmp_path, tokenizer):
+    spellings = [(r"\frac{1}{2}", r"\dfrac12"), ("0.5", ".5"), ("1,000", "1000"), ("(1,2)", "(1, 2)"), ("$2 n$", "2n")]
+    rows = [{"problem": f"q{number}", "answer": text} for number, pair in enumerate(spellings) for text in pair]
+    rows += [{"problem": "which", "answer": text} for text in ("1 2", "12")]
+    loaded = load(write(tmp_path / "a.jsonl", rows), DataConfig(template="raw"), tokenizer, "math")
+    assert [(prompt.text, prompt.answer) for prompt in loaded.prompts] == [
+        *(("q0", r"\frac{1}{2}"), ("q1", "0.5"), ("q2", "1,000"), ("q3", "(1,2)"), ("q4", "2 n"))
+    ]
+    assert Counter(drop.reason for drop in loaded.drops) == {"repeats an earlier row": 5, "contradicting answers": 2}
+
+
 def test_strict_stops_at_a_contradiction_but_not_at_a_repeat(tmp_path, tokenizer):
     strict = DataConfig(template="raw", strict=True)
     assert len(load(write(tmp_path / "a.jsonl", REPEATED[:4]), strict, tokenizer, "math")) == 2
@@ -345,6 +407,27 @@ def test_rows_with_tests_in_columns_are_their_own_answer(tmp_path, tokenizer, fi
         if field in ("", name):
             path = write(tmp_path / f"{name}.jsonl", [row])
             assert load(path, data, tokenizer, "code").prompts[0].answer == expected[name]
+
+
+def test_mbpp_asks_for_what_its_tests_call(tmp_path, chat_tokenizer):
+    """Two of its tasks may be word for word the same, and differ in what is tested."""
+    rows = [
+        {"prompt": "Round up.", "test_list": [f"assert {name}(1.5) == 2", f"assert {name}(1) == 1"]} for name in "fg"
+    ]
+    plus = {
+        "prompt": "Round down.",
+        "test_list": ["assert h(1.5) == 1"],
+        "test": "for x in range(99):\n    assert h(x) == x",
+    }
+    shown = "Round up.\nYour code should pass these tests:\n\nassert f(1.5) == 2\nassert f(1) == 1"
+    path = write(tmp_path / "a.jsonl", [*rows, plus])
+    loaded = load(path, DataConfig(), chat_tokenizer, "code")
+    assert loaded.prompts[0].text == f"<user>{shown}\n<bot>" and len(loaded) == 3 and loaded.drops == []
+    assert "assert h(1.5) == 1" in loaded.prompts[2].text and "range" not in loaded.prompts[2].text
+    named = load(path, replace(RAW, prompt_field="prompt"), chat_tokenizer, "code")
+    assert [prompt.text for prompt in named.prompts] == ["Round down."]  # as asked: the others contradict each other
+    again = [{"prompt": shown, "test_list": rows[0]["test_list"]}]
+    assert load(write(tmp_path / "b.jsonl", again), RAW, chat_tokenizer, "code").prompts[0].text == shown
 
 
 def test_a_folder_of_datasets_and_its_splits(tmp_path, tokenizer):
@@ -439,6 +522,15 @@ def test_the_published_training_sets_from_one_line_each():
     assert sum(prompt.answer.startswith("-") for prompt in kept.prompts) == 366
     assert sum(len(prompt.answer) > 15 for prompt in kept.prompts) == 5
     assert sum(bool(re.search("[一-鿿]", prompt.text)) for prompt in kept.prompts) == 3_432
+
+
+@pytest.mark.real_data
+def test_every_task_of_mbpp_names_the_function_that_its_tests_call():
+    config = DataConfig(template="raw", max_prompt_length=100_000)
+    loaded = load(Path(DATA, "other/mbpp_new.json"), config, Characters(), "code")
+    assert len(loaded) == 399 and loaded.drops == []
+    for prompt in loaded.prompts:
+        assert prompt.answer["tests"].strip().rpartition("\n")[2] in prompt.text
 
 
 @pytest.mark.real_data

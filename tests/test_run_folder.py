@@ -14,7 +14,10 @@ from megatron_rlvr.run_folder import hold, prepare_folder
 
 def test_one_run_at_a_time(tmp_path: Path) -> None:
     folder = tmp_path / "new" / "run"
-    with hold(folder), pytest.raises(ConfigError, match="a run is going on in .*run: wait for its end"):
+    with (
+        hold(folder),
+        pytest.raises(ConfigError, match="another run is going on in .*run: wait for its end, or set another run.dir"),
+    ):
         hold(folder)
     hold(folder).close()  # the lock went with its file
 

@@ -48,6 +48,31 @@ def test_other_settings_are_refused_and_nothing_is_lost(tmp_path: Path) -> None:
         SampleStore(tmp_path / "file", {}, {})
 
 
+@pytest.mark.parametrize("left", ["", "[1]", '{"seed": 0'])
+def test_damaged_settings_are_one_clear_error(tmp_path: Path, left: str) -> None:
+    SampleStore(tmp_path, {"seed": 0}, {})
+    (tmp_path / "settings.json").write_text(left)
+    with pytest.raises(
+        ConfigError, match="settings.json is damaged, .*: name another output folder, or delete this one"
+    ):
+        SampleStore(tmp_path, {"seed": 0}, {})
+
+
+def test_a_kill_leaves_whole_settings(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def killed(path: Path, text: str) -> None:
+        path.write_bytes(text[:5].encode())
+        raise KeyboardInterrupt
+
+    SampleStore(tmp_path, {"seed": 0}, {"aime24": "a"})
+    before = (tmp_path / "settings.json").read_text()
+    with monkeypatch.context() as during, pytest.raises(KeyboardInterrupt):
+        during.setattr(Path, "write_text", killed)
+        SampleStore(tmp_path, {"seed": 0}, {"mine": "b"})
+    assert (tmp_path / "settings.json").read_text() == before
+    SampleStore(tmp_path, {"seed": 0}, {"mine": "b"})
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["samples", "settings.json"]
+
+
 def test_an_outcome_counts_what_was_judged() -> None:
     assert stored(1).outcome.right is True and stored(1, reward=0.0).outcome.right is False
     lost = stored(1, status="timeout", reward=0.0).outcome

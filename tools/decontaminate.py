@@ -20,6 +20,8 @@ def main() -> int:
     parser.add_argument("train", nargs="+", metavar="TRAIN", help="a training set, as in data.path")
     parser.add_argument("--benchmarks", default=",".join(local), help="with commas (default: %(default)s)")
     parser.add_argument("--data", default="", help="folder of the benchmarks' files; without it they come from the hub")
+    parser.add_argument("--prompt-field", default="", help="of TRAIN, where it is not found by itself")
+    parser.add_argument("--benchmark-field", default="", help="the same, of benchmarks that are files of your own")
     parser.add_argument("--report", required=True, help="JSON file that names every match")
     parser.add_argument("--ngram", type=int, default=13, help="words of an n-gram (default: %(default)s)")
     parser.add_argument("--share", type=float, default=0.5, help="of a problem's n-grams (default: %(default)s)")
@@ -28,8 +30,11 @@ def main() -> int:
     if asked.clean and len(asked.train) > 1:
         parser.error("--clean takes one TRAIN: the rows of several need not have the same fields")
     try:
-        index, texts = index_benchmarks([find(name) for name in asked.benchmarks.split(",")], asked.data, asked.ngram)
-        results = {path: check(SourceConfig(path), index, asked.share) for path in asked.train}
+        names = asked.benchmarks.split(",")
+        benchmarks = [find(name, prompt_field=asked.benchmark_field) for name in names]
+        index, texts = index_benchmarks(benchmarks, asked.data, asked.ngram)
+        trains = [SourceConfig(path, prompt_field=asked.prompt_field) for path in asked.train]
+        results = {train.path: check(train, index, asked.share) for train in trains}
     except ConfigError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
@@ -47,7 +52,8 @@ def main() -> int:
     Path(asked.report).write_text(json.dumps(report, indent=1, ensure_ascii=False) + "\n")
     if asked.clean:
         rows = [row.row for clean, _ in results.values() for row in clean if isinstance(row.row, dict)]
-        Path(asked.clean).write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+        lines = [json.dumps(row, ensure_ascii=False, default=str) + "\n" for row in rows]  # a date as text
+        Path(asked.clean).write_text("".join(lines))
     return 1 if report else 0
 
 

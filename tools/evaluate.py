@@ -12,6 +12,7 @@ from megatron_rlvr.benchmarks import BENCHMARKS
 from megatron_rlvr.config import ConfigError
 from megatron_rlvr.evaluation_settings import Settings
 from megatron_rlvr.processes import leave
+from megatron_rlvr.verifiers import VerifierError
 
 WIDTH = 160  # characters of a line, and of the table, in a log file
 
@@ -39,7 +40,7 @@ def main() -> int:
         from megatron_rlvr.evaluate import evaluate  # imports of seconds, which a wrong command does not wait for
 
         evaluate(settings, Console(width=None if sys.stdout.isatty() else WIDTH))
-    except ConfigError as error:
+    except (ConfigError, VerifierError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     return 0

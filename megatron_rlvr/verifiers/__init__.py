@@ -134,15 +134,22 @@ def count_statuses(verdicts: Sequence[Verdict]) -> dict[VerdictStatus, int]:
     return {status: counts[status] for status in get_args(VerdictStatus)}
 
 
-def check_error_share(verdicts: Sequence[Verdict], max_share: float) -> None:
-    """Raise VerifierError where more than ``max_share`` of the verdicts are errors or timeouts."""
+def check_error_share(
+    verdicts: Sequence[Verdict],
+    max_share: float,
+    keys: tuple[str, str] = ("reward.max_error_share", "reward.deadline"),
+) -> None:
+    """Raise VerifierError where more than ``max_share`` of the verdicts are errors or timeouts.
+
+    ``keys`` are what the user sets: the share, and the seconds that a verdict may take.
+    """
     failed = [verdict for verdict in verdicts if not is_scored(verdict)]
     if len(failed) <= max_share * len(verdicts):
         return
     counts = count_statuses(verdicts)
     raise VerifierError(
         f"{len(failed)} of {len(verdicts)} responses ({len(failed) / len(verdicts):.1%}) have no reward, more than "
-        f"reward.max_error_share={max_share:g}: {counts['error']} errors, {counts['timeout']} timeouts; the first is "
-        f"{failed[0].status}: {failed[0].message}. Mend the verifier, give timeouts more room with reward.deadline, "
-        f"or raise reward.max_error_share"
+        f"{keys[0]}={max_share:g}: {counts['error']} errors, {counts['timeout']} timeouts; the first is "
+        f"{failed[0].status}: {failed[0].message}. Mend the verifier, give timeouts more room with {keys[1]}, or "
+        f"raise {keys[0]}"
     )

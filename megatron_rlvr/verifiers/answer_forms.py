@@ -24,6 +24,7 @@ _REWRITES = [
         (r"\\(?:left|right|[bB]igg?[lr]?)(?![a-zA-Z])\.?", ""),
         (r"\\(?:display|text)style(?![a-zA-Z])", ""),
         (r"\\(?:bf|it|rm|sf)(?![a-zA-Z]) *", ""),
+        (r"(?<![a-zA-Z.\\])np\.(?=[a-z])", r"\\"),  # numpy's functions, in Minerva's answers
         (r"\\[dtc]frac(?![a-zA-Z])", r"\\frac"),
         (r"\{([^{}]*)\\over(?![a-zA-Z])([^{}]*)\}", r"\\frac{\1}{\2}"),
         (r"√ *([0-9]+|[a-zA-Z])", r"\\sqrt{\1}"),
@@ -110,6 +111,18 @@ def canonical(text: str) -> str:
 def squeeze(text: str) -> str:
     """Without spaces, but for those between two digits: 3 4 is not 34."""
     return re.sub(r"(?<![0-9]) +| +(?![0-9])", "", text)
+
+
+def comparable(text: str) -> str:
+    r"""One text for the ways to write an answer, as far as no mathematics is needed: \dfrac12, 0.5 and .50 are 1/2.
+
+    A text of more than 1000 characters is a program or a ramble, and stays as it is.
+    """
+    if len(text) > 1000:
+        return text
+    text = canonical(text)
+    value = number(text)
+    return squeeze(text) if value is None else str(value)
 
 
 def number(text: str) -> Fraction | None:

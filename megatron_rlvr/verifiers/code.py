@@ -33,7 +33,8 @@ def read_answer(value: Any) -> dict[str, str]:
     """{"prompt", "tests", "entry_point"} of a data row's tests; ValueError where they are none of these:
 
     a text or a list of assert statements; HumanEval's {"test", "entry_point"} with or without "prompt"; MBPP's
-    {"test_list"} with or without "test_imports"; any of them as JSON text. Tests that nothing runs are none: every
+    {"test_list"} with or without "test_imports", MBPP+'s {"test"}; any of them as JSON text. Only HumanEval's prompt is
+    the head of the program. Tests that nothing runs are none: every
     program would pass them.
     """
     if isinstance(value, str) and value.lstrip()[:1] in ("{", "["):
@@ -47,8 +48,8 @@ def read_answer(value: Any) -> dict[str, str]:
     if not all(isinstance(text, str) for text in texts) or not any(line.strip() for line in lines):
         raise ValueError("holds no tests")
     answer = {"prompt": texts[0], "tests": "\n".join(lines), "entry_point": texts[1]}
-    if "test" not in value:
-        answer["prompt"] = ""  # MBPP's is prose
+    if "test" not in value or not answer["entry_point"]:
+        answer["prompt"] = ""  # MBPP's and MBPP+'s is prose
     try:
         tree = ast.parse(answer["tests"])
         compile(tree, "<tests>", "exec")

@@ -59,7 +59,7 @@ def test_folder_that_holds_a_run(train, countdown: Path, tmp_path: Path) -> None
     error = refused(train, f"run.dir={folder}")
     assert "already holds a run" in error and "run.resume=auto" in error
     with hold(folder):  # as a run does that has not written anything yet
-        assert f"a run is going on in {folder}" in refused(train, f"run.dir={folder}", "run.overwrite=true")
+        assert f"another run is going on in {folder}" in refused(train, f"run.dir={folder}", "run.overwrite=true")
     assert (folder / "metrics.jsonl").read_text() == '{"step": 1}\n'
     assert (folder / "metrics.jsonl").read_text() == '{"step": 1}\n'
     assert "holds no checkpoint" in refused(train, f"run.dir={folder}", "run.resume=must")

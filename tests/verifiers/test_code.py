@@ -173,6 +173,9 @@ def test_tests_of_data_rows():
     expected = {"prompt": "", "tests": "assert f(1) == 2\nassert f(2) == 4\n", "entry_point": ""}
     for value in (asserts, {"test_list": asserts, "prompt": "Double it."}, json.dumps(asserts)):
         assert code.read_answer(value) == expected
+    plus = {"prompt": "Double it.", "test_list": asserts[:1], "test": asserts[1]}  # MBPP+: prose, and no entry point
+    assert code.read_answer(plus) == expected | {"tests": "\n".join(asserts)}
+    assert code.verify(DEF, code.read_answer(plus | {"test_list": []})).reward == 1.0
     for value in ("", [], {}, 3, None, {"test_list": []}, "no tests here", {"test": 3}, "{not json", "return 1"):
         with pytest.raises(ValueError):
             code.read_answer(value)
