@@ -8,7 +8,7 @@ from __future__ import annotations
 import difflib
 import types
 import typing
-from dataclasses import fields, is_dataclass
+from dataclasses import MISSING, fields, is_dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -91,6 +91,9 @@ def from_dict(cls: type, tree: Any, path: str = "") -> Any:
         if key not in known:
             raise ConfigError(f"unknown key {name!r}{_closest(str(key), known, path)}")
         values[key] = _convert(hints[key], value, name)
+    for item in fields(cls):
+        has_default = item.default is not MISSING or item.default_factory is not MISSING
+        rule(item.name in values or has_default, f"{path}.{item.name} has no default: set it".lstrip("."))
     return cls(**values)
 
 
@@ -115,17 +118,28 @@ def _convert(hint: Any, value: Any, name: str) -> Any:
             raise ConfigError(f"{name} must be a list, not {value!r}")
         return [_convert(arguments[0], item, f"{name}[{index}]") for index, item in enumerate(value)]
     if origin is dict:
-        if value is None:  # `exploration: null` takes away what a base file switched on
-            return {}
-        if not isinstance(value, dict):
-            raise ConfigError(f"{name} must be a mapping, not {value!r}")
-        for key, item in value.items():
-            rule(
-                item is not None,
-                f"{name}.{key} is null, which could mean on or off: write {{}} for its defaults, false to leave it out",
-            )
-        return {key: item for key, item in value.items() if item is not False}  # which a base file may have put there
+        return _convert_dict(arguments, value, name)
+    if not isinstance(hint, type):
+        raise ConfigError(
+            f"{name} is declared as {hint}, which no YAML value is: declare it as bool, int, float, str, list, dict, "
+            f"Literal or a dataclass"
+        )
     return _convert_scalar(hint, value, name)
+
+
+def _convert_dict(arguments: tuple, value: Any, name: str) -> dict:
+    if value is None:  # `exploration: null` takes away what a base file switched on
+        return {}
+    if not isinstance(value, dict):
+        raise ConfigError(f"{name} must be a mapping, not {value!r}")
+    if arguments[1] is not dict:
+        return {key: _convert(arguments[1], item, f"{name}.{key}") for key, item in value.items()}
+    for key, item in value.items():  # sections, of which a file may leave out one that its base has
+        rule(
+            item is not None,
+            f"{name}.{key} is null, which could mean on or off: write {{}} for its defaults, false to leave it out",
+        )
+    return {key: item for key, item in value.items() if item is not False}
 
 
 def _convert_union(arguments: tuple, value: Any, name: str) -> Any:

@@ -40,12 +40,12 @@ class Meter:
         self._pending: list[tuple[str, Number, Number | None]] = []  # count None: a maximum
 
     def add(self, name: str, total: Number, count: Number = 1) -> None:
-        """Add ``total``, a sum over ``count`` items; both scalars."""
-        self._pending.append((name, _detached(total), _detached(count)))
+        """Add ``total``, a sum over ``count`` items. Raises ValueError where one is no scalar."""
+        self._pending.append((name, _scalar(name, total), _scalar(name, count)))
 
     def maximum(self, name: str, value: Number) -> None:
-        """Keep the largest ``value`` seen, a scalar."""
-        self._pending.append((name, _detached(value), None))
+        """Keep the largest ``value`` seen. Raises ValueError where it is no scalar."""
+        self._pending.append((name, _scalar(name, value), None))
 
     def merge(self, other: Meter) -> None:
         """Take in another meter, as if its calls had been made here."""
@@ -83,8 +83,12 @@ class Meter:
                 self._sums[name] = (total + value, items + next(numbers))
 
 
-def _detached(number: Number) -> Number:
-    return number.detach() if isinstance(number, Tensor) else number
+def _scalar(name: str, number: Number) -> Number:
+    if not isinstance(number, Tensor):
+        return number
+    if number.numel() != 1:
+        raise ValueError(f"metric {name!r} takes sums, counts and maxima, which are scalars, not {list(number.shape)}")
+    return number.detach()
 
 
 def _larger(old: float | None, new: float) -> float:

@@ -211,8 +211,43 @@ class TokenSelection(Exploration, ABC):
         return torch.where(weights > 0, weights * losses, 0.0)
 
 
+class _Named(Meter):
+    """A meter that takes a method's own metrics alone: by another name it would overwrite the run's figures."""
+
+    def __init__(self, meter: Meter, method: str) -> None:
+        super().__init__()
+        self.meter, self.method = meter, method
+
+    def add(self, name: str, total: Tensor | float, count: Tensor | float = 1) -> None:
+        _check_name(self.method, "a metric", name)
+        self.meter.add(name, total, count)
+
+    def maximum(self, name: str, value: Tensor | float) -> None:
+        _check_name(self.method, "a metric", name)
+        self.meter.maximum(name, value)
+
+
+def _check_name(method: str, what: str, name: str) -> None:
+    if not name.startswith(f"{method}/"):
+        raise ValueError(f"exploration/{method}.py: {what} must be called {method}/..., not {name!r}")
+
+
+def _checked(method: Exploration, hook: str, found: Any, like: Tensor, finite: bool = False) -> Tensor:
+    """What a hook returned. Raises ValueError: another shape, which would be broadcast; if ``finite``, NaN or inf."""
+    file = f"exploration/{method.name}.py"
+    if not isinstance(found, Tensor) or found.shape != like.shape:
+        what = list(found.shape) if isinstance(found, Tensor) else type(found).__name__
+        raise ValueError(f"{file}: {hook} must return a tensor of shape {list(like.shape)}, not {what}")
+    if finite and not found.isfinite().all():
+        raise ValueError(f"{file}: {hook} returned {found[~found.isfinite()][0]:g}: the policy would be destroyed")
+    return found
+
+
 class Composite(Exploration):
-    """Several methods as one: each hook passes through them by ascending ``order``; no method changes nothing."""
+    """Several methods as one: each hook passes through them by ascending ``order``; no method changes nothing.
+
+    What a method returns is checked, for a wrong shape or name would train or record something else in silence.
+    """
 
     def __init__(self, methods: list[Exploration]) -> None:
         super().__init__("composite")
@@ -242,25 +277,32 @@ class Composite(Exploration):
     ) -> dict[str, Tensor]:
         kept: dict[str, Tensor] = {}
         for method in self.methods:
-            kept |= method.annotate(batch, old, reference)
+            found = method.annotate(batch, old, reference)
+            for name, values in found.items():
+                _check_name(method.name, "what annotate keeps", name)
+                _checked(method, f"annotate[{name!r}]", values, batch.loss_mask)
+            kept |= found
         return kept
 
     def shape_rewards(self, batch: Batch, groups: ParallelGroups, step: int, meter: Meter) -> Tensor:
         batch = copy.copy(batch)  # the next method sees the shaped rewards, the caller's batch stays as it is
         for method in self.methods:
-            batch.rewards = method.shape_rewards(batch, groups, step, meter)
+            found = method.shape_rewards(batch, groups, step, _Named(meter, method.name))
+            batch.rewards = _checked(method, "shape_rewards", found, batch.rewards, finite=True)
         return batch.rewards
 
     def shape_raw_advantages(self, batch: Batch, groups: ParallelGroups, step: int, meter: Meter) -> Tensor:
         batch = copy.copy(batch)
         for method in self.methods:
-            batch.advantages = method.shape_raw_advantages(batch, groups, step, meter)
+            found = method.shape_raw_advantages(batch, groups, step, _Named(meter, method.name))
+            batch.advantages = _checked(method, "shape_raw_advantages", found, batch.advantages, finite=True)
         return batch.advantages
 
     def shape_advantages(self, batch: Batch, groups: ParallelGroups, step: int, meter: Meter) -> Tensor:
         batch = copy.copy(batch)
         for method in self.methods:
-            batch.advantages = method.shape_advantages(batch, groups, step, meter)
+            found = method.shape_advantages(batch, groups, step, _Named(meter, method.name))
+            batch.advantages = _checked(method, "shape_advantages", found, batch.advantages, finite=True)
         return batch.advantages
 
     def prepare_update(self, batch: Batch, update: Update, groups: ParallelGroups) -> None:
@@ -269,7 +311,8 @@ class Composite(Exploration):
 
     def policy_loss(self, losses: Tensor, micro: Microbatch, current: TokenStatistics, meter: Meter) -> Tensor:
         for method in self.methods:
-            losses = method.policy_loss(losses, micro, current, meter)
+            found = method.policy_loss(losses, micro, current, _Named(meter, method.name))
+            losses = _checked(method, "policy_loss", found, losses)
         return losses
 
     def state_dict(self) -> dict[str, Any]:

@@ -241,3 +241,53 @@ def test_what_cannot_run_together_is_refused_with_the_reason():
 def test_bad_options_name_the_option_and_the_rule(settings, message):
     with pytest.raises(ConfigError, match=message):
         build(settings)
+
+
+@pytest.mark.parametrize(
+    ("hook", "returned", "message"),
+    [
+        ("shape_rewards", "batch.rewards.mean()", r"shape_rewards must return a tensor of shape \[2\], not \[\]"),
+        ("shape_rewards", "batch.rewards / 0", "shape_rewards returned nan"),
+        ("shape_advantages", "batch.advantages[:, None]", r"of shape \[9\], not \[9, 1\]"),
+        ("shape_raw_advantages", "None", "not NoneType"),
+        ("shape_raw_advantages", "batch.advantages + float('inf')", "shape_raw_advantages returned inf"),
+        ("policy_loss", "losses[:, None]", r"policy_loss must return a tensor of shape \[9\], not \[9, 1\]"),
+        ("annotate", "{'entropy': old.entropy}", "what annotate keeps must be called louder/..., not 'entropy'"),
+        ("annotate", "{'louder/entropy': old.entropy[:2]}", r"annotate\['louder/entropy'\] must .* \[9\], not \[2\]"),
+        ("shape_rewards", "meter.add('reward/mean', 1.0)", "a metric must be called louder/..., not 'reward/mean'"),
+        ("shape_rewards", "meter.maximum('step', 1.0)", "a metric must be called louder/..., not 'step'"),
+        ("shape_rewards", "meter.add('louder/x', batch.rewards)", r"metric 'louder/x' takes .* scalars, not \[2\]"),
+    ],
+)
+def test_what_a_method_returns_wrongly_is_named_and_trains_nothing(methods_folder, hook, returned, message):
+    head = re.search(rf"    def {hook}\(.*\n", METHOD)
+    assert head
+    wrong = METHOD.format(order=10).replace(head[0], f"{head[0]}        return {returned}\n", 1)
+    (methods_folder / "louder.py").write_text(wrong)
+    method, batch, groups = build({"louder": {}, "entropy_bonus": {}}), make_batch([2, 3]), ParallelGroups.single()
+    old = statistics(make_logits(batch), batch, method)
+    calls = {
+        "annotate": lambda: method.annotate(batch, old),
+        "policy_loss": lambda: method.policy_loss(torch.zeros(9), batch, old, Meter()),
+    }
+    with pytest.raises(ValueError, match=message) as caught:
+        calls.get(hook, lambda: getattr(method, hook)(batch, groups, 0, Meter()))()
+    assert "louder" in str(caught.value)
+
+
+def test_options_of_any_plain_kind_are_read(methods_folder):
+    options = "    factor: float = 2.0\n"
+    declared = "    factor: float\n    flags: dict[str, bool] = field(default_factory=dict)\n    pair: {} = (1, 2)\n"
+    head = METHOD.format(order=10).replace("import dataclass", "import dataclass, field")
+    file = methods_folder / "louder.py"
+    file.write_text(head.replace(options, declared.replace("{}", "object")))
+    (method,) = build({"louder": {"factor": 2, "flags": {"early": False, "late": True}}}).methods
+    assert method.config.flags == {"early": False, "late": True}
+    with pytest.raises(ConfigError, match="exploration.louder.flags.late must be of type bool, not 1"):
+        build({"louder": {"factor": 2, "flags": {"late": 1}}})
+    with pytest.raises(ConfigError, match="exploration.louder.factor has no default: set it"):
+        build({"louder": {}})
+    sys.modules.pop(f"{exploration.__name__}.louder")
+    file.write_text(head.replace(options, declared.replace("{}", "tuple[int, ...]")))
+    with pytest.raises(ConfigError, match=r"exploration.louder.pair is declared as tuple\[int, ...\], which no YAML"):
+        build({"louder": {"factor": 2, "pair": [1, 2]}})
