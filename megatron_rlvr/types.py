@@ -97,8 +97,8 @@ class Microbatch:
 
     FILLED_BY: ClassVar[dict[str, str]] = {
         "states": "policy.fill_states",
-        "old_log_probs": "policy.fill_log_probs (or, where the step makes no such pass, the loss)",
-        "entropy": "policy.fill_log_probs (or, where the step makes no such pass, the loss)",
+        "old_log_probs": "policy.fill_log_probs, if a method asks with Needs(old_statistics=True), else the loss",
+        "entropy": "policy.fill_log_probs, if a method asks with Needs(old_statistics=True), else the loss",
         "old_top_ids": "policy.fill_log_probs, with options that ask for a top,",
         "old_top_log_probs": "policy.fill_log_probs, with options that ask for a top,",
         "ref_log_probs": "reference.fill_log_probs",
