@@ -13,7 +13,7 @@ from megatron_rlvr.pages import page, report_parts
 from megatron_rlvr.pages.charts import COLOURS, Chart, is_number, label_of, matching
 from megatron_rlvr.pages.key_figures import WINDOW, mean, values
 from megatron_rlvr.pages.report import run_rows, steps_done
-from megatron_rlvr.pages.report_charts import CHARTS
+from megatron_rlvr.pages.report_charts import charts_of
 from megatron_rlvr.pages.report_script import SCRIPT
 from megatron_rlvr.pages.report_style import STYLE
 from megatron_rlvr.run_warnings import warnings
@@ -93,8 +93,9 @@ def _table(runs: list[RunRecord]) -> str:
 def _charts(runs: list[RunRecord]) -> str:
     """Each metric of the report's charts, a line per run."""
     names = sorted({name for run in runs for row in run.rows for name in row if is_number(row.get(name))})
+    methods = {key.split(".")[1] for run in runs for key in run.config if key.startswith("exploration.")}
     drawn = []
-    for chart in CHARTS:
+    for chart in charts_of([row for run in runs for row in run.rows], methods):
         for metric, label in _metrics(chart, names).items():
             title = f"{chart.title}: {label}" if label else chart.title
             lines = {f"run {place}": run.name for place, run in enumerate(runs)}

@@ -10,7 +10,7 @@ import yaml
 from megatron_rlvr.pages import page, report_parts
 from megatron_rlvr.pages.charts import REACH, is_number
 from megatron_rlvr.pages.key_figures import key_figures
-from megatron_rlvr.pages.report_charts import CHARTS
+from megatron_rlvr.pages.report_charts import charts_of
 from megatron_rlvr.pages.report_script import SCRIPT
 from megatron_rlvr.pages.report_style import STYLE
 from megatron_rlvr.pages.rollout_page import build_rollout_page
@@ -37,7 +37,7 @@ def build_report(run_dir: str | Path) -> Path:
     if records := some_records(run_dir):
         build_rollout_page(run_dir, records[-1].step)
     config = yaml.safe_load(config_text) or {}
-    charted = [*rows, *word_rows(records)]
+    charted, drawn = [*rows, *word_rows(records)], charts_of(rows, config.get("exploration") or ())
     name = config.get("name") or run_dir.resolve().name
     found = [(name, warning) for warning in warnings(rows)]
     body = f"""<header>
@@ -47,7 +47,7 @@ def build_report(run_dir: str | Path) -> Path:
 <main>
 <dl class="figures">{"".join(_figure(*item) for item in key_figures(rows))}</dl>
 <section aria-label="Warnings"><h2>Warnings</h2>{report_parts.warnings(found)}</section>
-<section class="charts" aria-label="Charts">{report_parts.charts(CHARTS, charted)}</section>
+<section class="charts" aria-label="Charts">{report_parts.charts(drawn, charted)}</section>
 <p class="note">A bold line over a faint one is the mean of up to {REACH} steps before and after each. Point at a chart,
 or focus it and use the arrow keys, to read it.</p>
 {_examples(rollouts)}

@@ -18,6 +18,7 @@ from matplotlib.figure import Figure
 from megatron_rlvr.config import Config, dump
 from megatron_rlvr.pages import charts
 from megatron_rlvr.pages.charts import Chart, draw, read_lines, running_mean, thin
+from megatron_rlvr.pages.comparison import build_comparison
 from megatron_rlvr.pages.key_figures import key_figures
 from megatron_rlvr.pages.report import build_report, run_rows
 from megatron_rlvr.pages.report_charts import CHARTS
@@ -107,6 +108,23 @@ def full_run(tmp_path_factory) -> Path:
 @pytest.fixture(scope="module")
 def page(full_run) -> Page:
     return Page((full_run / "report.html").read_text(encoding="utf-8"))
+
+
+def test_what_a_method_measures_has_a_chart(tmp_path):
+    rows = [
+        step_row(step, **{"rare/left_out": 0.1 * step, "other/x": 1.0, "lp_reg/candidates": 0.2}) for step in (1, 2)
+    ]
+    folder = write_run(tmp_path / "run", [row | {"rollout/kept_share": 1.0} for row in rows])
+    dump(Config(verifier="math", exploration={"rare": {}, "lp_reg": {}}), folder / "config.yaml")
+    text = Page(build_report(folder).read_text()).text
+    assert "rare: left out" in text and "lp reg: candidates" in text
+    assert "other: x" not in text and "lp reg: share" not in text and "Kept groups" not in text
+    write_run(folder, [row | {"rollout/kept_share": 0.5, "rollout/generations": 2.0} for row in rows])
+    text = Page(build_report(folder).read_text()).text
+    assert "Kept groups" in text and "Generations" in text
+    other = write_run(tmp_path / "other", [step_row(step) for step in (1, 2)])
+    text = Page(build_comparison([folder, other], tmp_path / "comparison.html").read_text()).text
+    assert "rare: left out" in text and "other: x" not in text and "Kept groups" in text
 
 
 def test_every_chart_is_there(page):
