@@ -13,7 +13,7 @@ from math import comb, exp, isnan, nan, sqrt
 from typing import NamedTuple
 
 from megatron_rlvr.types import Rollout, RolloutGroup
-from megatron_rlvr.verifiers import is_scored
+from megatron_rlvr.verdict import is_right
 from megatron_rlvr.verifiers.answer_forms import comparable
 
 _Z = 1.959963984540054  # the normal distribution holds 95 % within so many standard deviations
@@ -141,12 +141,12 @@ def summarise(groups: list[RolloutGroup]) -> dict[str, float]:
 
 
 def outcome(rollout: Rollout) -> Outcome:
-    """A response counts as right when its reward is above one half."""
+    """What the figures see of a response; one without a verdict was not judged."""
     verdict = rollout.verdict
-    scored = verdict is not None and is_scored(verdict)
+    right = is_right(verdict) if verdict else None
     return Outcome(
-        right=verdict.reward > 0.5 if scored else None,
-        answer=verdict.extracted if scored else None,
+        right=right,
+        answer=verdict.extracted if verdict and right is not None else None,
         text=rollout.text,
         tokens=len(rollout.response_ids),
         truncated=rollout.finish_reason == "length",

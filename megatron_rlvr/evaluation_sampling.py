@@ -18,7 +18,7 @@ from megatron_rlvr.rollout.sampler import Sampler
 from megatron_rlvr.sample_store import SampleStore, StoredSample
 from megatron_rlvr.seeds import stable_seed
 from megatron_rlvr.types import Prompt
-from megatron_rlvr.verdict import Verdict
+from megatron_rlvr.verdict import Verdict, is_right
 from megatron_rlvr.verifiers import check_error_share
 from megatron_rlvr.verifiers.pool import VerifierPool
 
@@ -136,4 +136,5 @@ def _stored(job: Job, sample: Sample, text: str, verdict: Verdict, head_std: flo
         log_prob=sum(sample.log_probs),
         text=text if job.benchmark.shown else blake2b(text.encode(), digest_size=16).hexdigest(),
         head_std=head_std,
+        right=is_right(verdict),
     )

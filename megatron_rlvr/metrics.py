@@ -18,6 +18,7 @@ from megatron_rlvr.config import LoggingConfig
 from megatron_rlvr.records import JsonLines
 from megatron_rlvr.trackers import Tracker, open_trackers
 from megatron_rlvr.types import Prompt, Rollout, RolloutGroup
+from megatron_rlvr.verdict import Verdict, is_right
 
 Number = Tensor | float
 
@@ -189,7 +190,7 @@ def spread(sizes: Sequence[int], count: int) -> list[tuple[int, int]]:
 
 
 def rollout_row(step: int, prompt: Prompt, rollout: Rollout) -> dict[str, Any]:
-    """One response as plain values; ``reward``, ``status`` and ``extracted`` are null before it is scored."""
+    """One response as plain values; what its verdict says is null before it is scored."""
     verdict = rollout.verdict
     return {
         "step": step,
@@ -199,6 +200,7 @@ def rollout_row(step: int, prompt: Prompt, rollout: Rollout) -> dict[str, Any]:
         "response": rollout.text,
         "tokens": len(rollout.response_ids),
         "reward": verdict.reward if verdict else None,
+        "right": is_right(verdict) if verdict else None,
         "status": verdict.status if verdict else None,
         "extracted": verdict.extracted if verdict else None,
         "answer": prompt.answer,
@@ -206,3 +208,10 @@ def rollout_row(step: int, prompt: Prompt, rollout: Rollout) -> dict[str, Any]:
         "policy_version": rollout.policy_version,
         "log_prob": sum(rollout.rollout_log_probs),
     }
+
+
+def row_is_right(row: Mapping[str, Any]) -> bool | None:
+    """Whether the response of a ``rollout_row`` is right; earlier versions wrote rows without ``right``."""
+    if row.get("reward") is None or row.get("status") is None:
+        return None
+    return is_right(Verdict(row["reward"], row["status"], right=row.get("right")))

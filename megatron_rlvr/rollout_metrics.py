@@ -8,8 +8,7 @@ import torch
 
 from megatron_rlvr import verifiers
 from megatron_rlvr.types import Rollout, RolloutGroup
-
-RIGHT_ABOVE = 0.5  # reward of a response that counts as right
+from megatron_rlvr.verdict import is_right
 
 
 def rollout_metrics(groups: list[RolloutGroup]) -> dict[str, float]:
@@ -28,7 +27,7 @@ def rollout_metrics(groups: list[RolloutGroup]) -> dict[str, float]:
     return {
         "reward/mean": float(rewards.mean()) if rewards.numel() else float("nan"),
         "reward/std": float(rewards.std(correction=0)) if rewards.numel() else float("nan"),
-        "reward/right_share": int((rewards > RIGHT_ABOVE).sum()) / len(rollouts),
+        "reward/right_share": sum(is_right(rollout.verdict) is True for rollout in rollouts) / len(rollouts),
         "tokens/response_mean": float(lengths.mean()),
         "tokens/response_max": float(lengths.max()),
         "rollout/truncated_share": sum(rollout.finish_reason == "length" for rollout in rollouts) / len(rollouts),
@@ -38,8 +37,8 @@ def rollout_metrics(groups: list[RolloutGroup]) -> dict[str, float]:
 
 
 def _calibration(scored: list[Rollout]) -> dict[str, float]:
-    right = [perplexity(rollout) for rollout in scored if rollout.verdict.reward > RIGHT_ABOVE]
-    wrong = [perplexity(rollout) for rollout in scored if rollout.verdict.reward <= RIGHT_ABOVE]
+    right = [perplexity(rollout) for rollout in scored if is_right(rollout.verdict)]
+    wrong = [perplexity(rollout) for rollout in scored if not is_right(rollout.verdict)]
     figures = {}
     if right:
         figures["rollout/perplexity_right"] = sum(right) / len(right)

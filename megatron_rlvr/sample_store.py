@@ -15,7 +15,7 @@ from typing import Any
 from megatron_rlvr.config import ConfigError, rule
 from megatron_rlvr.evaluation import Outcome
 from megatron_rlvr.types import FinishReason
-from megatron_rlvr.verdict import SCORED, Verdict, VerdictStatus
+from megatron_rlvr.verdict import Verdict, VerdictStatus, is_right
 
 
 @dataclass(frozen=True)
@@ -23,7 +23,7 @@ class StoredSample:
     """One response and what was said of it.
 
     StoredSample(id="aime24/7", sample=3, reward=1.0, status="ok", extracted="25", tokens=812, finish_reason="stop",
-                 log_prob=-310.2, text="...")
+                 log_prob=-310.2, text="...", right=True)
     """
 
     id: str
@@ -36,17 +36,18 @@ class StoredSample:
     log_prob: float  # nats, summed over the tokens
     text: str  # of a benchmark whose texts are not shown: a digest
     head_std: float | None = None  # of a critic, where one is given: mean over the tokens
+    right: bool | None = None  # None: no verifier could judge it, or an earlier version left that to the reward
 
     @property
     def verdict(self) -> Verdict:
-        return Verdict(self.reward, self.status, self.extracted)
+        return Verdict(self.reward, self.status, self.extracted, right=self.right)
 
     @property
     def outcome(self) -> Outcome:
-        scored = self.status in SCORED
+        right = is_right(self.verdict)
         return Outcome(
-            right=self.reward > 0.5 if scored else None,
-            answer=self.extracted if scored else None,
+            right=right,
+            answer=None if right is None else self.extracted,
             text=self.text,
             tokens=self.tokens,
             truncated=self.finish_reason == "length",

@@ -14,6 +14,7 @@ class Verdict:
     """What a verifier says of one response; ``reward`` counts only where ``status`` is one of SCORED.
 
     Verdict(reward=1.0, status="ok", extracted="5*7+3", seconds=0.0002)
+    ``right`` is for a reward that counts more than the answer, such as a sum's; ``is_right`` reads it.
     """
 
     reward: float
@@ -21,3 +22,11 @@ class Verdict:
     extracted: str | None = None
     seconds: float = 0.0
     message: str = ""
+    right: bool | None = None  # None: the reward says it
+
+
+def is_right(verdict: Verdict) -> bool | None:
+    """Whether the answer is right: as the verdict says, else by a reward above 1/2; None where none was judged."""
+    if verdict.status not in SCORED:
+        return None
+    return verdict.reward > 0.5 if verdict.right is None else verdict.right

@@ -13,11 +13,11 @@ from pathlib import Path
 from typing import Any
 
 from megatron_rlvr.config import ConfigError, rule
-from megatron_rlvr.verdict import Verdict
+from megatron_rlvr.verdict import Verdict, is_right
 from megatron_rlvr.verifiers import load
 from megatron_rlvr.verifiers.pool import VerifierPool
 
-GAINED = ("reward", "status", "extracted", "seconds", "message", "verifier")
+GAINED = ("reward", "status", "extracted", "seconds", "message", "right", "verifier")
 
 
 def verify_file(
@@ -57,7 +57,7 @@ def verify_file(
 
 
 def _gain(verdict: Verdict, verifier: str) -> dict[str, Any]:
-    return {**vars(verdict), "verifier": verifier}
+    return {**vars(verdict), "right": is_right(verdict), "verifier": verifier}
 
 
 def _rows(path: Path) -> Iterator[tuple[int, Any]]:
@@ -102,7 +102,7 @@ def _resume(source: Path, target: Path, verifier: str) -> Counter[str]:
                 break
             number, row = next(rows, (0, {}))
             try:
-                old = json.loads(line)
+                old = {"right": None} | json.loads(line)  # earlier versions wrote no such field
                 same = old["verifier"] == verifier and old == row | {field: old[field] for field in GAINED}
             except (ValueError, KeyError, TypeError):
                 same = False

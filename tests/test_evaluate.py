@@ -250,6 +250,18 @@ def test_a_file_of_ones_own_is_judged_by_the_verifier_that_is_named(ready: Setti
     assert evaluate.evaluate(ready, Console(quiet=True))["benchmarks"]["one"] | {"title": "one.jsonl"} == own
 
 
+def test_a_sum_is_as_right_as_its_first_verifier(ready: Settings, tmp_path: Path) -> None:
+    """Every response is well formed: the sum rewards each with 1 or 2."""
+    (tmp_path / "formed.py").write_text(VERIFIER.replace("float(given == answer)", "1.0"))
+    ready.benchmarks, ready.verifier = [str(tmp_path / "one.jsonl")], str(tmp_path / "equal.py")
+    alone = evaluate.evaluate(ready, Console(quiet=True))["benchmarks"]["one"]
+    ready.verifier, ready.output = f"1.0*{ready.verifier} + 1.0*{tmp_path / 'formed.py'}", ready.output + "-sum"
+    assert 0 < alone["avg@4"]["value"] < 1
+    assert evaluate.evaluate(ready, Console(quiet=True))["benchmarks"]["one"] == alone
+    rows = [json.loads(line) for line in samples(ready)["one.jsonl"]]
+    assert all(row["right"] is (row["reward"] == 2.0) for row in rows) and {row["reward"] for row in rows} == {1.0, 2.0}
+
+
 FAILING = """
 from megatron_rlvr.verdict import Verdict
 

@@ -159,6 +159,14 @@ def test_perplexity_tells_confident_mistakes() -> None:
     assert math.isnan(figures([[sure]])["ppl_wrong"])
 
 
+def test_right_is_what_the_verdict_says_whatever_the_reward() -> None:
+    held_out = group(1.0, 1.0, 0.5, 0.5)
+    for rollout, right in zip(held_out.rollouts, (False, False, True, False), strict=True):
+        rollout.verdict = Verdict(rollout.verdict.reward, "ok", right=right)
+    metrics = summarise([held_out])
+    assert (metrics["pass@1"], metrics["pass@4"], metrics["distinct_right"]) == (0.25, 1.0, 1.0)
+
+
 def test_summary() -> None:
     metrics = summarise([group(1.0, 0.0), group(0.0, 0.0), group(1.0, 1.0)])
     expected = {

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from megatron_rlvr.config import ConfigError, LoggingConfig
-from megatron_rlvr.metrics import Meter, MetricsWriter, RolloutsWriter, rollout_row, spread
+from megatron_rlvr.metrics import Meter, MetricsWriter, RolloutsWriter, rollout_row, row_is_right, spread
 from megatron_rlvr.records import read_rows, truncate_after
 from megatron_rlvr.types import Prompt, Rollout, RolloutGroup, Verdict
 
@@ -287,6 +287,7 @@ def test_rollout_rows_say_everything(tmp_path):
         "response": "5*7+3",
         "tokens": 3,
         "reward": 1.0,
+        "right": True,
         "status": "ok",
         "extracted": "5*7+3",
         "answer": {"target": 38},
@@ -302,6 +303,15 @@ def test_rollout_rows_say_everything(tmp_path):
     assert row["response"] == awkward
     assert row["reward"] is None
     assert "数学" in (tmp_path / "rollouts.jsonl").read_text(encoding="utf-8")
+
+
+def test_a_row_knows_what_was_right():
+    said = {"reward": 1.0, "right": False, "status": "ok"}
+    assert row_is_right(said) is False and row_is_right(said | {"reward": 0.5, "right": True}) is True
+    earlier = {"reward": 1.0, "status": "ok"}
+    assert row_is_right(earlier) is True and row_is_right(earlier | {"reward": 0.5}) is False
+    for unjudged in ({"reward": None, "status": None}, {"reward": 0.0, "right": None, "status": "timeout"}):
+        assert row_is_right(unjudged) is None
 
 
 def test_spread_covers_the_groups():

@@ -39,6 +39,15 @@ def test_means_are_over_judged_responses_and_calibration_tells_right_from_wrong(
     assert figures["rollout/calibration_gap"] == pytest.approx(math.exp(2.0) - math.exp(0.5))
 
 
+def test_right_is_what_the_verdict_says_whatever_the_reward():
+    formatted, unformatted = rollout([-2.0], 1.0), rollout([-1.0], 0.5)  # by 1.0*math + 1.0*format, 0.5*math + ...
+    formatted.verdict, unformatted.verdict = Verdict(1.0, "ok", right=False), Verdict(0.5, "ok", right=True)
+    figures = rollout_metrics([group(formatted, unformatted, unformatted)])
+    assert figures["reward/right_share"] == pytest.approx(2 / 3)
+    assert figures["rollout/perplexity_right"] == pytest.approx(math.exp(1.0))
+    assert figures["rollout/perplexity_wrong"] == pytest.approx(math.exp(2.0))
+
+
 def test_what_there_is_nothing_of_is_left_out():
     figures = rollout_metrics([group(rollout([-1.0], 1.0))])
     assert "rollout/perplexity_wrong" not in figures and "rollout/calibration_gap" not in figures

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
@@ -78,6 +79,16 @@ def test_an_outcome_counts_what_was_judged() -> None:
     lost = stored(1, status="timeout", reward=0.0).outcome
     assert lost.right is None and lost.answer is None
     assert stored(1, finish_reason="length").outcome.truncated
+
+
+def test_what_was_right_is_still_so_when_it_is_read(tmp_path: Path) -> None:
+    store = SampleStore(tmp_path, {}, {})
+    store.append("p", [stored(1, reward=1.0, right=False), stored(2, reward=0.5, right=True)])
+    assert [item.outcome.right for item in store.read("p").values()] == [False, True]
+    lines = (tmp_path / "samples/p.jsonl").read_text().splitlines()
+    earlier = [{name: value for name, value in json.loads(line).items() if name != "right"} for line in lines]
+    (tmp_path / "samples/p.jsonl").write_text("".join(json.dumps(row) + "\n" for row in earlier))
+    assert [item.outcome.right for item in store.read("p").values()] == [True, False]  # the reward is all there is
 
 
 def test_samples_of_other_problems_by_the_same_name_are_refused(tmp_path: Path):

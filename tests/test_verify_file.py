@@ -45,6 +45,7 @@ def test_rows_gain_their_verdicts_in_order(tmp_path):
     assert [{key: row[key] for key in ("response", "answer", "id")} for row in rows] == ROWS
     assert [row["reward"] for row in rows] == [float(row["id"] % 7 == row["id"] % 5) for row in ROWS]
     assert all(row["status"] == "ok" and row["extracted"] == str(row["id"] % 7) for row in rows)
+    assert all(row["right"] is (row["reward"] == 1.0) for row in rows)
     assert all(row["seconds"] >= 0 and row["verifier"] == "math" for row in rows)
 
 
@@ -78,6 +79,15 @@ def test_a_killed_run_goes_on_behind_the_last_whole_row(tmp_path):
     again = target.read_bytes()
     assert subprocess.run(run, env=environment, capture_output=True, timeout=60).returncode == 0
     assert target.read_bytes() == again
+
+
+def test_a_file_of_an_earlier_version_is_gone_on_with(tmp_path):
+    source, target = write(tmp_path / "in.jsonl", ROWS[:6]), tmp_path / "out.jsonl"
+    verify_file(source, target, "dapo", workers=1, deadline=1.0)
+    earlier = [{name: value for name, value in row.items() if name != "right"} for row in read(target)]
+    write(target, earlier[:3])
+    assert verify_file(source, target, "dapo", workers=1, deadline=1.0).total() == 6
+    assert read(target)[:3] == earlier[:3] and "right" in read(target)[3]
 
 
 def test_an_output_of_something_else_is_left_alone(tmp_path):

@@ -23,6 +23,7 @@ from typing import Any
 
 import yaml
 
+from megatron_rlvr.verdict import is_right
 from megatron_rlvr.verifiers import is_scored
 from megatron_rlvr.verifiers.answer_text import last_boxes, read_gold
 from megatron_rlvr.verifiers.pool import WALL, VerifierPool
@@ -94,7 +95,7 @@ def labelled(options: argparse.Namespace) -> dict[str, Any]:
         for title, name in (("math", "math"), ("math_verify_alone", str(alone)), ("dapo", "dapo")):
             with VerifierPool(name, options.workers, options.deadline) as pool:
                 verdicts = pool.score(items)
-            said = [verdict.reward > 0.5 for verdict in verdicts]
+            said = [is_right(verdict) is True for verdict in verdicts]
             truth = [right for *_, right in chosen]
             figures[title] = {
                 "accuracy": round(sum(a == b for a, b in zip(said, truth, strict=True)) / len(chosen), 4),

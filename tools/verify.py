@@ -17,8 +17,8 @@ from megatron_rlvr.verify_file import verify_file
 
 def main() -> int:
     parser = argparse.ArgumentParser(
-        description="Rows {response, answer, ...} gain {reward, status, extracted, seconds, message, verifier}, in "
-        "order. The same command again goes on behind the last whole row."
+        description="Rows {response, answer, ...} gain {reward, status, extracted, seconds, message, right, verifier}, "
+        "in order. The same command again goes on behind the last whole row."
     )
     parser.add_argument("input", type=Path, help="JSON lines with response and answer")
     parser.add_argument("output", type=Path)

@@ -7,8 +7,9 @@ from pathlib import Path
 
 import yaml
 
+from megatron_rlvr.metrics import row_is_right
 from megatron_rlvr.pages import page, report_parts
-from megatron_rlvr.pages.charts import REACH, is_number
+from megatron_rlvr.pages.charts import REACH
 from megatron_rlvr.pages.key_figures import key_figures
 from megatron_rlvr.pages.report_charts import charts_of
 from megatron_rlvr.pages.report_script import SCRIPT
@@ -16,7 +17,6 @@ from megatron_rlvr.pages.report_style import STYLE
 from megatron_rlvr.pages.rollout_page import build_rollout_page
 from megatron_rlvr.pages.words import some_records, word_rows
 from megatron_rlvr.records import read_rows
-from megatron_rlvr.rollout_metrics import RIGHT_ABOVE
 from megatron_rlvr.run_warnings import warnings
 from megatron_rlvr.token_records import page_path, recorded_steps
 
@@ -106,9 +106,8 @@ def _figure(name: str, value: str, note: str) -> str:
 
 def _examples(rollouts: list[dict]) -> str:
     """The newest right and wrong responses, side by side."""
-    judged = [row for row in reversed(rollouts) if is_number(row.get("reward"))]
-    right = [row for row in judged if row["reward"] > RIGHT_ABOVE][:EXAMPLES]
-    wrong = [row for row in judged if row["reward"] <= RIGHT_ABOVE][:EXAMPLES]
+    right = [row for row in reversed(rollouts) if row_is_right(row) is True][:EXAMPLES]
+    wrong = [row for row in reversed(rollouts) if row_is_right(row) is False][:EXAMPLES]
     columns = "".join(
         f'<div><h3 class="{name}">{title}</h3>{"".join(map(_example, chosen))}</div>'
         for name, title, chosen in (("right", "Right", right), ("wrong", "Wrong", wrong))

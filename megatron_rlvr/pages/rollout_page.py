@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from megatron_rlvr.metrics import row_is_right
 from megatron_rlvr.pages import page
 from megatron_rlvr.pages.report_style import STYLE
 from megatron_rlvr.pages.rollout_script import ROLLOUT_STYLE, SCRIPT
@@ -34,7 +35,7 @@ COLUMNS = {
     "cde/bonus": ("perplexity bonus", "CDE's, of the whole response", "high"),
     "cde/critic_bonus": ("critic bonus", "CDE's, of the token", "high"),
 }
-META = ["prompt_id", "prompt", "sample", "tokens", "reward", "status", "extracted", "answer"]
+META = ["prompt_id", "prompt", "sample", "tokens", "reward", "right", "status", "extracted", "answer"]
 META += ["finish_reason", "start", "stop"]
 
 
@@ -78,6 +79,7 @@ def _packed(record: TokenRecord) -> dict[str, Any]:
     named = [name for name in COLUMNS if name in columns] + [name for name in columns if name not in COLUMNS]
     responses = [{name: row.get(name) for name in META} for row in record.responses]
     for row in responses:
+        row["right"] = row_is_right(row)
         row |= {name: page.visible(row[name]) for name in ("prompt", "extracted") if row[name] is not None}
         row["answer"] = page.visible(page.plain(row["answer"]))
     return {

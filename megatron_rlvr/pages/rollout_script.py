@@ -83,8 +83,7 @@ const choice = (id, label, options) => {
   field.addEventListener('input', draw);
   return field;
 };
-const verdict = row => row.reward === null || !['ok', 'unparseable'].includes(row.status) ? 'none'
-  : row.reward > .5 ? 'right' : 'wrong';
+const verdict = row => row.right === null ? 'none' : row.right ? 'right' : 'wrong';
 const prompts = [...new Set(record.responses.map(row => row.prompt_id))];
 const colour = choice('colour', 'Colour by', columns.map(one => [one.name, one.label]));
 const verdicts = choice('verdict', 'Verdict',

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
+from dataclasses import replace
 from math import isfinite
 from typing import TYPE_CHECKING, Any
 
 from megatron_rlvr.config import ConfigError
-from megatron_rlvr.verdict import Verdict
+from megatron_rlvr.verdict import Verdict, is_right
 
 if TYPE_CHECKING:
     from megatron_rlvr.verifiers import Verifier
@@ -29,7 +30,10 @@ def terms(text: str) -> list[tuple[float, str]]:
 
 
 class Combination:
-    """Reward is the weighted sum; status, text and message are the first verifier's, unless another one failed."""
+    """Reward is the weighted sum; whatever else is the first verifier's, unless another one failed.
+
+    So the first one says what is right: no weighted sum does, for it may pay a wrong answer's form with more than 1/2.
+    """
 
     def __init__(self, weighted: Sequence[tuple[float, Verifier]]) -> None:
         self.weights = [weight for weight, _ in weighted]
@@ -46,4 +50,4 @@ class Combination:
         failed = [verdict for verdict in verdicts if verdict.status in ("error", "timeout")]
         first = (failed or verdicts)[0]
         reward = sum(weight * item.reward for weight, item in zip(self.weights, verdicts, strict=True))
-        return Verdict(0.0 if failed else reward, first.status, first.extracted, message=first.message)
+        return replace(first, reward=0.0 if failed else reward, right=is_right(first))

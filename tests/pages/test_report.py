@@ -242,6 +242,15 @@ def test_long_responses_are_cut_and_say_so(tmp_path):
     assert "unjudged" not in html
 
 
+def test_responses_are_shown_as_they_were_judged_whatever_the_reward(tmp_path):
+    rollouts = [response(1, 1.0, "formatted") | {"right": False}, response(1, 0.5, "unformatted") | {"right": True}]
+    rollouts += [response(1, 1.0, "earlier"), response(1, 0.0, "timed out") | {"status": "timeout", "right": None}]
+    html = build_report(write_run(tmp_path / "run", [step_row(1)], rollouts)).read_text()
+    right, wrong = html.partition('class="right"')[2].split('class="wrong"')
+    assert "unformatted" in right and "earlier" in right
+    assert ">formatted<" in wrong and "earlier" not in wrong and "timed out" not in right + wrong
+
+
 def test_errors_name_the_file(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"absent/metrics\.jsonl"):
         build_report(tmp_path / "absent")

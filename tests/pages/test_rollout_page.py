@@ -14,6 +14,7 @@ import pytest
 
 from megatron_rlvr.pages.rollout_page import build_rollout_page
 from megatron_rlvr.token_records import TokenWriter, read_record
+from megatron_rlvr.verdict import Verdict
 from tests.browser.pages import ATTACKS, attacking_record
 
 ROOT = Path(__file__).parents[2]
@@ -55,6 +56,15 @@ def test_what_a_model_writes_ends_no_tag(html):
     shown = json.dumps(data(html), ensure_ascii=False)
     assert "␀␛" in shown and "‹U+202E›abc‹U+200F›" in shown
     assert not set("\x00\x1b\u202e\u200f") & set(html)
+
+
+def test_right_is_what_the_verdict_says_whatever_the_reward(tmp_path):
+    recording, texts = attacking_record()
+    first, second = recording.chosen
+    first.rollout.verdict = Verdict(1.0, "ok", right=False)
+    second.rollout.verdict = Verdict(1.0, "timeout")
+    TokenWriter(tmp_path, lambda ids: texts[ids[0]]).write(1, recording)
+    assert [row["right"] for row in data(build_rollout_page(tmp_path, 1).read_text())["responses"]] == [False, None]
 
 
 def test_a_gap_between_policy_and_engine_is_shown_where_both_are_known(tmp_path):

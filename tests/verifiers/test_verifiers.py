@@ -12,7 +12,7 @@ import pytest
 from megatron_rlvr import verifiers
 from megatron_rlvr.config import Config, ConfigError, DataConfig, ModelConfig, check
 from megatron_rlvr.types import Prompt, Rollout, RolloutGroup
-from megatron_rlvr.verdict import Verdict
+from megatron_rlvr.verdict import Verdict, is_right
 from megatron_rlvr.verifiers.pool import VerifierPool
 
 OK, UNPARSEABLE = Verdict(0.75, "ok"), Verdict(0.0, "unparseable")
@@ -82,6 +82,30 @@ def test_a_sum_of_verifiers():
             verifiers.load(wrong)
 
 
+@pytest.mark.parametrize("weights", [(1.0, 1.0), (0.5, 0.5), (0.9, 0.1)])
+def test_a_sum_is_right_where_its_first_verifier_says_so(weights):
+    first, second = weights
+    for name, answer, right in (("countdown", "5*7+3", "5*7+3"), ("dapo", "34", "Answer: 34")):
+        both = verifiers.load(f"{first}*{name} + {second}*format")
+        gold = both.read_answer({"numbers": [3, 5, 7], "target": 38} if name == "countdown" else answer)
+        formatted = verifiers.judge(both, "so</think> no answer", gold)
+        assert is_right(formatted) is False and formatted.reward == pytest.approx(second - first * (name == "dapo"))
+        unformatted = verifiers.judge(both, right, gold)
+        assert is_right(unformatted) is True and unformatted.reward == pytest.approx(first)
+
+
+def test_what_is_right_where_no_sum_is(tmp_path):
+    assert [is_right(verdict) for verdict in (OK, UNPARSEABLE, TIMEOUT, ERROR)] == [True, False, None, None]
+    assert is_right(Verdict(0.5, "ok")) is False and is_right(Verdict(9.0, "timeout", right=True)) is None
+    own = tmp_path / "graded.py"  # a verifier whose reward is not 1 where the answer is right
+    own.write_text(
+        "from megatron_rlvr.verdict import Verdict\nISOLATED = True\ndef read_answer(value): return value\n"
+        "def verify(response, answer): return Verdict(10.0, 'ok', right=response == answer)\n"
+    )
+    with VerifierPool(str(own), workers=1, deadline=5.0) as pool:
+        assert [is_right(verdict) for verdict in pool.score([("a", "a"), ("b", "a")])] == [True, False]
+
+
 def test_a_part_that_fails_leaves_the_sum_without_reward(tmp_path):
     own = tmp_path / "failing.py"
     own.write_text(
@@ -90,6 +114,7 @@ def test_a_part_that_fails_leaves_the_sum_without_reward(tmp_path):
     )
     verdict = verifiers.judge(verifiers.load(f"0.5*format + 0.5*{own}"), "a</think> b", [None, "x"])
     assert (verdict.reward, verdict.status, verdict.message) == (0.0, "timeout", "busy")
+    assert is_right(verdict) is None
 
 
 def test_a_verifier_that_this_machine_cannot_run_says_so_before_anything_starts(tmp_path):
