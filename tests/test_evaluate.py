@@ -300,6 +300,14 @@ def test_a_verifier_that_fails_on_wrong_answers_does_not_flatter(
     assert "unjudged" not in tell(ready, tmp_path / "equal.py", capsys)
 
 
+def test_an_answer_that_is_no_text_is_told_at_once(ready: Settings, tmp_path: Path) -> None:
+    """And not by the figures, when everything has been sampled."""
+    (tmp_path / "number.py").write_text(VERIFIER.replace("extracted=given", "extracted=5"))
+    ready.benchmarks, ready.verifier = [str(tmp_path / "one.jsonl")], str(tmp_path / "number.py")
+    with pytest.raises(VerifierError, match="verify returned extracted=5, which must be text or None"):
+        evaluate.evaluate(ready, Console(quiet=True))
+
+
 def tell(settings: Settings, verifier: Path, capsys: pytest.CaptureFixture) -> str:
     """What an evaluation with another verifier prints."""
     settings.verifier, settings.output = str(verifier), settings.output + "-other"

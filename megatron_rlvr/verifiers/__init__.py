@@ -28,6 +28,8 @@ if TYPE_CHECKING:  # at run time these would bring torch into every verifier pro
     from megatron_rlvr.types import RolloutGroup
     from megatron_rlvr.verifiers.pool import VerifierPool
 
+# What a verdict's other parts must be, for figures, pages and files read them long after the verifier is gone.
+_KINDS = {"extracted": (str | None, "text or None"), "message": (str, "text"), "right": (bool | None, "a bool or None")}
 _MACHINERY = {"answer_forms", "answer_text", "combination", "jail", "pool", "sandbox", "worker"}
 
 
@@ -97,6 +99,9 @@ def judge(verifier: Verifier, response: str, answer: Any) -> Verdict:
         verdict = verifier.verify(response, answer)
         if not isinstance(verdict, Verdict) or verdict.status not in get_args(VerdictStatus):
             raise TypeError(f"verify returned {verdict!r}, not a Verdict with a known status")
+        for part, (kind, said) in _KINDS.items():
+            if not isinstance(value := getattr(verdict, part), kind):
+                raise TypeError(f"verify returned {part}={value!r:.80}, which must be {said}")
         verdict = replace(verdict, reward=float(verdict.reward))
         if not isfinite(verdict.reward):
             raise ValueError(f"verify returned the reward {verdict.reward}")

@@ -168,6 +168,9 @@ def test_failures_are_counted_and_too_many_stop_the_run():
         ("Verdict(1.0, 'fine')", "not a Verdict with a known status"),
         ("Verdict(float('nan'), 'ok')", "the reward nan"),
         ("Verdict(None, 'ok')", "TypeError"),
+        ("Verdict(1.0, 'ok', extracted=5)", "TypeError: verify returned extracted=5, which must be text or None"),
+        ("Verdict(1.0, 'ok', message=None)", "verify returned message=None, which must be text"),
+        ("Verdict(1.0, 'ok', right='no')", "verify returned right='no', which must be a bool or None"),
         ("1 / 0", "ZeroDivisionError: division by zero"),
     ],
 )
