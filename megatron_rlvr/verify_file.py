@@ -83,7 +83,7 @@ def _item(path: Path, number: int, row: Any, read_answer: Callable[[Any], Any]) 
     try:
         return row["response"], read_answer(row["answer"])
     except ValueError as error:
-        raise ConfigError(f"{at}: the answer is none for this verifier: it {str(error)[:200]}") from error
+        raise ConfigError(f"{at}: the verifier cannot take the answer: {str(error)[:200]}") from error
 
 
 def _resume(source: Path, target: Path, verifier: str) -> Counter[str]:

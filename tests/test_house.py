@@ -17,7 +17,7 @@ PACKAGE = "megatron_rlvr"
 
 # Module or folder -> floor; a module's own line wins over its folder's.
 FLOORS = {
-    0: "config config_reading config_rules platform processes seeds types verdict watchdog",
+    0: "config config_reading config_rules loading platform processes seeds types verdict watchdog",
     1: "advantages architecture benchmarks checkpoint_folder decontamination environment "
     "evaluation evaluation_settings losses metrics packing pages planner progress prompt_files prompt_order "
     "prompt_report prompt_rows prompts records rollout_metrics run_folder run_warnings sample_store templates "

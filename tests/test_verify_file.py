@@ -115,7 +115,7 @@ def test_an_output_of_something_else_is_left_alone(tmp_path):
         ('{"response": 5, "answer": 1}', "line 3: response must be text, not 5"),
         (
             '{"response": "x", "answer": [1]}',
-            "line 3: the answer is none for this verifier: it must be text or a number",
+            "line 3: the verifier cannot take the answer: must be text or a number, not ",
         ),
     ],
 )

@@ -11,6 +11,7 @@ import difflib
 import importlib
 import importlib.util
 import pkgutil
+import re
 import sys
 import time
 from collections import Counter
@@ -21,6 +22,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Protocol, cast, get_args
 
 from megatron_rlvr.config import ConfigError, rule
+from megatron_rlvr.loading import loading
 from megatron_rlvr.verdict import SCORED, Verdict, VerdictStatus
 from megatron_rlvr.verifiers import combination
 
@@ -57,7 +59,8 @@ def names() -> list[str]:
 def load(name: str) -> Verifier:
     """The verifier called ``name``, the one in the Python file at that path, or a sum: "0.9*math + 0.1*format".
 
-    Raises ConfigError: no such verifier (with the closest name), a file that lacks a part, a weight of 0.
+    Raises ConfigError: no such verifier (with the closest name), a file that lacks a part or cannot be imported (with
+    the line), a sum without weights or with one of 0.
     """
     if terms := combination.terms(name):
         return combination.Combination([(weight, _load_one(part)) for weight, part in terms])
@@ -65,13 +68,18 @@ def load(name: str) -> Verifier:
 
 
 def _load_one(name: str) -> Verifier:
+    rule(
+        not re.search(r"[+*]", name) or Path(name).is_file(),
+        f"verifier={name!r}: a sum has a number and * before each of its verifiers, as in '0.9*math + 0.1*format'",
+    )
     if name.endswith(".py"):
         rule(Path(name).is_file(), f"verifier={name!r}: there is no such file")
         spec = importlib.util.spec_from_file_location(f"verifier_{Path(name).stem}", name)
         assert spec is not None and spec.loader is not None  # true for every .py path
         module = importlib.util.module_from_spec(spec)
         sys.modules[spec.name] = module  # dataclasses in it look themselves up there
-        spec.loader.exec_module(module)
+        with loading(f"verifier {name!r}", Path(name)):
+            spec.loader.exec_module(module)
     else:
         if name not in names():
             closest = difflib.get_close_matches(name, names(), n=1, cutoff=0.0)[0]
@@ -79,7 +87,8 @@ def _load_one(name: str) -> Verifier:
                 f"unknown verifier {name!r}; did you mean {closest!r}? There are {', '.join(names())}, "
                 f"the path of a Python file of your own, and sums such as '0.9*math + 0.1*format'"
             )
-        module = importlib.import_module(f"megatron_rlvr.verifiers.{name}")
+        with loading(f"verifier {name!r}", Path(__file__).with_name(f"{name}.py")):
+            module = importlib.import_module(f"megatron_rlvr.verifiers.{name}")
     for part in ("verify", "read_answer", "ISOLATED"):
         rule(hasattr(module, part), f"verifier {name!r} lacks {part}: it must hold verify, read_answer and ISOLATED")
     return cast(Verifier, module)

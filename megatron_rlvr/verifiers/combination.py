@@ -14,7 +14,7 @@ from megatron_rlvr.verdict import Verdict, is_right
 if TYPE_CHECKING:
     from megatron_rlvr.verifiers import Verifier
 
-_TERM = re.compile(r"(?:^|\+)\s*([0-9.]+(?:e-?[0-9]+)?)\s*\*\s*", re.IGNORECASE)
+_TERM = re.compile(r"(?:^|\+)\s*((?:[0-9]+\.?[0-9]*|\.[0-9]+)(?:e-?[0-9]+)?)\s*\*\s*", re.IGNORECASE)
 
 
 def terms(text: str) -> list[tuple[float, str]]:

@@ -54,6 +54,18 @@ def test_a_verifier_can_be_a_file_of_ones_own(tmp_path):
     own.write_text("ISOLATED = False\ndef verify(response, answer): ...\n")
     with pytest.raises(ConfigError, match="lacks read_answer"):
         verifiers.load(str(own))
+    own.write_text("ISOLATED = False\nfrom nowhere import verify\n")
+    with pytest.raises(ConfigError, match="verifier '.*' cannot be loaded: .*/length.py, line 2: ModuleNotFoundError"):
+        verifiers.load(f"1*{own} + 1*format")
+
+
+def test_a_shipped_verifier_that_cannot_be_imported_is_one_error(monkeypatch):
+    monkeypatch.delitem(sys.modules, "megatron_rlvr.verifiers.math", raising=False)
+    monkeypatch.setitem(sys.modules, "math_verify", None)  # what Python itself uses for "cannot be imported"
+    with pytest.raises(
+        ConfigError, match=r"verifier 'math' cannot be loaded: .*/math.py, line \d+: ModuleNotFoundError"
+    ):
+        verifiers.load("math")
 
 
 def test_a_sum_of_verifiers():
@@ -74,7 +86,18 @@ def test_a_sum_of_verifiers():
     with VerifierPool("2 * math+1e-1*format", workers=1, deadline=20.0) as pool:
         assert pool.score([(r"so</think> \boxed{34}", answer)])[0].reward == pytest.approx(2.1)
     for wrong, message in {
-        "math + format": "unknown verifier 'math . format'.*sums such as",
+        **dict.fromkeys(
+            (
+                "math + format",
+                "0.9*math + format",
+                "math + 0.1*format",
+                "math*0.9",
+                "0,9*math + 0,1*format",
+                "1..5*math",
+            ),
+            "a sum has a number and . before each of its verifiers, as in '0.9.math . 0.1.format'",
+        ),
+        "math + own.py": "'math . own.py': a sum has",
         "0.5*math + 0.5*fromat": "did you mean 'format'",
         "1*math + 0*format": "weight of format must be above 0, not 0",
     }.items():
