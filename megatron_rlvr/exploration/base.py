@@ -23,9 +23,11 @@ from __future__ import annotations
 import copy
 import difflib
 import importlib
+import importlib.util
 import pkgutil
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -36,6 +38,7 @@ from megatron_rlvr.config import Config, ConfigError, from_dict, rule, to_dict
 from megatron_rlvr.distributed import reduce
 from megatron_rlvr.distributed.groups import ParallelGroups
 from megatron_rlvr.distributed.vocab import StatisticsOptions, TokenStatistics
+from megatron_rlvr.loading import loading
 from megatron_rlvr.metrics import Meter
 from megatron_rlvr.types import Batch, Microbatch, RolloutGroup, Update
 
@@ -366,7 +369,11 @@ def _module(name: str) -> Any:
         raise ConfigError(
             f"unknown exploration method {name!r}; did you mean {closest!r}? There are: {', '.join(known)}"
         )
-    module = importlib.import_module(f"{exploration.__name__}.{name}")
+    full_name = f"{exploration.__name__}.{name}"
+    spec = importlib.util.find_spec(full_name)
+    assert spec is not None and spec.origin is not None  # it is among the known
+    with loading(f"exploration method {name!r}", Path(spec.origin)):
+        module = importlib.import_module(full_name)
     rule(
         hasattr(module, "Config"),
         f"exploration/{name}.py has no dataclass named Config: it holds the method's options, if any",

@@ -114,6 +114,11 @@ def test_the_readmes_method_works_as_it_stands_there(methods_folder, tmp_path_fa
         (METHOD.format(order=10).replace("class Config", "class Options"), "louder.py has no dataclass named Config"),
         (METHOD.format(order=10) + "\n\nclass Twice(Louder):\n    pass\n", "hold one subclass of Exploration, not 2"),
         ("from dataclasses import dataclass\n\n\n@dataclass\nclass Config:\n    pass\n", "not 0"),
+        (
+            "\nimport nothing_of_that_name\n",
+            "'louder' cannot be loaded: .*louder.py, line 2: ModuleNotFoundError",
+        ),
+        ("class Config\n", "method 'louder' cannot be loaded: .*louder.py, line 1: SyntaxError"),
     ],
 )
 def test_a_file_that_is_no_method_is_refused(methods_folder, code, message):
