@@ -16,7 +16,7 @@ from megatron_rlvr.prompt_files import read_rows, source_name, stem
 from megatron_rlvr.prompt_order import Order
 from megatron_rlvr.prompt_report import CONTRADICTION, REPEAT, Drop, Placed, notes, reasons, unusable, used
 from megatron_rlvr.prompt_rows import RowError, RowReader, config_key
-from megatron_rlvr.templates import INSIDE_CHAT
+from megatron_rlvr.templates import CHAT
 from megatron_rlvr.types import Prompt
 from megatron_rlvr.verifiers import load
 
@@ -60,7 +60,7 @@ def load_prompts(
     ``key`` says how such an error names a field of ``data``.
     """
     rule(
-        data.template not in ("chat", *INSIDE_CHAT) or bool(getattr(tokenizer, "chat_template", None)),
+        data.template not in CHAT or bool(getattr(tokenizer, "chat_template", None)),
         f"{key('template')}={data.template} needs a tokenizer with a chat template, and this one has none: set "
         f"{key('template')}=raw to use each prompt's text as it is, or r1_zero",
     )
@@ -139,8 +139,7 @@ def _fitting(
     """The prompts of each source that are short enough; the others are added to ``drops``."""
     prefixes = [stem(name) for name in names]
     parts: list[list[Prompt]] = [[] for _ in names]
-    writes_start = data.template in ("chat", *INSIDE_CHAT)  # the model's chat template
-    start = [] if writes_start else _first_token(tokenizer)
+    start = [] if data.template in CHAT else _first_token(tokenizer)  # a chat template writes it
     for placed, ids in zip(rows, _tokenise([placed.row.text for placed in rows], tokenizer), strict=True):
         if not placed.row.mark and ids[:1] != start:
             ids = start + ids

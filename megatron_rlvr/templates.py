@@ -38,6 +38,7 @@ _ENDINGS = (
 )
 _WRAPPERS = (*TEMPLATES.values(), *("{prompt}" + ending for ending in _ENDINGS))
 INSIDE_CHAT = ("dapo", "boxed")  # user messages; r1_zero is a whole prompt
+CHAT = ("chat", *INSIDE_CHAT)  # what the tokenizer's chat template renders
 
 # Marks of a turn in the chat templates of Qwen, DeepSeek, Llama 3, Llama 2 and Gemma, loosely: data sets misspell them.
 _TURN = re.compile(

@@ -262,22 +262,11 @@ def test_a_sum_is_as_right_as_its_first_verifier(ready: Settings, tmp_path: Path
     assert all(row["right"] is (row["reward"] == 2.0) for row in rows) and {row["reward"] for row in rows} == {1.0, 2.0}
 
 
-FAILING = """
-from megatron_rlvr.verdict import Verdict
-
-ISOLATED = False
-
-
-def read_answer(value):
-    return str(value)
-
-
-def verify(response, answer):
-    given = response.partition("{")[2].partition("}")[0]
+REFUSAL = """
     if given != answer:
         raise RuntimeError("cannot read " + given)
-    return Verdict(1.0, "ok", extracted=given)
-"""
+    return"""
+FAILING = VERIFIER.replace("\n    return Verdict", f"{REFUSAL} Verdict")
 
 
 def test_a_verifier_that_fails_on_wrong_answers_does_not_flatter(

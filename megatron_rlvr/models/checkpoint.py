@@ -59,7 +59,7 @@ def load(path: Path, models: Models, groups: ParallelGroups) -> dict[str, Any]:
         sharded_state.set_updates(model, progress["updates"])
         model.scheduler.num_steps = 0
         model.scheduler.step(progress["scheduled"])
-    if [*state["layout"], 1][:4] == layout_of(groups):  # before there was a cp
+    if is_layout_of(groups, state["layout"]):
         random_streams.restore(torch.load(path / "rng" / f"rank_{groups.rank}.pt", weights_only=True))
     return state
 
@@ -138,3 +138,8 @@ def _by_key(tensors: list[ShardedTensor]) -> dict[str, list[ShardedTensor]]:
 
 def layout_of(groups: ParallelGroups) -> list[int]:
     return [groups.tp_size, groups.pp_size, groups.dp_size, groups.cp_size]
+
+
+def is_layout_of(groups: ParallelGroups, saved: list[int]) -> bool:
+    """Whether a checkpoint's ``layout`` is that of these groups; without a fourth number it is older than cp."""
+    return [*saved, 1][:4] == layout_of(groups)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from itertools import islice
 from pathlib import Path
 
 import yaml
@@ -106,8 +107,10 @@ def _figure(name: str, value: str, note: str) -> str:
 
 def _examples(rollouts: list[dict]) -> str:
     """The newest right and wrong responses, side by side."""
-    right = [row for row in reversed(rollouts) if row_is_right(row) is True][:EXAMPLES]
-    wrong = [row for row in reversed(rollouts) if row_is_right(row) is False][:EXAMPLES]
+    right, wrong = (
+        list(islice((row for row in reversed(rollouts) if row_is_right(row) is said), EXAMPLES))
+        for said in (True, False)
+    )
     columns = "".join(
         f'<div><h3 class="{name}">{title}</h3>{"".join(map(_example, chosen))}</div>'
         for name, title, chosen in (("right", "Right", right), ("wrong", "Wrong", wrong))

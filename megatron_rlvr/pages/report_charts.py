@@ -93,18 +93,17 @@ CHARTS = [
     ),
 ]
 
-SAMPLING = {
-    "rollout/kept_share": Chart(
-        "Kept groups", "share that no method turned away", "trend", {"rollout/kept_share": ""}, percent=True
-    ),
-    "rollout/generations": Chart("Generations", "until enough groups were kept", "trend", {"rollout/generations": ""}),
-}
+# Of a run whose methods turn groups away; in another one both are always 1.
+SAMPLING = [
+    Chart("Kept groups", "share that no method turned away", "trend", {"rollout/kept_share": ""}, percent=True),
+    Chart("Generations", "until enough groups were kept", "trend", {"rollout/generations": ""}),
+]
 
 
 def charts_of(rows: Sequence[dict], methods: Iterable[str]) -> list[Chart]:
     """CHARTS, the figures of sampling that goes on, and whatever else the exploration methods have measured."""
     names = sorted({name for row in rows for name in row if is_number(row.get(name))})
-    sampling = [chart for name, chart in SAMPLING.items() if any(row.get(name, 1) != 1 for row in rows)]
+    sampling = [chart for chart in SAMPLING if any(row.get(name, 1) != 1 for name in chart.metrics for row in rows)]
     drawn = {name for chart in CHARTS for pattern in chart.metrics for name in matching(names, pattern)}
     own = [name for name in names if name.partition("/")[0] in set(methods) and name not in drawn]
     return [*CHARTS, *sampling, *(Chart(_title(name), name, "trend", {name: ""}) for name in own)]

@@ -99,11 +99,11 @@ def _moved(config: Config, model: Architecture, device: Device, tokens: float, f
     reduces = 2 if forwards == 1 else 2 * (forwards - 2) + (3 if config.parallel.sequence_parallel else 2)
     parallel, size = config.parallel, itemsize(config)
     tp, cp, pp, replicas = parallel.tp, parallel.cp, parallel.pp, parallel.dp * parallel.cp
-    of_rank = model.num_layers / pp * tokens / replicas * size  # layers x tokens
-    reduced = reduces * 2 * (tp - 1) / tp * of_rank * model.hidden_size
+    token_layers = model.num_layers / pp * tokens / replicas
+    reduced = reduces * 2 * (tp - 1) / tp * token_layers * model.hidden_size * size
     seconds = reduced / (device.link if tp <= device.per_node else device.network)
-    exchanged = max(1, forwards - 1) * (cp - 1) / cp * of_rank / tp
-    exchanged *= 2 * (model.query_size + max(model.kv_size, cp * tp * model.head_dim))
+    widths = 2 * (model.query_size + max(model.kv_size, cp * tp * model.head_dim))  # a rank has at least one kv head
+    exchanged = max(1, forwards - 1) * (cp - 1) / cp * token_layers * widths / tp * size
     seconds += exchanged / (device.link if tp * cp <= device.per_node else device.network)
     if forwards > 1:
         held = whole_parameters(model) / (tp * pp)

@@ -34,8 +34,7 @@ def read_answer(value: Any) -> dict[str, str]:
 
     a text or a list of assert statements; HumanEval's {"test", "entry_point"} with or without "prompt"; MBPP's
     {"test_list"} with or without "test_imports", MBPP+'s {"test"}; any of them as JSON text. Only HumanEval's prompt is
-    the head of the program. Tests that nothing runs are none: every
-    program would pass them.
+    the head of the program. Tests that nothing runs are none: every program would pass them.
     """
     if isinstance(value, str) and value.lstrip()[:1] in ("{", "["):
         value = json.loads(value)

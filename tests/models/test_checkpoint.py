@@ -21,7 +21,7 @@ from megatron_rlvr import platform
 from megatron_rlvr.checkpoint_folder import checkpoints, inventory, seal
 from megatron_rlvr.distributed.groups import ParallelGroups
 from megatron_rlvr.models import checkpoint_writer, sharded_state
-from megatron_rlvr.models.checkpoint import load, newest_usable
+from megatron_rlvr.models.checkpoint import is_layout_of, layout_of, load, newest_usable
 from megatron_rlvr.models.checkpoint_writer import CheckpointWriter
 from megatron_rlvr.models.critic import Critic
 from megatron_rlvr.types import Microbatch
@@ -120,6 +120,12 @@ def test_resuming_is_bit_identical(layout: Layout, dtype: str, cases: dict[str, 
     other, case = make_folder(tmp_path / "other", "qwen3", tied=True, seed=1), cases["qwen3-tied"]
     for results in run_ranks(layout.ranks, _resume, layout, case, other, dtype, tmp_path / "run", timeout=60):
         assert results == dict.fromkeys(results, True)
+
+
+def test_a_checkpoint_that_is_older_than_cp_is_of_a_layout_without_it() -> None:
+    groups = ParallelGroups.single()
+    assert is_layout_of(groups, [1, 1, 1]) and is_layout_of(groups, layout_of(groups))
+    assert not is_layout_of(groups, [1, 1, 2]) and not is_layout_of(groups, [1, 1, 1, 2])
 
 
 CHAIN = [  # (layout, distributed optimizer): the vocabulary is padded to 512 columns with tp=2, to 384 with tp=1
