@@ -125,21 +125,25 @@ class MetricsWriter:
         """Log one step. NaN and infinity, which JSON lacks, are written as null and named in a warning once."""
         plain = {name: value.item() if hasattr(value, "item") else value for name, value in values.items()}
         self._lines.write({"step": step} | plain)
-        numbers = {
-            name: value for name, value in plain.items() if isinstance(value, (int, float)) and math.isfinite(value)
-        }
+        numbers = _finite_numbers(plain)
         self._warn_non_finite(step, {name for name, value in plain.items() if isinstance(value, float)} - set(numbers))
-        self._each_tracker(lambda tracker: tracker.log(step, numbers))
+        self.mirror(step, numbers)
 
-    def close(self) -> None:
-        self._each_tracker(lambda tracker: tracker.close())
+    def mirror(self, step: int, numbers: Mapping[str, float]) -> None:
+        """Tell the trackers alone: the finished run's held-out figures are no step's, and are in summary.json."""
+        if finite := _finite_numbers(numbers):
+            self._each_tracker(lambda tracker: tracker.log(step, finite))
+
+    def close(self, failed: bool = False) -> None:
+        """``failed``: the trackers say so of the run."""
+        self._each_tracker(lambda tracker: tracker.close(failed))
         self._lines.close()
 
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(self, *exception: object) -> None:
-        self.close()
+    def __exit__(self, kind: type[BaseException] | None, *exception: object) -> None:
+        self.close(failed=kind is not None)
 
     def _warn_non_finite(self, step: int, names: set[str]) -> None:
         for name in sorted(names - self._non_finite):
@@ -158,6 +162,10 @@ class MetricsWriter:
                 log.warning(
                     "%s failed and gets no more metrics (metrics.jsonl still has them all): %r", tracker.name, error
                 )
+
+
+def _finite_numbers(values: Mapping[str, Any]) -> dict[str, float]:
+    return {name: value for name, value in values.items() if isinstance(value, (int, float)) and math.isfinite(value)}
 
 
 class RolloutsWriter:

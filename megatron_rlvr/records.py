@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import json
 import math
+import os
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 
 def read_rows(path: Path) -> list[dict]:
@@ -15,12 +16,26 @@ def read_rows(path: Path) -> list[dict]:
     A last line without its newline is still being written, or was cut by a kill: it is left out.
     Raises ValueError: a whole line that is not a JSON object, with the file and the line.
     """
-    rows = []
     with open(path, "rb") as file:  # a cut may go through a character
-        for number, line in enumerate(file, start=1):
-            if not line.endswith(b"\n"):
-                break
-            rows.append(_parse(line, path, number))
+        return _rows(file, path)
+
+
+def newest_rows(path: Path, most: int) -> list[dict]:
+    """read_rows of the whole lines in the file's last ``most`` bytes; a line's number is counted from there."""
+    with open(path, "rb") as file:
+        start = max(0, file.seek(0, os.SEEK_END) - most)
+        file.seek(max(0, start - 1))
+        if start:
+            file.readline()  # the rest of the line that reaches over the place
+        return _rows(file, path, f" from byte {file.tell():,} on" if start else "")
+
+
+def _rows(file: IO[bytes], path: Path, where: str = "") -> list[dict]:
+    rows = []
+    for number, line in enumerate(file, start=1):
+        if not line.endswith(b"\n"):
+            break
+        rows.append(_parse(line, path, number, where))
     return rows
 
 
@@ -66,11 +81,11 @@ def finite(value: Any) -> Any:
     return [finite(item) for item in value] if isinstance(value, (list, tuple)) else value
 
 
-def _parse(line: str | bytes, path: Path, number: int) -> dict:
+def _parse(line: str | bytes, path: Path, number: int, where: str = "") -> dict:
     try:
         row = json.loads(line)
     except ValueError as error:
-        raise ValueError(f"{path}, line {number} is not JSON: {error}") from error
+        raise ValueError(f"{path}, line {number}{where} is not JSON: {error}") from error
     if not isinstance(row, dict) or not isinstance(row.get("step"), int):
-        raise ValueError(f"{path}, line {number} is not an object with a step: {row!r}")
+        raise ValueError(f"{path}, line {number}{where} is not an object with a step: {row!r}")
     return row

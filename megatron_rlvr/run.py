@@ -76,6 +76,7 @@ class Run:
                     return self._stop_early(step, stopped)
             self.checkpoints.wait()
             final = trainer.evaluate() if trainer.held_out else {}
+            records.finish(last, final)
         self._finish(final)
         return 0
 
@@ -201,9 +202,13 @@ class Records:
     def __enter__(self) -> Records:
         return self
 
-    def __exit__(self, *exception: object) -> None:
+    def finish(self, last: int, final: dict[str, float]) -> None:
+        """The held-out figures of the policy after the last step, which would have sampled the next one."""
+        self.metrics.mirror(last + 1, final)
+
+    def __exit__(self, kind: type[BaseException] | None, *exception: object) -> None:
         self.rollouts.close()
-        self.metrics.close()
+        self.metrics.close(failed=kind is not None)
 
 
 class NoRecords(Records):
@@ -215,7 +220,10 @@ class NoRecords(Records):
     def write(self, step: int, metrics: dict[str, Any], groups: list[RolloutGroup], recording: Recording) -> None:
         pass
 
-    def __exit__(self, *exception: object) -> None:
+    def finish(self, last: int, final: dict[str, float]) -> None:
+        pass
+
+    def __exit__(self, kind: type[BaseException] | None, *exception: object) -> None:
         pass
 
 

@@ -30,6 +30,7 @@ RECORDS = (
     "report.html",
     "summary.json",
     "tensorboard",
+    "wandb",
     "wandb_id",
     "mlflow_id",
     "mlflow.db",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -13,11 +14,11 @@ from megatron_rlvr.config import ConfigError, LoggingConfig
 
 @dataclass(frozen=True)
 class Tracker:
-    """A mirror of the metrics: ``log(step, {name: number})``, then ``close()``."""
+    """A mirror of the metrics: ``log(step, {name: number})``, then ``close(failed)``."""
 
     name: str
     log: Callable[[int, dict[str, float]], None]
-    close: Callable[[], None]
+    close: Callable[[bool], None]
 
 
 def open_trackers(run_dir: Path, settings: LoggingConfig, name: str, config: dict, resume_step: int) -> list[Tracker]:
@@ -48,7 +49,7 @@ def open_tensorboard(run_dir: Path, resume_step: int) -> Tracker:
             writer.add_scalar(name, value, step)
         writer.flush()
 
-    return Tracker("TensorBoard", log_step, writer.close)
+    return Tracker("TensorBoard", log_step, lambda failed: writer.close())
 
 
 def open_wandb(run_dir: Path, project: str, name: str, config: dict, resume_step: int) -> Tracker:
@@ -79,7 +80,11 @@ def open_wandb(run_dir: Path, project: str, name: str, config: dict, resume_step
     id_file.write_text(run.id)
     # W&B refuses steps that it has seen, which a resumed run sends again: `step` is a metric and the x axis instead.
     run.define_metric("*", step_metric="step")
-    return Tracker("W&B", lambda step, values: run.log({"step": step} | values), run.finish)
+    return Tracker(
+        "W&B",
+        lambda step, values: run.log({"step": step} | values),
+        lambda failed: run.finish(exit_code=int(failed)),
+    )
 
 
 def open_mlflow(run_dir: Path, experiment: str, name: str, config: dict, resume_step: int) -> Tracker:
@@ -100,7 +105,9 @@ def open_mlflow(run_dir: Path, experiment: str, name: str, config: dict, resume_
         files = None if server else str(here / "mlflow_files")
         home = known.experiment_id if known else client.create_experiment(experiment, files)
         identity = earlier or client.create_run(home, run_name=name or None).info.run_id
-        if not earlier:
+        if earlier:
+            client.update_run(identity, status="RUNNING")
+        else:
             client.log_dict(identity, config, "config.yaml")
     except Exception as error:
         raise ConfigError(
@@ -113,7 +120,14 @@ def open_mlflow(run_dir: Path, experiment: str, name: str, config: dict, resume_
         from mlflow.entities import Metric
 
         now = int(time.time() * 1000)
-        metrics = [Metric(metric.replace("@", "_at_"), value, now, step) for metric, value in values.items()]
+        metrics = [Metric(_mlflow_name(metric), value, now, step) for metric, value in values.items()]
         client.log_batch(identity, metrics=metrics)
 
-    return Tracker("MLflow", log_step, lambda: client.set_terminated(identity))
+    return Tracker(
+        "MLflow", log_step, lambda failed: client.set_terminated(identity, "FAILED" if failed else "FINISHED")
+    )
+
+
+def _mlflow_name(metric: str) -> str:
+    """The name in the characters that MLflow takes; names of held-out files may have others."""
+    return re.sub(r"[^\w.\- :/]", "_", metric.replace("@", "_at_"))

@@ -157,7 +157,7 @@ class FakeWandb(SimpleNamespace):
     """W&B's interface as far as it is used."""
 
     def __init__(self) -> None:
-        super().__init__(started=[], logged=[], finished=0, broken=False, id="abc123")
+        super().__init__(started=[], logged=[], finished=[], broken=False, id="abc123")
 
     def init(self, **settings):
         self.started.append(settings)
@@ -171,8 +171,8 @@ class FakeWandb(SimpleNamespace):
             raise ConnectionError("the network is gone")
         self.logged.append(values)
 
-    def finish(self):
-        self.finished += 1
+    def finish(self, exit_code):
+        self.finished.append(exit_code)
 
 
 def test_wandb_gets_the_metrics_and_a_resumed_run_goes_on(tmp_path, monkeypatch):
@@ -185,8 +185,11 @@ def test_wandb_gets_the_metrics_and_a_resumed_run_goes_on(tmp_path, monkeypatch)
         pass
     assert wandb.logged == [{"step": 1, "reward/mean": 0.5}]
     assert wandb.axis == ("*", "step")
-    assert wandb.finished == 2
-    first, second = wandb.started
+    assert wandb.finished == [0, 0]
+    with pytest.raises(RuntimeError), MetricsWriter(tmp_path, settings, "demo", {"seed": 1}, resume_step=1):
+        raise RuntimeError("a step failed")
+    assert wandb.finished == [0, 0, 1]
+    first, second, _ = wandb.started
     assert (first["project"], first["name"], first["config"], first["id"]) == ("rlvr", "demo", {"seed": 1}, None)
     assert (second["id"], second["resume"]) == ("abc123", "allow")
 
@@ -195,7 +198,7 @@ class FakeMlflow(SimpleNamespace):
     """MLflow's client as far as it is used."""
 
     def __init__(self) -> None:
-        super().__init__(experiments={}, logged=[], runs=0, ended=[], addresses=[], configs=[])
+        super().__init__(experiments={}, logged=[], runs=0, states=[], addresses=[], configs=[])
 
     def __call__(self, address):
         self.addresses.append(address)
@@ -218,8 +221,11 @@ class FakeMlflow(SimpleNamespace):
     def log_batch(self, run, metrics):
         self.logged += [(run, metric.key, metric.value, metric.step) for metric in metrics]
 
-    def set_terminated(self, run):
-        self.ended.append(run)
+    def update_run(self, run, status):
+        self.states.append((run, status))
+
+    def set_terminated(self, run, status):
+        self.states.append((run, status))
 
 
 def test_mlflow_gets_the_metrics_and_a_resumed_run_goes_on(tmp_path, monkeypatch):
@@ -231,14 +237,21 @@ def test_mlflow_gets_the_metrics_and_a_resumed_run_goes_on(tmp_path, monkeypatch
     settings = LoggingConfig(tensorboard=False, mlflow_experiment="rlvr")
     with MetricsWriter(tmp_path, settings, "demo", {"seed": 1}) as writer:
         writer.write(1, {"eval/pass@1": 0.5, "policy/loss": math.nan})
+        writer.mirror(2, {"eval/a+b(c)/pass@1": 0.25})
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://here")
     with MetricsWriter(tmp_path, settings, "demo", {"seed": 1}, resume_step=1) as writer:
         writer.write(2, {"reward/mean": 1.0})
     run = "demo-1 in 7"
-    assert client.logged == [(run, "eval/pass_at_1", 0.5, 1), (run, "reward/mean", 1.0, 2)]
+    held_out = [(run, "eval/pass_at_1", 0.5, 1), (run, "eval/a_b_c_/pass_at_1", 0.25, 2)]
+    assert client.logged == [*held_out, (run, "reward/mean", 1.0, 2)]
+    assert [row["step"] for row in read_rows(tmp_path / "metrics.jsonl")] == [1, 2]
     assert client.experiments["rlvr"].files == f"{tmp_path}/mlflow_files"
     assert client.addresses == [f"sqlite:///{tmp_path}/mlflow.db", "http://here"]
-    assert client.configs == [(run, {"seed": 1}, "config.yaml")] and client.ended == [run, run]
+    assert client.configs == [(run, {"seed": 1}, "config.yaml")]
+    with pytest.raises(RuntimeError), MetricsWriter(tmp_path, settings, "demo", {"seed": 1}, resume_step=2):
+        raise RuntimeError("a step failed")
+    ends = ["FINISHED", "RUNNING", "FINISHED", "RUNNING", "FAILED"]
+    assert client.states == [(run, state) for state in ends]
 
 
 def test_a_tracker_that_fails_never_stops_the_run(tmp_path, monkeypatch, caplog):

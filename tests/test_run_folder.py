@@ -59,7 +59,8 @@ def test_an_earlier_run_is_replaced_but_not_the_logs_of_ranks_that_have_begun(
     """A launcher prepares the folder before it starts ranks; under torchrun or srun rank 0 does, beside the others."""
     monkeypatch.setenv("RANK", rank) if rank else monkeypatch.delenv("RANK", raising=False)
     (tmp_path / "logs").mkdir()
-    for name in ("config.yaml", "metrics.jsonl", "logs/rank_1.log"):
+    (tmp_path / "wandb").mkdir()
+    for name in ("config.yaml", "metrics.jsonl", "wandb/latest-run", "logs/rank_1.log"):
         (tmp_path / name).write_text("earlier")
     prepare_folder(Config(run=RunConfig(dir=str(tmp_path), overwrite=True)))
     left = ["logs", "logs/rank_1.log"] if rank else ["logs"]

@@ -11,17 +11,17 @@ from types import FrameType
 
 from megatron_rlvr.processes import StopRequest, free_port
 
-STOPPED = 128 + signal.SIGTERM  # the exit code of a rank that was asked to stop, and has saved
+STOPPED = tuple(128 + number for number in StopRequest.SIGNALS)  # exit codes of a rank that was asked to, and saved
 CRASH_GRACE = 5.0  # seconds that the other ranks have once one has failed
 POLL = 0.1
 
 
 def run_ranks(command: list[str], count: int, port: int, extra: dict[str, str]) -> int:
     """Run ``command`` as ranks 0 .. count-1 and wait. Returns the first failing rank's exit code (128 + N: killed by
-    signal N), or 0; 128 + N of the launcher's own signal where the ranks have stopped as it asks.
+    signal N), or 0; 128 + N where the ranks have stopped as signal N of the launcher's own asks.
 
-    Each rank has a session of its own, so Ctrl-C reaches the launcher alone, which passes it on as one SIGTERM each, as
-    it does TERM and USR1; a second one kills. There is no deadline: a step takes what it takes, and one that hangs is
+    Each rank has a session of its own, so Ctrl-C reaches the launcher alone, which passes it on, as it does TERM and
+    USR1; a second one kills. There is no deadline: a step takes what it takes, and one that hangs is
     the watchdog's. A rank dies with the launcher, whatever ends that (processes.die_with_parent).
     """
     port = port or free_port()
@@ -30,18 +30,17 @@ def run_ranks(command: list[str], count: int, port: int, extra: dict[str, str]) 
 
     def pass_on(number: int, frame: FrameType | None) -> None:
         asked.append(number)
-        _signal_all(ranks, signal.SIGTERM if len(asked) == 1 else signal.SIGKILL)
+        _signal_all(ranks, number if len(asked) == 1 else signal.SIGKILL)
         if len(asked) == 1:
             print("stopping after this step; once more to stop at once", file=sys.stderr, flush=True)
 
     before = {number: signal.signal(number, pass_on) for number in StopRequest.SIGNALS}
     try:
-        code = _wait(ranks, asked)
+        return _wait(ranks, asked)
     finally:
         _signal_all(ranks, signal.SIGKILL)
         for number, handler in before.items():
             signal.signal(number, handler)
-    return 128 + asked[0] if asked and code == STOPPED else code
 
 
 def _start(command: list[str], rank: int, count: int, port: int, extra: dict[str, str]) -> subprocess.Popen:
@@ -62,7 +61,7 @@ def _wait(ranks: list[subprocess.Popen], asked: list[int]) -> int:
     failed, deadline = 0, 0.0
     while True:
         codes = [rank.poll() for rank in ranks]
-        first = next((rank for rank, code in enumerate(codes) if code not in (None, 0, STOPPED)), None)
+        first = next((rank for rank, code in enumerate(codes) if code not in (None, 0, *STOPPED)), None)
         if first is not None and not failed:
             failed, deadline = codes[first] or 0, time.monotonic() + CRASH_GRACE
             if failed < 0 and len(asked) < 2:  # it could not say so itself, and the others only know that it is gone

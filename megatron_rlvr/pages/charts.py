@@ -8,6 +8,7 @@ from __future__ import annotations
 import io
 import math
 import re
+import zlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatch
@@ -23,12 +24,11 @@ from matplotlib.ticker import FuncFormatter, MaxNLocator
 
 REACH = 10  # steps before and after that the bold line averages; fewer in a short run
 MOST_POINTS = 400  # per line; longer runs are drawn as the means of as many equal spans
-COLOURS = [f"#f0000{place}" for place in range(1, 7)]  # placeholders of --c1 .. --c6
+COLOURS = [f"#f0000{place:x}" for place in range(1, 11)]  # placeholders of --c1 .. --c10
 FRAME = (0.125, 0.185, 0.855, 0.775)  # of the axes: equal in every chart, so that columns of charts align
-GRID, TEXT = "#f00007", "#f00008"
-VARIABLES = dict(
-    zip([*COLOURS, GRID, TEXT], ["--c1", "--c2", "--c3", "--c4", "--c5", "--c6", "--grid", "--muted"], strict=True)
-)
+GRID, TEXT, REST = "#f000f0", "#f000f1", "#f000f2"
+VARIABLES = {colour: f"--c{place}" for place, colour in enumerate(COLOURS, start=1)}
+VARIABLES |= {GRID: "--grid", TEXT: "--muted", REST: "--rest"}
 RC: dict[Any, Any] = {"svg.fonttype": "none", "svg.hashsalt": "chart", "font.size": 10.5, "font.family": "DejaVu Sans"}
 
 
@@ -57,8 +57,8 @@ class Chart:
 class Drawing:
     """A chart drawn: inline SVG, its legend as (label, CSS variable), and what is in it for a script to read out.
 
-    A chart of one metric needs no legend. ``data``: {"x": [left end, right end], "lines": [{label, steps, values}]}, in
-    steps.
+    A chart of one metric needs no legend. ``data``: {"x": [left end, right end], "lines": [{label, span, steps,
+    values}]}, in steps; a value stands for ``span`` of them, whose middle is its step.
     """
 
     svg: str
@@ -81,6 +81,12 @@ class Line:
         """What stands for a span of steps: of a metric that is a maximum, the largest."""
         return np.max if self.name.endswith("_max") else np.mean
 
+    @property
+    def span(self) -> float:
+        """Steps that a point of the chart stands for."""
+        is_thinned = len(self.steps) > MOST_POINTS
+        return float(self.steps[-1] - self.steps[0] + 1) / MOST_POINTS if is_thinned else 1.0
+
 
 def draw(chart: Chart, rows: Sequence[dict]) -> Drawing | None:
     """The chart over the rows of metrics.jsonl, or None where fewer than two rows have what it shows."""
@@ -102,7 +108,13 @@ def _data(lines: list[Line], axes: Axes) -> dict[str, Any]:
         return [float(f"{value:.5g}") for value in thin(values, reduce)]
 
     series = [
-        {"label": line.label, "steps": plain(line.steps), "values": plain(line.values, line.peak)} for line in lines
+        {
+            "label": line.label,
+            "span": line.span,
+            "steps": plain(line.steps),
+            "values": plain(line.values, line.peak),
+        }
+        for line in lines
     ]
     return {"x": [float(end) for end in axes.get_xlim()], "lines": series}
 
@@ -118,6 +130,12 @@ def read_lines(chart: Chart, rows: Sequence[dict]) -> list[Line]:
                 steps, values = np.array(pairs, dtype=float).T
                 found.append(Line(name, label_of(name, label), colour, steps, values))
     return found
+
+
+def identity_of(chart: Chart) -> str:
+    """What begins the ids of a chart in its page: titles that differ in a sign or in their case get two."""
+    words = re.sub(r"\W+", "-", chart.title.lower())
+    return f"{words}-{zlib.crc32(chart.title.encode()):08x}"
 
 
 def matching(names: Sequence[str], pattern: str) -> list[str]:
@@ -177,7 +195,7 @@ def _stack(axes: Axes, lines: list[Line], chart: Chart, rows: Sequence[dict]) ->
     entries = [(line.label, line.colour) for line in lines]
     if whole:
         parts.append(np.maximum(0.0, whole[0].values - sum(parts)))
-        entries.append(("other", COLOURS[-1]))
+        entries.append(("other", REST))
     colours = [colour for _, colour in entries]
     axes.stackplot(thin(steps), [thin(part) for part in parts], colors=colours, linewidth=0)
     # A first step that warms up can take ten times as long as the rest: it leaves the picture instead of flattening it.
@@ -237,7 +255,7 @@ def _embed(svg: str, chart: Chart, lines: list[Line]) -> str:
     svg = re.sub(
         r'<svg [^>]*viewBox="([^"]*)"[^>]*>', rf'<svg viewBox="\1" role="img" aria-label="{label}">', svg, count=1
     )
-    prefix = re.sub(r"\W+", "-", chart.title.lower())
+    prefix = identity_of(chart)
     svg = re.sub(r'((?:xlink:)?href="#|url\(#|\bid=")', rf"\g<1>{prefix}-", svg)
     for colour, variable in VARIABLES.items():
         svg = svg.replace(colour, f"var({variable})")

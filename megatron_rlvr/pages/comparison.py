@@ -10,13 +10,15 @@ from typing import Any, Literal
 import yaml
 
 from megatron_rlvr.pages import page, report_parts
-from megatron_rlvr.pages.charts import COLOURS, Chart, is_number, label_of, matching
+from megatron_rlvr.pages.charts import Chart, is_number, label_of, matching
 from megatron_rlvr.pages.key_figures import WINDOW, mean, values
 from megatron_rlvr.pages.report import run_rows, steps_done
 from megatron_rlvr.pages.report_charts import charts_of
 from megatron_rlvr.pages.report_script import SCRIPT
 from megatron_rlvr.pages.report_style import STYLE
 from megatron_rlvr.run_warnings import warnings
+
+MOST_RUNS = 6
 
 # Metric -> (title, format): the columns of the table, means over the last WINDOW steps; eval/* the last measured one.
 COLUMNS = {
@@ -42,11 +44,11 @@ class RunRecord:
 def build_comparison(run_dirs: Sequence[str | Path], target: Path) -> Path:
     """Write the comparison of the runs to ``target`` and return it.
 
-    Raises FileNotFoundError and ValueError as build_report; ValueError for more runs than there are colours.
+    Raises FileNotFoundError and ValueError as build_report; ValueError for more than MOST_RUNS.
     """
-    if not 2 <= len(run_dirs) <= len(COLOURS):
+    if not 2 <= len(run_dirs) <= MOST_RUNS:
         raise ValueError(
-            f"a comparison is of 2 to {len(COLOURS)} runs, not {len(run_dirs)}: that many lines can be told apart"
+            f"a comparison is of 2 to {MOST_RUNS} runs, not {len(run_dirs)}: that many lines can be told apart"
         )
     runs = [_read(Path(folder), [Path(other) for other in run_dirs]) for folder in run_dirs]
     title = " · ".join(run.name for run in runs)
@@ -58,7 +60,7 @@ def build_comparison(run_dirs: Sequence[str | Path], target: Path) -> Path:
 <main>
 <section><h2>Figures</h2>{_table(runs)}
 <p class="note">Means over the last {WINDOW} steps; held-out figures as last measured.</p></section>
-<section><h2>Warnings</h2>{report_parts.warnings(found)}</section>
+<section><h2>Warnings</h2>{report_parts.warnings(found, is_named=True)}</section>
 <section class="charts" aria-label="Charts">{_charts(runs)}</section>
 <section><h2>What their configurations differ in</h2>{_differences(runs)}</section>
 </main>"""
@@ -98,7 +100,7 @@ def _charts(runs: list[RunRecord]) -> str:
     for chart in charts_of([row for run in runs for row in run.rows], methods):
         for metric, label in _metrics(chart, names).items():
             title = f"{chart.title}: {label}" if label else chart.title
-            lines = {f"run {place}": run.name for place, run in enumerate(runs)}
+            lines = {_line(place, metric): run.name for place, run in enumerate(runs)}
             one = replace(chart, title=title, kind=_kind(chart), metrics=lines, whole="")
             drawn.append(report_parts.chart(one, _merged(runs, metric)))
     return "".join(drawn)
@@ -121,13 +123,18 @@ def _metrics(chart: Chart, names: list[str]) -> dict[str, str]:
 
 
 def _merged(runs: list[RunRecord], metric: str) -> list[dict]:
-    """Rows by step with one metric per run, named after the run's place."""
+    """Rows by step with one metric per run."""
     by_step: dict[int, dict] = {}
     for place, run in enumerate(runs):
         for row in run.rows:
             if metric in row:
-                by_step.setdefault(row["step"], {"step": row["step"]})[f"run {place}"] = row[metric]
+                by_step.setdefault(row["step"], {"step": row["step"]})[_line(place, metric)] = row[metric]
     return [by_step[step] for step in sorted(by_step)]
+
+
+def _line(place: int, metric: str) -> str:
+    """What the metric of a run is called; a maximum stays one, so that it is drawn as one."""
+    return f"run {place}{'_max' if metric.endswith('_max') else ''}"
 
 
 def _differences(runs: list[RunRecord]) -> str:

@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 import torch
 from matplotlib import rc_context
+from matplotlib.artist import Artist
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
@@ -53,7 +54,8 @@ class RunData:
 def read_run(folder: str | Path) -> RunData:
     """Raises FileNotFoundError and ValueError as report.build_report."""
     folder = Path(folder)
-    return RunData(folder.resolve().name, run_rows(folder), some_records(folder))
+    name = folder.resolve().name.replace("$", r"\$")  # which begins a formula in matplotlib
+    return RunData(name, run_rows(folder), some_records(folder))
 
 
 def word_probability(runs: Sequence[RunData]) -> Figure | None:
@@ -69,10 +71,13 @@ def probability_entropy(runs: Sequence[RunData]) -> Figure | None:
     if not held:
         return None
     figure, axes = _new("probability", "entropy, nats")
-    for place, (run, points) in enumerate(held):
-        axes.scatter(points[:, 0], points[:, 1], s=7, alpha=0.4, linewidths=0, color=COLOURS[place % 6], label=run.name)
+    style: dict[str, Any] = {"s": 7, "alpha": 0.4, "linewidths": 0}
+    clouds: list[Artist] = [
+        axes.scatter(points[:, 0], points[:, 1], color=COLOURS[place % 6], label=run.name, **style)
+        for place, (run, points) in enumerate(held)
+    ]
     axes.set_xscale("log")
-    return _finished(figure, axes, len(held) > 1)
+    return _with_legend(figure, axes, clouds)
 
 
 def survivors(runs: Sequence[RunData]) -> Figure | None:
@@ -155,14 +160,15 @@ def _curves(runs: Sequence[RunData], labels: dict[str, str], unit: str, smooth: 
     if not lines:
         return None
     figure, axes = _new("step", unit)
+    drawn: list[Artist] = []
     for place, number, label, line in lines:
         colour = COLOURS[(place if len(runs) > 1 else number) % 6]
         dash = DASHES[number % 3] if len(runs) > 1 else "-"
         reach = min(REACH, len(line.values) // 10) if smooth else 0
         if reach:
             axes.plot(line.steps, line.values, color=colour, linewidth=0.7, alpha=0.2)
-        axes.plot(line.steps, running_mean(line.values, reach), dash, color=colour, linewidth=1.7, label=label)
-    return _finished(figure, axes, len(lines) > 1)
+        drawn += axes.plot(line.steps, running_mean(line.values, reach), dash, color=colour, linewidth=1.7, label=label)
+    return _with_legend(figure, axes, drawn)
 
 
 def _points(records: Sequence[TokenRecord]) -> np.ndarray:
@@ -181,7 +187,8 @@ def _new(x: str, y: str) -> tuple[Figure, Axes]:
     return figure, axes
 
 
-def _finished(figure: Figure, axes: Axes, has_legend: bool) -> Figure:
-    if has_legend:
-        axes.legend(fontsize=8)
+def _with_legend(figure: Figure, axes: Axes, drawn: list[Artist]) -> Figure:
+    """A legend where there are several; they are named to it, or it would leave out labels like _this."""
+    if len(drawn) > 1:
+        axes.legend(handles=drawn, fontsize=8)
     return figure

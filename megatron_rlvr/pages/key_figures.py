@@ -40,7 +40,7 @@ def key_figures(rows: Sequence[dict]) -> list[tuple[str, str, str]]:
     if times := values(rows, "time/step"):
         pace = values(rows, "tokens/per_second")
         speed = f", {mean(pace):,.0f} tokens/s" if pace else ""
-        figures.append(("Time", duration(sum(times)), f"{mean(times):.2f} s per step{speed}"))
+        figures.append(("Time in steps", duration(sum(times)), f"{mean(times):.2f} s per step{speed}"))
     return figures
 
 

@@ -17,24 +17,25 @@ from megatron_rlvr.pages.report_script import SCRIPT
 from megatron_rlvr.pages.report_style import STYLE
 from megatron_rlvr.pages.rollout_page import build_rollout_page
 from megatron_rlvr.pages.words import some_records, word_rows
-from megatron_rlvr.records import read_rows
+from megatron_rlvr.records import newest_rows, read_rows
 from megatron_rlvr.run_warnings import warnings
 from megatron_rlvr.token_records import page_path, recorded_steps
 
 EXAMPLES = 4  # right responses, and as many wrong ones
+NEWEST = 2**23  # bytes of rollouts.jsonl that they are looked for in: ranks wait while a report is built
 
 
 def build_report(run_dir: str | Path) -> Path:
     """Write RUN/report.html from what the run has logged so far, and return its path.
 
-    Reads metrics.jsonl, and config.yaml, rollouts.jsonl and summary.json where they are there; the newest whole step
-    of the flight recorder gets its page too. Raises FileNotFoundError: no metrics.jsonl; ValueError: it holds no step
-    yet, or a line that is no JSON object.
+    Reads metrics.jsonl, and config.yaml, the end of rollouts.jsonl and summary.json where they are there; the newest
+    whole step of the flight recorder gets its page too. Raises FileNotFoundError: no metrics.jsonl; ValueError: it
+    holds no step yet, or a line that is no JSON object.
     """
     run_dir = Path(run_dir)
     rows = run_rows(run_dir)
     config_text = _read(run_dir / "config.yaml")
-    rollouts = read_rows(run_dir / "rollouts.jsonl") if (run_dir / "rollouts.jsonl").exists() else []
+    rollouts = newest_rows(run_dir / "rollouts.jsonl", NEWEST) if (run_dir / "rollouts.jsonl").exists() else []
     if records := some_records(run_dir):
         build_rollout_page(run_dir, records[-1].step)
     config = yaml.safe_load(config_text) or {}
@@ -47,10 +48,10 @@ def build_report(run_dir: str | Path) -> Path:
 </header>
 <main>
 <dl class="figures">{"".join(_figure(*item) for item in key_figures(rows))}</dl>
-<section aria-label="Warnings"><h2>Warnings</h2>{report_parts.warnings(found)}</section>
+<section aria-label="Warnings"><h2>Warnings</h2>{report_parts.warnings(found, is_named=False)}</section>
 <section class="charts" aria-label="Charts">{report_parts.charts(drawn, charted)}</section>
-<p class="note">A bold line over a faint one is the mean of up to {REACH} steps before and after each. Point at a chart,
-or focus it and use the arrow keys, to read it.</p>
+<p class="note">A bold line over a faint one is the mean of up to {REACH} values before and after each. Point at a
+chart, or focus it and use the arrow keys, to read it.</p>
 {_examples(rollouts)}
 {_recorded(run_dir, recorded_steps(run_dir))}
 {_configuration(config_text)}

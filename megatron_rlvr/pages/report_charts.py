@@ -9,7 +9,10 @@ from megatron_rlvr.pages.charts import Chart, is_number, matching
 PHASES = {
     "time/generate": "generate",
     "time/verify": "verify",
+    "time/gather": "gather responses",
+    "time/reference": "reference",
     "time/log_probs": "log-probs",
+    "time/states": "states",
     "time/values": "values",
     "time/critic": "train critic",
     "time/train": "train",

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterable, Sequence
 
 from megatron_rlvr.pages import page
-from megatron_rlvr.pages.charts import Chart, draw
+from megatron_rlvr.pages.charts import Chart, draw, identity_of
 from megatron_rlvr.run_warnings import RunWarning
 
 
@@ -24,7 +23,7 @@ def chart(one: Chart, rows: Sequence[dict]) -> str:
         f'<li><i style="background:var({colour})"></i>{page.text(label)}</li>' for label, colour in drawing.legend
     )
     legend = f"<ul>{items}</ul>" if items else ""
-    identity = "data-" + re.sub(r"\W+", "-", one.title.lower())
+    identity = f"data-{identity_of(one)}"
     caption = f"<h2>{page.text(one.title)}</h2><p>{page.text(one.note)}</p>{legend}"
     return (
         f'<figure data-chart="{identity}"><figcaption>{caption}</figcaption>'
@@ -58,12 +57,11 @@ def text_filter(items: str, label: str, fields: str = "") -> str:
     )
 
 
-def warnings(found: Sequence[tuple[str, RunWarning]]) -> str:
-    """(run, warning) pairs as a table; the run's name is left out where there is but one."""
+def warnings(found: Sequence[tuple[str, RunWarning]], is_named: bool) -> str:
+    """(run, warning) pairs as a table, with the run's name where the page has several (``is_named``)."""
     if not found:
         return '<p class="note">No warning: none of the checks found a fault in the metrics.</p>'
-    several = len({run for run, _ in found}) > 1
     rows = [
-        [*([run] if several else []), (f"{one.step:,}", one.step), one.title, one.found, one.why] for run, one in found
+        [*([run] if is_named else []), (f"{one.step:,}", one.step), one.title, one.found, one.why] for run, one in found
     ]
-    return table([*(["Run"] if several else []), "From step", "Warning", "Seen", "Why it matters"], rows)
+    return table([*(["Run"] if is_named else []), "From step", "Warning", "Seen", "Why it matters"], rows)

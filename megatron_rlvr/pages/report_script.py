@@ -14,17 +14,18 @@ for (const figure of document.querySelectorAll('figure[data-chart]')) {
   const {x, lines} = JSON.parse(document.getElementById(figure.dataset.chart).textContent);
   const plot = figure.querySelector('.plot'), cursor = figure.querySelector('.cursor');
   const output = figure.querySelector('output');
-  const longest = lines.reduce((best, line) => line.steps.length > best.steps.length ? line : best).steps;
+  const all = [...new Set(lines.flatMap(line => line.steps))].sort((a, b) => a - b);
   const nearest = (steps, step) => steps.reduce((best, one, place) =>
     Math.abs(one - step) < Math.abs(steps[best] - step) ? place : best, 0);
-  let place = longest.length - 1;
+  let place = all.length - 1;
   const tell = () => {
-    const step = longest[place];
+    const step = all[place];
     cursor.style.left = `${100 * (frame.left + frame.width * (step - x[0]) / (x[1] - x[0]))}%`;
     cursor.hidden = false;
     const parts = lines.map(line => {
-      const at = nearest(line.steps, step);
-      return `${lines.length > 1 ? line.label + ' ' : ''}${show(line.values[at])}`;
+      const at = nearest(line.steps, step), other = Math.abs(line.steps[at] - step) > line.span / 2;
+      return `${lines.length > 1 ? line.label + ' ' : ''}${show(line.values[at])}`
+        + (other ? ` (step ${Math.round(line.steps[at])})` : '');
     });
     output.textContent = `step ${Math.round(step)}: ${parts.join(' · ')}`;
   };
@@ -32,7 +33,7 @@ for (const figure of document.querySelectorAll('figure[data-chart]')) {
   plot.addEventListener('pointermove', event => {
     const box = plot.getBoundingClientRect();
     const share = ((event.clientX - box.left) / box.width - frame.left) / frame.width;
-    place = nearest(longest, x[0] + share * (x[1] - x[0]));
+    place = nearest(all, x[0] + share * (x[1] - x[0]));
     tell();
   });
   plot.addEventListener('pointerleave', forget);
@@ -42,7 +43,7 @@ for (const figure of document.querySelectorAll('figure[data-chart]')) {
     const move = {ArrowLeft: -1, ArrowRight: 1, PageUp: -10, PageDown: 10}[event.key];
     if (!move) return;
     event.preventDefault();
-    place = Math.min(longest.length - 1, Math.max(0, place + move));
+    place = Math.min(all.length - 1, Math.max(0, place + move));
     tell();
   });
 }

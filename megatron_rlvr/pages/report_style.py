@@ -6,13 +6,15 @@ STYLE = """
 :root {
   --page: #f6f7f9; --card: #ffffff; --ink: #1b2430; --muted: #5c6875; --grid: #e1e5ea; --focus: #1f66d1;
   --right: #1c7a4f; --wrong: #b4322f;
-  --c1: #2a6fdb; --c2: #e08a1e; --c3: #2f9e73; --c4: #8a5bd1; --c5: #d1477a; --c6: #9aa4b0;
+  --c1: #2a6fdb; --c2: #e08a1e; --c3: #2f9e73; --c4: #8a5bd1; --c5: #d1477a;
+  --c6: #1897ad; --c7: #8a6240; --c8: #9ba12a; --c9: #a8322f; --c10: #3a4f8f; --rest: #9aa4b0;
 }
 @media (prefers-color-scheme: dark) {
   :root {
     --page: #12161c; --card: #1a2028; --ink: #e6eaf0; --muted: #9aa6b4; --grid: #2c3541; --focus: #7fb2ff;
     --right: #5bcb98; --wrong: #ff8a84;
-    --c1: #6ea8ff; --c2: #f0a850; --c3: #58c79b; --c4: #b596f2; --c5: #f2809f; --c6: #6d7884;
+    --c1: #6ea8ff; --c2: #f0a850; --c3: #58c79b; --c4: #b596f2; --c5: #f2809f;
+    --c6: #4fc3d6; --c7: #c09a76; --c8: #c9cf5a; --c9: #e06c62; --c10: #8496d8; --rest: #6d7884;
   }
 }
 * { box-sizing: border-box; }

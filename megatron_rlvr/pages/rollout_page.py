@@ -55,8 +55,9 @@ def build_rollout_page(run_dir: str | Path, step: int) -> Path:
 def _body(title: str, record: TokenRecord) -> str:
     return f"""<header>
 <h1>{page.text(title)}</h1>
-<p>{len(record.responses)} responses, {len(record.texts):,} tokens. Every number is the one that the step computed with.
-Point at a token, or focus a response and use the arrow keys, to read all of them.</p>
+<p>{len(record.responses)} responses, {len(record.texts):,} tokens. Every number is the one that the step computed with;
+of a response that no verifier could judge there is none. Point at a token, or focus a response and use the arrow keys,
+to read all of them.</p>
 </header>
 <main>
 <noscript><p class="note">This page colours its tokens with a script of its own; it loads nothing.</p></noscript>
@@ -85,21 +86,23 @@ def _packed(record: TokenRecord) -> dict[str, Any]:
     return {
         "texts": [page.visible(text) for text in texts],
         "tokens": _base64(np.array([places[text] for text in record.texts], dtype=np.float32)),
-        "columns": [_column(name, columns[name]) for name in named],
+        "columns": [_column(name, columns[name], record.judged()) for name in named],
         "responses": responses,
     }
 
 
-def _column(name: str, values: torch.Tensor) -> dict[str, Any]:
+def _column(name: str, values: torch.Tensor, judged: torch.Tensor) -> dict[str, Any]:
+    """Values [n] for the script; NaN, and 2 for a flag, at tokens that nothing was computed of."""
     label, note, kind = COLUMNS.get(name, (name, "kept by the exploration method", "high"))
     is_flag = values.dtype == torch.bool
+    numbers = np.where(judged.numpy(), values.numpy(), 2 if is_flag else np.nan)
     return {
         "name": name,
         "label": label,
         "note": note,
         "kind": kind,
         "flag": is_flag,
-        "values": _base64(values.numpy().astype(np.uint8 if is_flag else np.float32)),
+        "values": _base64(numbers.astype(np.uint8 if is_flag else np.float32)),
     }
 
 

@@ -67,10 +67,11 @@ const scale = column => {
   const of = value => [(column.kind === 'low' ? 1 - part(value) : part(value)) * .6, '--c2'];
   return {of, ends: column.kind === 'low' ? [back(high), back(low)] : [back(low), back(high)]};
 };
-const mix = (share, hue) => `color-mix(in srgb, var(${hue}) ${(100 * share).toFixed(0)}%, transparent)`;
-const show = value => typeof value !== 'number' ? value : Number.isFinite(value) ? String(+value.toPrecision(5))
-  : String(value).replace('Infinity', '∞');
-const read = (column, token) => column.flag ? (column.values[token] ? 'yes' : 'no') : show(column.values[token]);
+const mix = (share, hue) => Number.isNaN(share) ? 'none'
+  : `color-mix(in srgb, var(${hue}) ${(100 * share).toFixed(0)}%, transparent)`;
+const show = value => typeof value !== 'number' ? value : Number.isNaN(value) ? '–'
+  : Number.isFinite(value) ? String(+value.toPrecision(5)) : String(value).replace('Infinity', '∞');
+const read = (column, token) => column.flag ? ['no', 'yes', '–'][column.values[token]] : show(column.values[token]);
 
 // controls
 const controls = document.getElementById('controls');
@@ -153,7 +154,8 @@ if (entropies) {
   }
   picture.append(shape('text', {x: 368, y: 296, 'text-anchor': 'middle'}, 'probability'),
     shape('text', {x: 50, y: 10}, 'entropy, nats'));
-  const all = [...spans.keys()], every = Math.ceil(all.length / 5000);
+  const all = [...spans.keys()].filter(token => !Number.isNaN(log_prob.values[token]));
+  const every = Math.ceil(all.length / 5000);
   for (const token of all.filter((_, place) => place % every === 0)) {
     const circle = shape('circle', {cx: x(Math.exp(log_prob.values[token])), cy: y(entropies.values[token]), r: 3.5});
     circle.dataset.token = token;
@@ -168,18 +170,19 @@ if (entropies) {
 function draw() {
   const column = named(colour.value), {of, ends} = scale(column);
   const [flag, wanted] = method.value.split('='), marked = flag && named(flag);
-  const most = below.value ? Math.log(+below.value) : Infinity;
+  const most = Math.log(+below.value);
   for (const item of articles) {
     item.matches = 0;
     item.least = Infinity;
     for (const span of item.line.children) {
       const token = +span.dataset.token;
       span.style.background = mix(...of(column.values[token]));
-      const match = (!marked || column_flag(marked, token) === wanted) && log_prob.values[token] <= most;
+      const match = (!marked || column_flag(marked, token) === wanted)
+        && (below.value === '' || log_prob.values[token] <= most);
       span.className = match ? '' : 'dim';
       circles.get(token)?.setAttribute('class', span.className);
       item.matches += match;
-      item.least = Math.min(item.least, log_prob.values[token]);
+      if (log_prob.values[token] < item.least) item.least = log_prob.values[token];
     }
     const narrowed = Boolean(marked) || below.value !== '';
     item.article.hidden = (verdicts.value !== '' && verdict(item.row) !== verdicts.value)

@@ -7,6 +7,7 @@ import math
 from pathlib import Path
 
 import torch
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from megatron_rlvr.token_records import TokenRecord, read_record
 from tests.integration.conftest import metrics, rollouts
@@ -66,6 +67,7 @@ def test_one_update_per_rollout_with_and_without_a_pass_of_the_old_policy(train,
         "data.eval_path=examples/countdown_cpu/build/eval.jsonl",
         "trainer.eval_every=0",
         "trainer.eval_responses=2",
+        "logging.tensorboard=true",
     ]
     without, with_pass = tmp_path / "without", tmp_path / "with"
     train(*common, *held_out, "exploration=null", f"run.dir={without}", torchrun=2)
@@ -80,5 +82,7 @@ def test_one_update_per_rollout_with_and_without_a_pass_of_the_old_policy(train,
         assert row["sync/verified"] is True
     summary = json.loads((without / "summary.json").read_text())
     assert 0 < summary["eval/pass@1"] < summary["eval/pass@2"] < 1
+    (told,) = EventAccumulator(str(without / "tensorboard")).Reload().Scalars("eval/pass@1")
+    assert told.step == 3 and close(told.value, summary["eval/pass@1"])
     assert (without / "hf" / "config.json").exists()
     assert "<svg" in (without / "report.html").read_text()

@@ -9,6 +9,7 @@ import json
 import math
 from pathlib import Path
 
+from megatron_rlvr.pages.report_charts import PHASES
 from megatron_rlvr.token_records import read_record
 from tests.integration.conftest import metrics
 
@@ -40,6 +41,7 @@ def test_three_steps(train, countdown: Path, tmp_path: Path) -> None:
         assert row["critic/grad_norm"] > 0 and row["critic/head_std"] > 0 and row["critic/explained_variance"] < 1
         assert row["cde/bonus"] > 0 and row["cde/critic_bonus"] > 0
         assert row["sync/verified"] is True
+        assert {name for name in row if name.startswith("time/")} <= {"time/step", *PHASES}
         assert row["time/values"] > 0 and row["time/critic"] > 0
         assert 0 < row["sim_hash/largest_share"] <= 1 and 0 < row["sim_hash/bonus"] <= 0.1 and row["time/states"] > 0
     for row in (rows[0], rows[2]):  # the critic looks at held-out responses too

@@ -55,7 +55,7 @@ def test_a_signal_stops_with_a_checkpoint_and_a_damaged_one_gives_way_to_the_one
     assert process.returncode == 128 + signal.SIGUSR1, output + logs((f"run.dir={folder}",))
     before = metrics(folder)
     done = len(before)
-    assert f"stopped after step {done}" in output
+    assert f"SIGUSR1: stopped after step {done}" in output
     assert [step_of(path) for path in checkpoints(folder)] == [done - 1, done]
 
     victim = next((folder / "checkpoints" / f"step_{done}" / "policy").glob("*.distcp"))

@@ -49,11 +49,13 @@ def test_a_rank_that_fails_ends_the_others(capsys: pytest.CaptureFixture[str]) -
 
 @pytest.fixture
 def stop_when_ready(tmp_path: Path) -> Callable[..., int]:
-    """stop_when_ready(body, *signals) -> the exit code of two ranks that note SIGTERM in ``got``, and were sent these.
+    """stop_when_ready(body, *signals) -> the exit code of two ranks that note signals in ``got``, and were sent these.
 
     The launcher's clock runs a thousand times too fast, so that a deadline of two minutes would have passed at once.
     """
-    notes = "import signal\ngot = []\nsignal.signal(signal.SIGTERM, lambda number, frame: got.append(number))\n"
+    notes = "import signal\ngot = []\n"
+    notes += "for name in ('TERM', 'USR1', 'INT'):\n"
+    notes += "    signal.signal(getattr(signal, f'SIG{name}'), lambda number, frame: got.append(number))\n"
     notes += f"folder = {str(tmp_path)!r}\nopen(f'{{folder}}/ready_{{rank}}', 'w').close()\n"
     notes += "while not got: time.sleep(0.05)\n"
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from pathlib import Path
 
@@ -61,6 +62,25 @@ def test_differences_and_warnings_are_named_by_run(page):
     assert "exploration.lp_reg.rho" in page.text and "seed" in page.text
     assert "trainer.num_steps" not in page.text  # the same in all
     assert "Entropy collapse" in page.text
+
+
+def test_a_warning_says_whose_it_is_where_the_others_have_none(page):
+    heads = re.findall(r"<th scope[^>]*>(.*?)</th>", page.html)
+    assert heads.count("Run") == 2  # of the figures and of the warnings
+    assert re.search(r"<td>evil&lt;b&gt;</td><td[^>]*>\d+</td><td>Entropy collapse", page.html)
+
+
+def test_a_peak_of_a_long_run_is_drawn(tmp_path):
+    folders = [
+        write_run(
+            tmp_path / name,
+            [step_row(step, **{"policy/ratio_max": 5.0 if step == peak else 1.0}) for step in range(1, 1201)],
+        )
+        for name, peak in (("one", 600), ("two", 7))
+    ]
+    html = build_comparison(folders, tmp_path / "comparison.html").read_text()
+    (ratio,) = [data for data in map(json.loads, re.findall(r'id="data-largest-ratio[^"]*">(.*?)</script>', html))]
+    assert [max(line["values"]) for line in ratio["lines"]] == [5.0, 5.0]
 
 
 def test_runs_of_the_same_name_are_told_apart(tmp_path):

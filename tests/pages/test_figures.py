@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import runpy
 import sys
 from pathlib import Path
@@ -10,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 
-from megatron_rlvr.pages.figures import FIGURES, RunData, write_figures
+from megatron_rlvr.pages.figures import FIGURES, RunData, read_run, write_figures
 from megatron_rlvr.pages.words import MOST_RECORDS, some_records, word_rows
 from megatron_rlvr.token_records import TokenRecord, TokenWriter
 from tests.pages.test_report import step_row, write_run
@@ -59,6 +60,18 @@ def test_several_runs_have_a_line_each():
     figure = FIGURES["entropy"]([run("grpo", 0), run("lp_reg", 1)])
     assert figure is not None
     assert [text.get_text() for text in figure.axes[0].get_legend().get_texts()] == ["grpo", "lp_reg"]
+
+
+def test_every_name_of_a_folder_is_drawn_as_it_is(tmp_path):
+    names = ["_late", "a$b$c$", "x_{$"]
+    runs = [read_run(write_run(tmp_path / name, [step_row(1), step_row(2)])) for name in names]
+    recorded = [RunData(one.name, one.rows, run().records) for one in runs]
+    for name in ("entropy", "calibration", "probability_entropy"):
+        figure = FIGURES[name](recorded)
+        assert figure is not None
+        figure.savefig(tmp_path / "figure.svg")
+        drawn = (tmp_path / "figure.svg").read_text()
+        assert all(re.search(rf"<!-- {re.escape(shown)}( · \w+)? -->", drawn) for shown in names)
 
 
 def test_the_scatter_has_the_recorded_tokens():

@@ -16,12 +16,12 @@ import pytest
 from matplotlib.figure import Figure
 
 from megatron_rlvr.config import Config, dump
-from megatron_rlvr.pages import charts
+from megatron_rlvr.pages import charts, report
 from megatron_rlvr.pages.charts import Chart, draw, read_lines, running_mean, thin
 from megatron_rlvr.pages.comparison import build_comparison
 from megatron_rlvr.pages.key_figures import key_figures
 from megatron_rlvr.pages.report import build_report, run_rows
-from megatron_rlvr.pages.report_charts import CHARTS
+from megatron_rlvr.pages.report_charts import CHARTS, PHASES
 from megatron_rlvr.pages.words import some_records
 from megatron_rlvr.token_records import TokenWriter
 from tests.test_recorder import one_rank
@@ -70,7 +70,7 @@ class Page(HTMLParser):
         super().__init__()
         self.tags: list[str] = []
         self.attributes: list[tuple[str, str, str]] = []
-        self.text, self.open = "", []
+        self.html, self.text, self.open = html, "", []
         self.feed(html)
         assert not self.open, f"left open: {self.open}"
 
@@ -190,7 +190,7 @@ def test_key_figures_are_the_numbers_of_the_run(page):
     assert figures["Reward"] == ("0.205 → 0.605", "first and last 20 steps, × 2.95")
     assert figures["Log-prob gap"][0] == "2.0e-06"
     assert figures["Weight sync"][0] == "60 of 60"
-    assert figures["Time"] == ("1 min 00 s", "1.00 s per step, 900 tokens/s")
+    assert figures["Time in steps"] == ("1 min 00 s", "1.00 s per step, 900 tokens/s")
     assert "15.0% → 40.0%" in page.text  # held out: the last is the finished run's, from summary.json
     assert "60 of 100 steps" in page.text
     failed = {name: value for name, value, _ in key_figures([step_row(1), step_row(2, **{"sync/verified": False})])}
@@ -349,12 +349,47 @@ def test_long_runs_are_thinned_and_peaks_survive():
     assert drawing is not None and max(drawing.data["lines"][0]["values"]) == 50.0
 
 
+def test_what_is_read_out_says_the_steps_that_it_stands_for():
+    """The script shows a value beside a step as that step's own only within its span."""
+
+    def lines_of(count: int, every: int) -> list[dict]:
+        drawing = draw(CHARTS[0], [step_row(step) for step in range(1, count * every + 1, every)])
+        assert drawing is not None
+        return drawing.data["lines"]
+
+    (each,), (sparse,), (thinned,) = lines_of(400, 1), lines_of(8, 50), lines_of(800, 3)
+    assert (each["span"], each["steps"][-1]) == (1, 400) and (sparse["span"], sparse["steps"][1]) == (1, 51)
+    assert thinned["span"] == pytest.approx(2400 / 400, rel=0.01) and thinned["steps"][:2] == [2.5, 8.5]
+
+
+def test_titles_that_differ_in_a_sign_have_charts_of_their_own(tmp_path):
+    names = ("a b", "a-b", "A.B", "数", "学")
+    rows = [step_row(step, **{f"eval/{name}/pass@1": 0.2 for name in names}) for step in (1, 2)]
+    folders = [write_run(tmp_path / name, rows) for name in ("one", "two")]
+    page = Page(build_comparison(folders, tmp_path / "comparison.html").read_text())
+    charts = [value for _, name, value in page.attributes if name == "data-chart"]
+    ids = [value for _, name, value in page.attributes if name == "id"]
+    assert len(set(charts)) == len(charts) and len(set(ids)) == len(ids)
+    assert all(f"Held-out sources: {name}" in page.text for name in names)
+
+
+def test_a_report_reads_the_end_of_what_was_said(tmp_path, monkeypatch):
+    said = [response(step, float(step % 2), f"said at {step}.") for step in range(1, 41)]
+    folder = write_run(tmp_path / "run", [step_row(1)], said)
+    monkeypatch.setattr(report, "NEWEST", 10 * len(json.dumps(said[-1])) + 15)
+    text = Page(build_report(folder).read_text()).text
+    assert [int(step) for step in re.findall(r"said at (\d+)\.", text)] == [39, 37, 35, 33, 40, 38, 36, 34]
+    monkeypatch.setattr(report, "NEWEST", 4 * len(json.dumps(said[-1])) + 8)
+    text = Page(build_report(folder).read_text()).text
+    assert [int(step) for step in re.findall(r"said at (\d+)\.", text)] == [39, 37, 40, 38]
+
+
 def test_more_lines_than_colours_and_phases_that_come_later():
     sources = Chart("S", "", "points", {"critic/head_std": "training", "eval/*/head_std": "*"})
-    rows = [{"step": step} | {f"eval/{name}/head_std": 0.1 for name in "abcdefgh"} for step in (1, 2)]
+    rows = [{"step": step} | {f"eval/{name}/head_std": 0.1 for name in "abcdefghijklm"} for step in (1, 2)]
     lines = read_lines(sources, rows)
-    assert [line.label for line in lines] == list("abcdefgh")
-    assert len({line.colour for line in lines[:6]}) == 6
+    assert [line.label for line in lines] == list("abcdefghijklm")
+    assert len({line.colour for line in lines[:10]}) == 10
     phases = Chart("T", "", "stack", {"time/a": "a", "time/b": "b"}, whole="time/step")
     later = {"time/b": 6.0}
     rows = [{"step": step, "time/step": 10.0, "time/a": 4.0} | (later if step > 5 else {}) for step in range(1, 11)]
@@ -371,8 +406,12 @@ def test_lines_keep_their_colour_whatever_is_missing():
     both, one = draw(chart, rows), draw(chart, without)
     assert both is not None
     assert one is not None
-    assert both.legend == [("a", "--c1"), ("b", "--c2"), ("other", "--c6")]
-    assert one.legend == [("b", "--c2"), ("other", "--c6")]
+    assert both.legend == [("a", "--c1"), ("b", "--c2"), ("other", "--rest")]
+    assert one.legend == [("b", "--c2"), ("other", "--rest")]
+    (times,) = [chart for chart in CHARTS if chart.whole]
+    full = draw(times, [{"step": step, "time/step": 20.0} | dict.fromkeys(PHASES, 1.0) for step in (1, 2)])
+    assert full is not None
+    assert len({colour for _, colour in full.legend}) == len(full.legend) == len(PHASES) + 1
     passes = Chart("P", "", "points", {"eval/pass@*": ""})
     rows = [{"step": step, "eval/pass@16": 0.5, "eval/pass@4": 0.3, "eval/pass@1": 0.1} for step in (1, 2)]
     assert [line.label for line in read_lines(passes, rows)] == ["pass@1", "pass@4", "pass@16"]

@@ -67,6 +67,20 @@ def test_right_is_what_the_verdict_says_whatever_the_reward(tmp_path):
     assert [row["right"] for row in data(build_rollout_page(tmp_path, 1).read_text())["responses"]] == [False, None]
 
 
+def test_tokens_that_nothing_was_computed_of_have_no_numbers(tmp_path):
+    recording, texts = attacking_record()
+    recording.chosen[0].rollout.verdict = Verdict(0.0, "error")
+    TokenWriter(tmp_path, lambda ids: texts[ids[0]]).write(1, recording)
+    columns = data(build_rollout_page(tmp_path, 1).read_text())["columns"]
+    stop = recording.chosen[0].stop
+    assert {column["flag"] for column in columns} == {True, False}
+    for column in columns:
+        values = np.frombuffer(base64.b64decode(column["values"]), np.uint8 if column["flag"] else np.float32)
+        known = recording.columns[column["name"]].numpy()[stop:]
+        assert np.array_equal(values[stop:], known)
+        assert (values[:stop] == 2).all() if column["flag"] else np.isnan(values[:stop]).all()
+
+
 def test_a_gap_between_policy_and_engine_is_shown_where_both_are_known(tmp_path):
     recording, texts = attacking_record()
     recording.columns["rollout_log_prob"] = recording.columns["log_prob"] + 0.5
