@@ -12,8 +12,10 @@ from megatron_rlvr.pages.report_charts import CHARTS
 from megatron_rlvr.pages.rollout_page import build_rollout_page
 from megatron_rlvr.run_warnings import warnings
 from megatron_rlvr.token_records import TokenWriter, read_record
+from megatron_rlvr.verdict import Verdict
 from tests.browser.conftest import Browser
 from tests.browser.pages import ATTACKS, LAST, attacking_record, long_run, real_runs
+from tests.pages.test_report import step_row, write_run
 
 pytestmark = pytest.mark.browser
 LARGEST = 5_000_000  # bytes of a page
@@ -164,6 +166,55 @@ def test_what_a_model_writes_stays_text(browser, tmp_path):
         assert text in shown[0]
     assert "␀␛" in shown[0] and "‹U+202E›" in shown[0] and len(shown[1]) == 100_000
     assert fits(browser) and path.stat().st_size < LARGEST
+
+
+def test_a_response_that_no_verifier_judged_has_no_numbers(browser, tmp_path):
+    recording, tokens = attacking_record()
+    recording.chosen[0].rollout.verdict = Verdict(0.0, "error")
+    TokenWriter(tmp_path, lambda ids: tokens[ids[0]]).write(1, recording)
+    browser.open(build_rollout_page(tmp_path, 1))
+    undimmed = (
+        "return [...document.querySelectorAll('.tokens')].map(line => line.querySelectorAll(':not(.dim)').length)"
+    )
+    colours = (
+        "return [...document.querySelectorAll('.tokens')].map(line => [...line.children]"
+        ".filter(token => token.style.backgroundColor.includes('color-mix')).length)"
+    )
+    browser.find(".tokens")[0].send_keys("\ue014")  # right arrow
+    facts = browser.run("return [...document.querySelectorAll('#token dd')].map(fact => fact.textContent)")
+    assert set(facts[1:]) == {"–"} and len(facts) == 6  # beside its text: the probability and four columns
+    for name in ("kept", "log_prob"):
+        choose(browser, "colour", name)
+        assert browser.run(colours) == [0, 100_000]
+    assert browser.run(undimmed) == [10, 100_000]
+    choose(browser, "below", "0.5")
+    below = int((recording.columns["log_prob"][10:].exp() <= 0.5).sum())
+    assert browser.run(undimmed) == [0, below]
+    choose(browser, "below", "")
+    for value in ("kept=0", "kept=1"):  # "not kept" is of what was looked at, too
+        if browser.run(
+            "return [...document.getElementById('method').options].some(o => o.value === arguments[0])", value
+        ):
+            choose(browser, "method", value)
+            assert browser.run(undimmed)[0] == 0
+    choose(browser, "order", "least")
+    assert "not judged" in browser.find("article p")[1].text
+    drawn = browser.run("return [...document.querySelectorAll('#scatter circle')].map(dot => +dot.dataset.token)")
+    assert min(drawn) >= 10
+
+
+def test_what_is_read_out_is_of_the_step_or_says_of_which(browser, tmp_path):
+    lengths = {"short": 20, "long": 30}
+    folders = [
+        write_run(tmp_path / name, [step_row(step) for step in range(1, count + 1)]) for name, count in lengths.items()
+    ]
+    browser.open(build_comparison(folders, tmp_path / "comparison.html"))
+    browser.find("figure .plot")[0].send_keys("")  # focus
+    output = browser.find("figure output")[0]
+    assert output.text == "step 30: short 0.3 (step 20) · long 0.4"
+    for _ in range(10):
+        browser.find("figure .plot")[0].send_keys("\ue012")  # left arrow
+    assert output.text == "step 20: short 0.3 · long 0.3"
 
 
 def test_a_long_run(browser, tmp_path, record_property):
