@@ -18,7 +18,6 @@ from megatron_rlvr.types import Prompt
 FREE = [
     *("name", "prepare", "logging", "data.path", "data.eval_path", "data.eval_sources", "data.strict"),
     *("reward.workers", "reward.deadline", "reward.max_error_share"),
-    *("rollout.kv_cache_mib", "rollout.gpu_memory_utilization"),
     *("trainer.num_steps", "trainer.eval_every", "trainer.eval_responses", "trainer.eval_temperature"),
     *("trainer.log_rollouts", "trainer.save_every", "trainer.keep_last", "trainer.keep_best"),
 ]
@@ -27,6 +26,7 @@ FREE = [
 ROUNDING = [
     *("parallel", "rollout.tp", "rollout.max_running", "trainer.microbatch_tokens", "model.recompute", "model.logits"),
     *("optimizer.distributed", "critic.optimizer.distributed"),
+    *("rollout.kv_cache_mib", "rollout.gpu_memory_utilization"),  # how many responses an engine decodes together
 ]
 
 REPACKED = (
