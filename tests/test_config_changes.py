@@ -213,6 +213,73 @@ def test_a_key_younger_than_the_checkpoint_had_its_default() -> None:
     assert "algorithm.dual_clip: 0.0 -> 3.0" in describe(old, settings({"algorithm": {"dual_clip": 3.0}})).other[0]
 
 
+# What a change of each key does to a run with a critic, constant learning rates and no dropout.
+KEYS = {
+    # names and places, what is read, shown, measured and kept, how long and how fast: nothing that learns sees it
+    "free": {
+        "": "name prepare",
+        "data": "path eval_path eval_sources strict",
+        "reward": "workers max_error_share",
+        "trainer": "num_steps eval_every eval_responses eval_temperature log_rollouts save_every keep_last keep_best",
+        "logging": "tensorboard wandb_project mlflow_experiment record_responses progress",
+    },
+    # how the same work is cut, batched or done again
+    "rounding": {
+        "model": "recompute logits",
+        "parallel": "tp pp vpp cp dp sequence_parallel",
+        "rollout": "tp max_running kv_cache_mib gpu_memory_utilization",  # how many responses are decoded together
+        "optimizer": "distributed",
+        "critic.optimizer": "distributed",
+        "trainer": "microbatch_tokens",
+    },
+    # which prompts in which order, how they are sampled and judged, what the loss is, what an update does
+    "other": {
+        "": "seed verifier",
+        "model": "path dropout",
+        "data": "sources prompt_field answer_field template repeats max_prompt_length shuffle contents",
+        "reward": "scale",
+        "rollout": "prompts_per_step responses_per_prompt max_response_length temperature",
+        "algorithm": "advantage whiten loss clip_low clip_high dual_clip reduction",
+        "algorithm.kl": "coefficient estimator where",
+        "optimizer": "lr min_lr schedule warmup_steps weight_decay betas eps clip_grad",
+        "critic": "path share share_of gamma lam value_clip warmup_steps",
+        "critic.optimizer": "lr min_lr schedule warmup_steps weight_decay betas eps clip_grad",
+        "trainer": "updates_per_rollout",
+    },
+    # the tensors of a checkpoint
+    "impossible": {"model": "dtype", "critic": "num_heads"},
+}
+# By reward.deadline, which is free, a slow answer trains or not; critic.head_init, which is not, has done its work.
+UNSETTLED = {"reward.deadline", "critic.head_init"}
+
+
+def leaves(tree: dict[str, Any], above: str = "") -> list[str]:
+    found = [
+        leaves(value, f"{above}{key}.") if isinstance(value, dict) else [above + key] for key, value in tree.items()
+    ]
+    return [name for names in found for name in names]
+
+
+def with_another(tree: dict[str, Any], name: str) -> dict[str, Any]:
+    first, _, rest = name.partition(".")
+    return tree | {first: with_another(tree[first], rest) if rest else "another"}
+
+
+def test_a_changed_key_is_told_by_what_it_does_to_the_run() -> None:
+    run = settings_of(from_dict(Config, {"algorithm": PPO}), PROMPTS)
+    told = {}
+    for name in set(leaves(run)) - UNSETTLED:
+        for kind, lines in describe(run, with_another(run, name))._asdict().items():
+            assert all(line.startswith(f"{name}: ") for line in lines)
+            told |= dict.fromkeys([name] * len(lines), kind)
+    assert told == {
+        f"{section}.{key}".lstrip("."): kind
+        for kind, sections in KEYS.items()
+        for section, keys in sections.items()
+        for key in keys.split()
+    }
+
+
 def test_every_name_in_the_tables_is_a_key() -> None:
     def has(tree: Any, name: str) -> bool:
         first, _, rest = name.partition(".")
