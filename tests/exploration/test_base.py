@@ -11,7 +11,7 @@ from megatron_rlvr import exploration
 from megatron_rlvr.config import ConfigError, load_config
 from megatron_rlvr.distributed.groups import ParallelGroups
 from megatron_rlvr.distributed.vocab import StatisticsOptions
-from megatron_rlvr.exploration.base import Composite, Exploration, Needs, Threshold, build, method_names
+from megatron_rlvr.exploration.base import Composite, Exploration, Needs, Threshold, build, filled, method_names
 from megatron_rlvr.metrics import Meter
 from megatron_rlvr.types import Prompt, Rollout, RolloutGroup
 from tests.exploration.toy import fill_old, make_batch, make_logits, statistics, update_loss
@@ -206,6 +206,51 @@ def test_what_cannot_run_together_is_refused_with_the_reason():
     with pytest.raises(ConfigError, match="lp_reg and other cannot run together.*undo the other"):
         Composite([*build({"lp_reg": {"preset": "released_code"}}).methods, Replacing("other")])
     assert len(Composite([*build({"lp_reg": {}}).methods, Replacing("other")]).methods) == 2
+
+
+LP_REG = {"rho": 0.01, "pos_rho": 0.0, "target_share": 0.0, "beta": 1.0, "protection": 1.0, "kappa": 0.02, "tau": None}
+LP_REG |= {"proxy_source": "old", "proxy_size": 128}
+EQ_6 = {"percentile_pool": "all_tokens", "percentile_scope": "update", "min_two": False, "threshold_temperature": 0.0}
+EQ_6 |= {"gate": "kept", "divergence": "fwd_kl_full", "k3_clamp": 0.0, "replace_clipped": False}
+RELEASED = {"percentile_pool": "neg_tokens", "percentile_scope": "microbatch", "min_two": True}
+RELEASED |= {"threshold_temperature": 1.0, "gate": "below_proxy", "divergence": "k3_sampled", "k3_clamp": 10.0}
+RELEASED |= {"replace_clipped": True}
+CDE = {"kappa": 3.0, "omega_0": 1.0, "schedule": "none", "total_steps": 0, "milestones": []}
+ACTOR, CRITIC = {"alpha": 1.0, "bonus_in_degenerate_groups": True}, {"alpha": 0.5, "order": "after_whitening"}
+DEFAULTS = [  # method, the options given, all of them: as published, and off where they are ours
+    ("lp_reg", {}, {"preset": "paper"} | LP_REG | EQ_6),
+    ("lp_reg", {"preset": "released_code"}, {"preset": "released_code"} | LP_REG | RELEASED),
+    ("cde", {}, {"actor": CDE | ACTOR, "critic": None}),
+    ("cde", {"actor": None, "critic": {}}, {"actor": None, "critic": CDE | CRITIC}),
+    ("kl_cov", {}, {"share": 0.002, "coefficient": 1.0, "scope": "update"}),
+    ("clip_cov", {}, {"share": 0.0002, "low": 1.0, "high": 5.0, "scope": "update"}),
+    ("high_entropy", {}, {"share": 0.2, "scope": "update"}),
+    ("stapo", {}, {"tau": 0.002, "quantile": 0.75}),
+    ("entropy_bonus", {}, {"coefficient": 0.002}),
+    ("overlong", {}, {"buffer": 4096, "factor": 1.0}),
+    ("dynamic_sampling", {}, {}),
+    ("sim_hash", {}, {"bits": 16, "strength": 0.1, "projection": "gaussian", "state": "last"}),
+    ("rollout_correction", {}, {"form": "tis", "low": None, "high": None, "renormalise": False}),
+]
+
+
+def test_every_option_is_by_default_what_was_published():
+    for name, given, options in DEFAULTS:
+        assert filled(name, given) == options, name
+    assert {name for name, _, _ in DEFAULTS} == set(method_names())
+
+
+@pytest.mark.parametrize(
+    ("form", "bounds"),
+    [
+        *((form, (0.0, 2.0)) for form in ("tis", "sequence_tis", "mis", "sequence_mis")),
+        ("icepop", (0.5, 5.0)),
+        ("geometric_mask", (0.999, 1.002)),
+    ],
+)
+def test_the_bounds_of_a_correction_are_by_default_what_was_published(form, bounds):
+    (method,) = build({"rollout_correction": {"form": form}}).methods
+    assert method.config.bounds == bounds
 
 
 @pytest.mark.parametrize(
