@@ -293,6 +293,25 @@ def test_the_percentile_is_that_of_all_data_parallel_ranks():
     assert whole[1]["lp_reg/share"][0] > 0
 
 
+@pytest.mark.parametrize(
+    ("rho", "tokens", "min_two", "count"),
+    [
+        (0.07, 100, False, 7),  # to the computer 0.07 * 100 is a little more than 7
+        (0.07, 101, False, 8),
+        (0.01, 3, False, 1),
+        (0.01, 299, True, 2),
+        (0.01, 200, True, 2),
+        (0.01, 199, True, 0),
+    ],
+)
+def test_as_many_tokens_are_improbable_as_the_share_says(rho, tokens, min_two, count):
+    batch, lp_reg = make_batch([tokens]), method(rho=rho, min_two=min_two)
+    batch.advantages = torch.full((batch.num_tokens,), -1.0)
+    logits = old_and_current(batch, lp_reg, 0.0)
+    _, _, metrics = update_loss(batch, logits, lp_reg, "plain_clip", CLIP)
+    assert metrics["lp_reg/candidates"] * tokens == pytest.approx(count)
+
+
 def test_metrics_of_one_update():
     batch, lp_reg = make_batch(LENGTHS), method(rho=0.3)
     logits = old_and_current(batch, lp_reg, 0.0)
