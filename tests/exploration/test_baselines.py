@@ -50,6 +50,25 @@ def test_kl_cov_does_nothing_where_the_policy_has_not_moved():
     assert results[1][2]["kl_cov/share"] == pytest.approx(16 / 32) and results[1][2]["kl_cov/moved"] == 0
 
 
+@pytest.mark.parametrize(("share", "count"), [(0.002, 1), (0.0625, 2), (0.09, 2)])
+@pytest.mark.parametrize(
+    ("name", "options", "metric"),
+    [
+        ("kl_cov", {}, "share"),
+        ("kl_cov", {"scope": "microbatch"}, "share"),
+        ("clip_cov", {"low": 0.0, "high": 50.0}, "share"),
+        ("high_entropy", {}, "left_out"),
+    ],
+)
+def test_a_share_of_tokens_is_rounded_down_to_one_at_least(name, options, metric, share, count):
+    batch, method = make_batch(LENGTHS), build({name: options | {"share": share}})
+    logits = make_logits(batch)
+    fill_old(batch, logits, method)
+    _, _, metrics = update_loss(batch, logits, method, "unclipped", (0.2, 0.2))
+    wanted = 32 - count if metric == "left_out" else count
+    assert metrics[f"{name}/{metric}"] * 32 == pytest.approx(wanted)
+
+
 def test_clip_cov_draws_anew_each_update_and_goes_on_after_a_restart():
     batch, options = make_batch(LENGTHS), {"clip_cov": {"share": 0.1, "low": 0.0, "high": 50.0}}
     method, draws = build(options), []
