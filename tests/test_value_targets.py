@@ -20,7 +20,7 @@ from tests.tiny import make_groups
 
 SETTINGS = CriticConfig(num_heads=3, share=0.5, gamma=0.9, lam=0.8)
 GROUPS = make_groups(prompts=6, responses=4, longest=9)
-UNSCORED = (3, 10)
+UNSCORED = (3, 20)  # one of each update
 
 
 def _values(identity: int, length: int) -> Tensor:
@@ -32,7 +32,9 @@ def _reward(identity: int) -> float:
     return float(torch.rand(1, generator=torch.Generator().manual_seed(100 + identity)))
 
 
-def _filled(groups: ParallelGroups, microbatch_tokens: int, settings: CriticConfig = SETTINGS):
+def _filled(
+    groups: ParallelGroups, microbatch_tokens: int, settings: CriticConfig = SETTINGS, seed: tuple[int, int] = (0, 5)
+):
     """(batch, raw advantages, whitened ones, metrics) of this rank after the targets are filled, in two updates."""
     scored = [
         [None if row * 4 + column in UNSCORED else _reward(row * 4 + column) for column in range(4)] for row in range(6)
@@ -50,7 +52,7 @@ def _filled(groups: ParallelGroups, microbatch_tokens: int, settings: CriticConf
         mask = batch.loss_mask & (batch.response_index == place)
         batch.values[mask] = _values(identity, int(mask.sum()))[:, : settings.num_heads]
     meter = Meter()
-    raw = fill_targets(batch, batch.rewards, settings, (0, 5), groups, meter)
+    raw = fill_targets(batch, batch.rewards, settings, seed, groups, meter)
     return batch, raw, reduce.whiten(raw, batch.loss_mask, groups.dp), reduce.reduce_meter(meter, groups).means()
 
 
@@ -138,10 +140,26 @@ def test_weights_of_an_update_add_up_to_one():
         assert torch.cat(parts).count_nonzero(dim=0).min() > 0
 
 
+def test_each_update_of_each_step_and_run_draws_its_own():
+    def drawn(*seed: int) -> list[list[list[bool]]]:
+        """By update, of its eleven scored responses, the heads that learn from each."""
+        batch, *_ = _filled(ParallelGroups.single(), 1000, seed=seed)
+        heads = {
+            identity: [weight > 0 for weight in rows[0]]
+            for identity, (rows,) in _by_response(batch, batch.value_weights).items()
+            if rows
+        }
+        return [[heads[identity] for identity in of if identity in heads] for of in (range(12), range(12, 24))]
+
+    draws = [update for seed in ((0, 5), (0, 6), (1, 5)) for update in drawn(*seed)]
+    assert [len(update) for update in draws] == [11] * 6
+    assert len({str(update) for update in draws}) == 6
+
+
 LENGTHS = torch.tensor([5, 0, 2, 7, 1, 1, 4, 3, 9])  # 8 with tokens, 32 tokens
 
 
-@pytest.mark.parametrize(("share", "size"), [(1.0, 8), (0.5, 4), (0.125, 1), (0.3, 2)])
+@pytest.mark.parametrize(("share", "size"), [(1.0, 8), (0.5, 4), (0.125, 1), (0.3, 2), (0.2, 2), (0.05, 1)])
 def test_each_head_draws_whole_responses_of_its_own(share, size):
     choice = head_choice(LENGTHS, 16, share, "responses", (0, 1, 0))
     assert choice.shape == (32, 16)
