@@ -28,16 +28,15 @@ def group(number: int, mixed: bool, late: bool = False) -> RolloutGroup:
 class Prompts:
     """Deals groups of which a share is mixed; remembers how many were asked for."""
 
-    def __init__(self, share: float, seed: int = 0, timeouts: float = 0.0) -> None:
-        self.share, self.timeouts, self.random = share, timeouts, random.Random(seed)
+    def __init__(self, share: float, seed: int = 0) -> None:
+        self.share, self.random = share, random.Random(seed)
         self.asked: list[int] = []
 
     def collect(self, count: int, generation: int) -> list[RolloutGroup]:
         assert generation == len(self.asked)
         first = sum(self.asked)
         self.asked.append(count)
-        draw = self.random.random
-        return [group(first + place, draw() < self.share, draw() < self.timeouts) for place in range(count)]
+        return [group(first + place, self.random.random() < self.share) for place in range(count)]
 
 
 def names(groups: list[RolloutGroup]) -> list[int]:
@@ -79,14 +78,26 @@ def test_too_few_end_the_run_with_a_word_on_why():
     assert prompts.asked == [4] * MOST_GENERATIONS
 
 
-def test_the_share_of_failed_verdicts_is_the_whole_steps():
-    """One timeout among the eight responses of a last, small generation is 1 in 8 of it, and few of the step."""
-    prompts = Prompts(0.6, timeouts=0.02)
-    found = sample(256, prompts.collect, METHOD.keep_group, 0.05)
-    shares = [rollout.verdict.status == "timeout" for group in found.groups for rollout in group.rollouts]
-    assert 0 < sum(shares) <= 0.05 * len(shares)
-    with pytest.raises(VerifierError, match=r"of 2048 responses .*reward.max_error_share=0.05"):
-        sample(256, Prompts(0.6, timeouts=0.9).collect, METHOD.keep_group, 0.05)
+@pytest.mark.parametrize(
+    ("late", "failed"),
+    [
+        ((0, 3), ""),  # 3 of the second generation's 24 are more than a tenth, 3 of the step's 56 are not
+        ((3, 3), "6 of 56"),  # 3 of the first one's 32 are not, 6 of the step's 56 are
+        ((4, 0), "4 of 32"),  # more than a tenth so far, whatever would come
+    ],
+)
+def test_the_share_of_failed_verdicts_is_the_whole_steps(late: tuple[int, int], failed: str):
+    """Three of the first four groups are kept; three more are then asked for, all of which would be."""
+
+    def collect(count: int, generation: int) -> list[RolloutGroup]:
+        assert count == (4, 3)[generation]
+        return [group(place, generation == 1 or place > 0, place < late[generation]) for place in range(count)]
+
+    if failed:
+        with pytest.raises(VerifierError, match=f"^{failed} responses .*reward.max_error_share=0.1"):
+            sample(4, collect, METHOD.keep_group, 0.1)
+    else:
+        assert len(sample(4, collect, METHOD.keep_group, 0.1).groups) == 7
 
 
 def test_figures_are_of_everything_sampled():
