@@ -9,7 +9,7 @@ import pytest
 
 from megatron_rlvr import run_warnings
 from megatron_rlvr.records import read_rows
-from megatron_rlvr.run_warnings import CHECKS, WINDOW, warnings
+from megatron_rlvr.run_warnings import CHECKS, WINDOW, trend, warnings
 
 STEPS, FAULT = 200, 80  # the fault begins at this step
 
@@ -94,6 +94,20 @@ def test_a_real_run_raises_none():
     rows = read_rows(Path(__file__).with_name("countdown_metrics.jsonl"))
     assert len(rows) == 60 and rows[0].keys() >= {"reward/mean", "policy/entropy", "lp_reg/share", "eval/pass@1"}
     assert warnings(rows) == []
+
+
+def test_a_trend_is_of_twenty_steps_at_either_end():
+    ramp = trend([{"step": step, "policy/entropy": float(step)} for step in range(1, 51)], "policy/entropy")
+    assert ramp.first == 10.5  # 1 .. 20
+    assert ramp.recent[[0, 4, 19, 20, 49]].tolist() == pytest.approx([1.0, 3.0, 10.5, 11.5, 40.5])
+
+
+@pytest.mark.parametrize(("spread", "is_clear"), [(0.0, True), (1.45, True), (1.46, False)])
+def test_a_calibration_collapses_only_from_a_gap_that_was_clear(spread, is_clear):
+    """A first mean of 1 over values of 1 +- spread: three standard errors are 3 spread / sqrt(19), as 20 hold 19."""
+    gaps = [1 + spread * (-1) ** step for step in range(20)] + [0.0] * 40
+    rows = [{"step": step, "rollout/calibration_gap": gap} for step, gap in enumerate(gaps, start=1)]
+    assert (run_warnings.calibration_collapse(rows) is not None) == is_clear
 
 
 def test_a_fault_that_has_passed_is_told_as_it_was():
