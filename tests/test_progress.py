@@ -58,9 +58,9 @@ def test_lines_come_at_most_every_ten_seconds_and_at_both_ends(clock):
 
 
 def test_the_reward_mean_and_the_pace_are_over_the_last_twenty_steps(clock):
-    lines = watch(clock, [100.0] * 5 + [10.0] * 25, total=40).splitlines()
+    lines = watch(clock, [float(step) for step in range(1, 31)], total=40).splitlines()
     assert "reward 29.000 (last 20: 19.500)" in lines[-1]  # 10 .. 29
-    assert lines[-1].endswith("1 min 40 s left")  # 10 steps at 10 s; the slow start is forgotten
+    assert lines[-1].endswith("3 min 25 s left")  # 10 steps at 20.5 s, the mean of 11 .. 30
 
 
 def test_a_resumed_run_counts_on(clock):
