@@ -159,6 +159,11 @@ def test_perplexity_tells_confident_mistakes() -> None:
     assert math.isnan(figures([[sure]])["ppl_wrong"])
 
 
+@pytest.mark.parametrize(("reward", "right"), [(-1.0, 0), (0.1, 0), (0.5, 0), (0.6, 1), (1.0, 1)])
+def test_a_reward_above_one_half_is_a_right_answer(reward: float, right: int) -> None:
+    assert summarise([group(reward)])["pass@1"] == right
+
+
 def test_right_is_what_the_verdict_says_whatever_the_reward() -> None:
     held_out = group(1.0, 1.0, 0.5, 0.5)
     for rollout, right in zip(held_out.rollouts, (False, False, True, False), strict=True):
