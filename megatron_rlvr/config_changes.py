@@ -14,10 +14,11 @@ from megatron_rlvr.exploration.base import filled
 from megatron_rlvr.run_folder import INITIAL
 from megatron_rlvr.types import Prompt
 
-# Keys, or sections of them, that never reach a weight. The longest name that fits a key counts.
+# Keys, or sections of them, that never reach a weight (reward.deadline does where a verifier fails, and is the cure for
+# it; critic.head_init has, before the checkpoint). The longest name that fits a key counts.
 FREE = [
     *("name", "prepare", "logging", "data.path", "data.eval_path", "data.eval_sources", "data.strict"),
-    *("reward.workers", "reward.deadline", "reward.max_error_share"),
+    *("reward.workers", "reward.deadline", "reward.max_error_share", "critic.head_init"),
     *("trainer.num_steps", "trainer.eval_every", "trainer.eval_responses", "trainer.eval_temperature"),
     *("trainer.log_rollouts", "trainer.save_every", "trainer.keep_last", "trainer.keep_best"),
 ]

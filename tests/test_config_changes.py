@@ -219,7 +219,8 @@ KEYS = {
     "free": {
         "": "name prepare",
         "data": "path eval_path eval_sources strict",
-        "reward": "workers max_error_share",
+        "reward": "workers deadline max_error_share",
+        "critic": "head_init",
         "trainer": "num_steps eval_every eval_responses eval_temperature log_rollouts save_every keep_last keep_best",
         "logging": "tensorboard wandb_project mlflow_experiment record_responses progress",
     },
@@ -249,8 +250,6 @@ KEYS = {
     # the tensors of a checkpoint
     "impossible": {"model": "dtype", "critic": "num_heads"},
 }
-# By reward.deadline, which is free, a slow answer trains or not; critic.head_init, which is not, has done its work.
-UNSETTLED = {"reward.deadline", "critic.head_init"}
 
 
 def leaves(tree: dict[str, Any], above: str = "") -> list[str]:
@@ -268,7 +267,7 @@ def with_another(tree: dict[str, Any], name: str) -> dict[str, Any]:
 def test_a_changed_key_is_told_by_what_it_does_to_the_run() -> None:
     run = settings_of(from_dict(Config, {"algorithm": PPO}), PROMPTS)
     told = {}
-    for name in set(leaves(run)) - UNSETTLED:
+    for name in leaves(run):
         for kind, lines in describe(run, with_another(run, name))._asdict().items():
             assert all(line.startswith(f"{name}: ") for line in lines)
             told |= dict.fromkeys([name] * len(lines), kind)
