@@ -30,6 +30,8 @@ ROUNDING = [
     *("rollout.kv_cache_mib", "rollout.gpu_memory_utilization"),  # how many responses an engine decodes together
 ]
 
+DRAWS = ("parallel", "trainer.microbatch_tokens")  # random streams are a rank's, and go by the microbatch
+
 REPACKED = (
     "the loss is another one from here on: algorithm.reduction or a method's scope takes it within microbatches, and "
     "responses are packed into other ones"
@@ -131,7 +133,8 @@ def describe(saved: Mapping[str, Any], now: Mapping[str, Any]) -> Changes:
         elif key in repacking:
             changes.other.append(f"{change} ({REPACKED})")
         elif name in ROUNDING:
-            changes.rounding.append(f"{change} (sums in another order: last bits differ)")
+            masks = ", and so do dropout's masks" if name in DRAWS and after["model.dropout"] else ""
+            changes.rounding.append(f"{change} (sums in another order: last bits differ{masks})")
         else:
             changes.other.append(f"{change} ({MEANING.get(name, 'the run is another one from here on')})")
     return changes

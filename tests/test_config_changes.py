@@ -206,6 +206,16 @@ def test_a_run_does_not_end_before_its_newest_checkpoint(tmp_path: Path) -> None
         check_newest(from_dict(Config, BASE | {"trainer": {"num_steps": 8}}), tmp_path)
 
 
+def test_dropout_draws_other_masks_where_the_work_is_cut_otherwise() -> None:
+    for dropout, said in ((0.0, False), (0.1, True)):
+        before = {"model": {"dropout": dropout}}
+        lines = describe(settings(before), settings(before | {"parallel": {"tp": 2}, "rollout": {"max_running": 7}}))
+        assert {line.partition(":")[0]: "masks" in line for line in lines.rounding} == {
+            "parallel.tp": said,
+            "rollout.max_running": False,
+        }
+
+
 def test_a_key_younger_than_the_checkpoint_had_its_default() -> None:
     old = settings()
     del old["algorithm"]["dual_clip"]
