@@ -91,11 +91,26 @@ def give_back_cached_memory() -> None:
         torch.cuda.empty_cache()
 
 
-def start_rank() -> None:
-    """Settings of a rank's process, before any tensor is made. Raises ConfigError: a rank without a GPU of its own."""
+def free_share() -> float:
+    """Of this process's GPU, the share that nobody holds; 1 where it has not begun to use one."""
+    if not torch.cuda.is_initialized():
+        return 1.0
+    free, total = torch.cuda.mem_get_info()
+    return free / total
+
+
+def set_cuda_environment() -> None:
+    """What CUDA's libraries read when they start; call it before imports that may start them. Users' settings stay."""
     # One queue to the GPU: Megatron's tensor-parallel sends start before the products that they overlap with
     # (tensor_parallel/layers.py:526).
     os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
+    # float32 is float32: Transformer Engine multiplies it in TF32 (common/gemm/cublaslt_gemm.cu:445), off by 3e-4.
+    os.environ.setdefault("NVIDIA_TF32_OVERRIDE", "0")
+
+
+def start_rank() -> None:
+    """Settings of a rank's process, before any tensor is made. Raises ConfigError: a rank without a GPU of its own."""
+    set_cuda_environment()
     if has_gpu():
         place = device().index
         rule(
@@ -110,6 +125,38 @@ def start_rank() -> None:
         # torch caches the constructors that `with torch.device(...)` covers at the first use. Were that use inside
         # megatron_calls(), transformers would later build its rotary table from uninitialised memory.
         torch.utils._device._device_constructors()
+
+
+class EngineStream:
+    """The CUDA stream that vLLM computes on; without a GPU there is none.
+
+    vLLM leaves the process on another stream than it found, from its first graph or tensor-parallel group on
+    (utils/torch_utils.py:837), and remembers which. The gradients of a policy that was built before belong to the
+    stream before: mixed, each parameter's would wait for both.
+    """
+
+    def __init__(self) -> None:
+        self._own: Any = None
+
+    @contextlib.contextmanager
+    def entered(self) -> Iterator[None]:
+        """vLLM's stream in here, and behind it the one from before; each goes on where the other has come to."""
+        if not has_gpu():
+            yield
+            return
+        before = torch.cuda.current_stream()
+        _go_on(before, self._own or before)
+        try:
+            yield
+        finally:
+            self._own = torch.cuda.current_stream()
+            _go_on(self._own, before)
+
+
+def _go_on(left: Any, entered: Any) -> None:
+    if left != entered:
+        entered.wait_stream(left)
+        torch.cuda.set_stream(entered)
 
 
 _CPU = torch.device("cpu")
@@ -147,7 +194,6 @@ def _leave() -> None:
 def _cpu_answers() -> list[tuple[Any, str, Callable | None]]:
     """(owner, attribute, replacement): the smallest set that TP, SP, PP, VPP, DP, EP, recompute and optimizer need."""
     import megatron.core.tensor_parallel.random as tensor_parallel_random
-    from megatron.core.transformer.moe import moe_utils
 
     tensor_type = torch.Tensor.type
 
@@ -170,8 +216,6 @@ def _cpu_answers() -> list[tuple[Any, str, Callable | None]]:
         # The optimizer recognises fp32 tensors by the name 'torch.cuda.FloatTensor': clip_grads.py:167,
         # optimizer.py:671, distrib_optimizer.py:361.
         (torch.Tensor, "type", named_as_cuda),
-        # The router looks for Transformer Engine's kernel under a name that only its import defines: moe_utils.py:1192.
-        (moe_utils, "te_general_gemm", None),
         # The dropout and recompute tracker (random.py:235, 447) keeps CUDA generator states: here the CPU's own.
         (torch.cuda, "manual_seed", torch.manual_seed),
         (torch.cuda, "get_rng_state", lambda device="cuda": torch.get_rng_state()),
@@ -214,6 +258,15 @@ def _fork_cpu_generator(self: Any, name: str = "model-parallel-rng") -> Iterator
         self.states_[name] = torch.get_rng_state()
         torch.set_rng_state(before)
         self._current_state_name = before_name
+
+
+def name_missing_expert_kernel() -> None:
+    """Call before experts are built: their router looks for a kernel of Transformer Engine under a name that only that
+    one's import defines (moe_utils.py:1192)."""
+    from megatron.core.transformer.moe import moe_utils
+
+    if not hasattr(moe_utils, "te_general_gemm"):
+        moe_utils.te_general_gemm = None
 
 
 def spare_vllm_small_compiles() -> None:

@@ -123,6 +123,9 @@ def _run(config: Config, terminal: IO[str], stop: StopRequest) -> int:
     console = Console(file=terminal)
     _log_to(terminal)
     with everything_made_here_stays():
+        from megatron_rlvr import platform
+
+        platform.set_cuda_environment()
         from megatron_rlvr.run import Run
 
         run = Run(config, console, stop)

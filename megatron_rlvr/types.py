@@ -140,11 +140,13 @@ class Microbatch:
         return values[self.response_index]
 
     def per_response_sum(self, values: Tensor) -> Tensor:
-        """[t] -> [s]: the sum over the loss tokens of each response."""
-        masked = torch.where(self.loss_mask, values, torch.zeros_like(values))
-        return torch.zeros(self.num_responses, dtype=values.dtype, device=values.device).index_add(
-            0, self.response_index, masked
-        )
+        """[t] -> [s]: the sum over the loss tokens of each response.
+
+        In fp64: a GPU adds in an order of its own each time, and tensor-parallel ranks must come to the same fp32.
+        """
+        masked = torch.where(self.loss_mask, values, torch.zeros_like(values)).double()
+        empty = torch.zeros(self.num_responses, dtype=torch.float64, device=values.device)
+        return empty.index_add(0, self.response_index, masked).to(values.dtype)
 
 
 _PER_RESPONSE = {"response_ids", "rewards", "response_lengths", "states"}

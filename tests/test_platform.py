@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,8 @@ from transformers import AutoModelForCausalLM
 
 from megatron_rlvr import platform
 from megatron_rlvr.config import ConfigError
+from megatron_rlvr.models import random_streams
+from megatron_rlvr.rollout.vllm_settings import memory_settings
 from tests.ranks import run_ranks
 from tests.tiny import make_folder
 
@@ -38,6 +41,81 @@ def _torch_is_itself() -> bool:
         torch.zeros(1, device="cuda")
     assert torch.ones(1).type() == "torch.FloatTensor"
     return platform._depth == 0
+
+
+class Stream:
+    """In the place of a CUDA stream: what it waited for."""
+
+    def __init__(self) -> None:
+        self.waited_for: list[Stream] = []
+
+    def wait_stream(self, other: Stream) -> None:
+        self.waited_for.append(other)
+
+
+def test_the_engine_has_its_stream_and_training_the_one_from_before(monkeypatch: pytest.MonkeyPatch) -> None:
+    training, chosen, later = Stream(), Stream(), Stream()
+    now = [training]
+    monkeypatch.setattr(platform, "has_gpu", lambda: True)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda: now[0])
+    monkeypatch.setattr(torch.cuda, "set_stream", lambda stream: now.__setitem__(0, stream))
+    engine = platform.EngineStream()
+    with engine.entered():  # where vLLM stays on the stream that it finds
+        assert now == [training]
+    assert training.waited_for == [] and now == [training]
+    with engine.entered():
+        now[0] = chosen
+    assert now == [training] and training.waited_for == [chosen]
+    with pytest.raises(RuntimeError), engine.entered():  # a turn that fails comes back too
+        assert now == [chosen] and chosen.waited_for == [training]
+        now[0] = later
+        raise RuntimeError
+    assert now == [training] and training.waited_for == [chosen, later]
+    with engine.entered():
+        assert now == [later] and later.waited_for == [training]
+
+
+def test_the_engines_share_of_a_gpu_must_be_free(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert platform.free_share() == 1.0  # nothing is begun
+    monkeypatch.setattr(platform, "has_gpu", lambda: True)
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (30 << 30, 80 << 30))
+    assert memory_settings(64, 0.375, "rollout.gpu_memory_utilization") == {"gpu_memory_utilization": 0.375}
+    with pytest.raises(ConfigError, match=r"^--gpu-memory=0.9 is .* only 0.375 is free .*: set less"):
+        memory_settings(64, 0.9, "--gpu-memory")
+
+
+def test_what_cuda_reads_is_set_but_not_over_the_users_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("CUDA_DEVICE_MAX_CONNECTIONS", raising=False)
+    monkeypatch.setenv("NVIDIA_TF32_OVERRIDE", "1")
+    platform.set_cuda_environment()
+    assert (os.environ["CUDA_DEVICE_MAX_CONNECTIONS"], os.environ["NVIDIA_TF32_OVERRIDE"]) == ("1", "1")
+
+
+def test_experts_are_built_without_transformer_engine(monkeypatch: pytest.MonkeyPatch) -> None:
+    from megatron.core.transformer.moe import moe_utils
+
+    monkeypatch.delattr(moe_utils, "te_general_gemm", raising=False)
+    platform.name_missing_expert_kernel()
+    logits = moe_utils.router_gating_linear(torch.ones(2, 4), torch.ones(3, 4), None, torch.float32)
+    assert logits.tolist() == [[4.0] * 3] * 2
+
+
+def test_random_streams_of_a_gpu_are_left_on_a_cpu() -> None:
+    from megatron.core.tensor_parallel import get_cuda_rng_tracker
+
+    tracker = get_cuda_rng_tracker()
+    before = tracker.get_states()
+    state = random_streams.streams()
+    states = {"model-parallel-rng": torch.arange(16, dtype=torch.uint8)}
+    try:
+        random_streams.restore(state | {"megatron": states})
+        assert tracker.get_states() == states
+        tracker.set_states({})
+        random_streams.restore(state | {"megatron": states, "cuda": torch.zeros(16, dtype=torch.uint8)})
+        assert tracker.get_states() == {}
+    finally:
+        tracker.set_states(before)
 
 
 def test_torch_is_restored_exactly() -> None:

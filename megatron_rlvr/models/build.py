@@ -105,6 +105,7 @@ def _experts(architecture: Architecture) -> dict[str, object]:
     experts = architecture.experts
     if experts is None:
         return {}
+    platform.name_missing_expert_kernel()
     return {
         "num_moe_experts": experts.count,
         "moe_ffn_hidden_size": experts.ffn_size,

@@ -28,11 +28,12 @@ def streams() -> dict[str, Any]:
 
 
 def restore(state: dict[str, Any]) -> None:
-    """Go on where ``streams`` stood."""
+    """Go on where ``streams`` stood; Megatron's streams of a GPU mean nothing on a CPU, nor the other way round."""
     random.setstate(state["python"])
     name, keys, position, has_gauss, gauss = state["numpy"]
     numpy.random.set_state((name, keys.numpy(), position, has_gauss, gauss))
     torch.set_rng_state(state["torch"])
-    get_cuda_rng_tracker().set_states(state["megatron"])
+    if ("cuda" in state) == platform.has_gpu():
+        get_cuda_rng_tracker().set_states(state["megatron"])
     if "cuda" in state and platform.has_gpu():
         torch.cuda.set_rng_state(state["cuda"], platform.device())

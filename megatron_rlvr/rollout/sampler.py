@@ -66,7 +66,7 @@ class Sampler:
             enforce_eager=not platform.has_gpu(),  # compiling takes longer than a small evaluation
             seed=0,
             **prompt_settings(max_length, max_running),
-            **memory_settings(kv_cache_mib, gpu_memory_utilization),
+            **memory_settings(kv_cache_mib, gpu_memory_utilization, "--gpu-memory"),
         )
 
     def generate(self, requests: list[Request], ended: Callable[[int], Any] = lambda count: None) -> list[Sample]:

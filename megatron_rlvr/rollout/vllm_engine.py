@@ -52,7 +52,8 @@ class VllmEngine:
         self._vocab_size = architecture.vocab_size
         job = broadcast_object(f"megatron-rlvr-{uuid.uuid4().hex[:12]}", 0, groups.world)
         set_environment()
-        with _process_unchanged():
+        self._stream = platform.EngineStream()
+        with self._stream.entered(), _process_unchanged():
             platform.spare_vllm_small_compiles()
             with platform.private_shared_memory(job):
                 check_head_dim(architecture)
@@ -69,7 +70,7 @@ class VllmEngine:
         prompts = [{"prompt_token_ids": request.prompt_token_ids} for request in requests]
         settings = [sampling(request, self._stop_ids, self._vocab_size) for request in requests]
         outputs = []
-        with _process_unchanged():
+        with self._stream.entered(), _process_unchanged():
             if requests:
                 self._wake(WEIGHTS, CACHE)
                 outputs = self._llm.generate(prompts, settings, use_tqdm=False)
@@ -79,7 +80,7 @@ class VllmEngine:
     def load_weights(self, weights: Iterable[tuple[str, Tensor]]) -> None:
         """Stream (Hugging Face name, whole tensor) into vLLM, which fuses and cuts them itself; leaves it not ready."""
         self.ready = False
-        with _process_unchanged():
+        with self._stream.entered(), _process_unchanged():
             # The cache stays away: whole tensors on their way here need its room beside the policy's training state.
             self._sleep()
             self._wake(WEIGHTS)
@@ -158,7 +159,9 @@ def _start(config: Config, length: int, most_log_probs: int) -> Any:
         enable_sleep_mode=current_platform.is_sleep_mode_available(),
         seed=0,
         **prompt_settings(length, config.rollout.max_running),
-        **memory_settings(config.rollout.kv_cache_mib, config.rollout.gpu_memory_utilization),
+        **memory_settings(
+            config.rollout.kv_cache_mib, config.rollout.gpu_memory_utilization, "rollout.gpu_memory_utilization"
+        ),
     )
 
 

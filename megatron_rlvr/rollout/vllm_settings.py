@@ -41,9 +41,20 @@ def check_head_dim(architecture: Architecture) -> None:
     )
 
 
-def memory_settings(kv_cache_mib: int, gpu_memory_utilization: float) -> dict[str, Any]:
-    """vLLM's words for how much memory it may take."""
+def memory_settings(kv_cache_mib: int, gpu_memory_utilization: float, key: str) -> dict[str, Any]:
+    """vLLM's words for how much memory it may take; ``key`` sets the share of a GPU.
+
+    vLLM takes a share of the whole GPU, of which so much must be free when it starts (v1/worker/utils.py:716). Raises
+    ConfigError where it is not.
+    """
     if platform.has_gpu():
+        platform.give_back_cached_memory()
+        free = platform.free_share()
+        rule(
+            gpu_memory_utilization <= free,
+            f"{key}={gpu_memory_utilization:g} is the engine's share of the GPU, but only {free:.3f} is free beside "
+            f"what is there already: set less, or make room",
+        )
         return {"gpu_memory_utilization": gpu_memory_utilization}
     return {"kv_cache_memory_bytes": kv_cache_mib << 20}
 

@@ -93,7 +93,8 @@ class WeightSync:
         """Every weight from ``weights`` into the engine, then the proof; all ranks together.
 
         Raises WeightSyncError on every rank when a tensor is missing, unknown or different on any; the engine then
-        refuses to generate until a later push succeeds.
+        refuses to generate until a later push succeeds. What ``weights`` itself raises ends this rank alone: the others
+        wait in a collective of it, and go with the run.
         """
         started = time.perf_counter()
         self.engine.ready, self.policy_version = False, None
@@ -106,6 +107,8 @@ class WeightSync:
             failure = stream.missing() or self._compare(stream.expected)
             stream.seconds += time.perf_counter() - compared
         except Exception as error:  # raised again below, once every rank knows
+            if stream.is_waiting:
+                raise
             failure, cause = f"{type(error).__name__}: {error}", error
             for _ in weights:  # its collectives need every rank to the end
                 pass
@@ -162,10 +165,16 @@ class _Stream:
         self._weights, self._plan, self._engine, self._tied, self._syncs = weights, plan, engine, tied, syncs
         self.expected: dict[Destination, Expected] = {}
         self._seen: set[str] = set()
+        self.is_waiting = False  # for the next weight
         self.seconds, self.bytes, self.elements, self.compared_elements = 0.0, 0, 0, 0
 
     def __iter__(self) -> Iterator[tuple[str, Tensor]]:
-        for name, tensor in self._weights:
+        while True:
+            self.is_waiting = True
+            name, tensor = next(self._weights, ("", None))
+            self.is_waiting = False
+            if tensor is None:
+                return
             self._keep(name, tensor)
             yield name, tensor
             if self._tied and name == _EMBEDDING:

@@ -62,7 +62,7 @@ class Checks:
 
     def use_model(self, seed: int) -> None:
         self.model = make_model(self.family, self.tied, seed)
-        self.weights = weights_of(self.model)
+        self.weights = {name: tensor.to(platform.device()) for name, tensor in weights_of(self.model).items()}
 
     def push(self, version: int = 0):
         return self.sync.push(iter(self.weights.items()), version)
@@ -117,7 +117,8 @@ class Checks:
         """More tokens than vLLM takes at a time: on a CPU, a prompt that is cut would end it."""
         requests = [Request(PROMPTS[0] * 6, seed, 1, 1.0) for seed in range(300)]
         samples = self.engine.generate(requests)
-        assert [samples[0], samples[-1]] == self.engine.generate([requests[0], requests[-1]])
+        alone = self.engine.generate([requests[0], requests[-1]])
+        assert [sample.response_ids for sample in alone] == [samples[0].response_ids, samples[-1].response_ids]
 
     def check_the_most_probable_tokens_come_with_the_sampled_ones(self) -> None:
         """Their log-probs at the sampling temperature, the sampled token's among them where it is not one of them."""
@@ -227,7 +228,8 @@ class Checks:
             message = self.spoilt(flip)
             assert f"{name} differs in the engine's {name}: 1 of " in message and "rows have other bits" in message
             report = self.push()
-            assert report.verified and report.share < 1  # linear layers are repacked on a CPU: one column of each
+            # linear layers are repacked on a CPU, where one column of each is compared
+            assert report.verified and (report.share < 1) == (not platform.has_gpu())
         finally:
             weight_sync.WIDTHS = widths
 

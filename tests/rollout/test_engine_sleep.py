@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 
+from megatron_rlvr import platform
 from megatron_rlvr.rollout.engine import Request
 from megatron_rlvr.rollout.vllm_engine import CACHE, WEIGHTS, VllmEngine
 
@@ -48,6 +49,7 @@ def engine() -> VllmEngine:
     made = VllmEngine.__new__(VllmEngine)
     made._llm, made._model, made._stop_ids, made._vocab_size = Recorded(), torch.nn.Module(), [1], 8
     made._can_sleep, made._asleep, made.ready = True, set(), False
+    made._stream = platform.EngineStream()
     return made
 
 

@@ -17,11 +17,17 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 
 ROOT = Path(__file__).resolve().parents[2]
 CHECKS = re.findall(r"def (check_\w+)\(self", (ROOT / "tests/rollout/engine_checks.py").read_text())
 LAYOUTS = {"qwen3-tied-tp2": ("qwen3", "tied", 2), "qwen2-untied-tp1": ("qwen2", "untied", 1)}
 DEADLINE = 400.0  # seconds, on a machine with other work; 40 on an idle one
+
+
+@pytest.fixture(scope="module")
+def gpu_outcomes(tmp_path_factory) -> list[dict[str, str]]:
+    return _launch(tmp_path_factory.mktemp("gpu"), *LAYOUTS["qwen2-untied-tp1"])
 
 
 @pytest.fixture(scope="module")
@@ -60,6 +66,15 @@ def _launch(folder: Path, family: str, tied: str, tp: int) -> list[dict[str, str
     return [json.loads((folder / f"outcome-{rank}.json").read_text()) for rank in range(tp)]
 
 
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+@pytest.mark.parametrize("check", CHECKS)
+def test_engine_on_a_gpu(gpu_outcomes, check):
+    (outcome,) = gpu_outcomes
+    assert outcome.get(check, "not reached") == "passed", outcome.get(check, "not reached")
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="test_engine_on_a_gpu is the same on one GPU")
 @pytest.mark.parametrize("check", CHECKS)
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_engine(outcomes, layout, check):

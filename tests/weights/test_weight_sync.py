@@ -7,8 +7,9 @@ from dataclasses import replace
 import pytest
 import torch
 
+from megatron_rlvr.distributed.groups import ParallelGroups
 from megatron_rlvr.weights import mapping
-from megatron_rlvr.weights.weight_sync import _equal, _window, destinations
+from megatron_rlvr.weights.weight_sync import WeightSync, WeightSyncError, _equal, _window, destinations
 from tests.weights.test_mapping import SHAPES
 
 
@@ -47,6 +48,52 @@ def test_a_rank_behind_the_vocabulary_holds_no_row():
     place = destinations(small, tp_rank=1, tp_size=2, vocab_rows=32)["lm_head.weight"][0]
     assert torch.ones(19, 4)[place.rows].shape == (0, 4)
     assert torch.ones(32, 4)[place.held_rows].shape == (0, 4)
+
+
+class Holder:
+    """In the place of an engine of one rank: takes everything, or fails at a weight."""
+
+    tp_rank, tp_size, ready = 0, 1, True
+
+    def __init__(self, refused: str = "") -> None:
+        self.refused = refused
+
+    def held(self, parameter: str, columns: slice) -> torch.Tensor:
+        return torch.zeros(320, 1)
+
+    def parameter_names(self) -> set[str]:
+        return set()
+
+    def is_plain(self, parameter: str) -> bool:
+        return False
+
+    def load_weights(self, weights) -> None:
+        for name, _ in weights:
+            if name == self.refused:
+                raise RuntimeError("the engine is out of memory")
+
+
+def test_a_rank_whose_own_gathering_fails_does_not_go_on_alone() -> None:
+    """The others wait in a collective of it: a question of this rank's to all of them would wait for ever."""
+    shape, sent = SHAPES["qwen2"], []
+
+    def weights(fails: bool):
+        for name, size in mapping.hf_shapes(shape).items():
+            sent.append(name)
+            yield name, torch.zeros(size)
+            if fails and len(sent) == 3:
+                raise RuntimeError("this rank is out of memory")
+
+    engine = Holder()
+    sync = WeightSync(engine, shape, ParallelGroups.single())
+    with pytest.raises(RuntimeError, match="^this rank is out of memory$"):
+        sync.push(weights(fails=True), 1)
+    assert not engine.ready and len(sent) == 3
+    sent.clear()
+    engine.refused = next(iter(mapping.hf_shapes(shape)))
+    with pytest.raises(WeightSyncError, match="failed on rank 0: RuntimeError: the engine is out of memory"):
+        sync.push(weights(fails=False), 1)
+    assert not engine.ready and len(sent) == len(mapping.hf_shapes(shape))  # every rank was followed to the end
 
 
 @pytest.mark.parametrize(("columns", "width"), [(48, 48), (128, 128), (129, 16), (896, 16), (1024, 16), (5125, 1)])
