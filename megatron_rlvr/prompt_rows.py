@@ -72,6 +72,8 @@ class RowReader:
             raise RowError("row", "unreadable", str(row)[:80] or "not an object with fields")
         if all(isinstance(row.get(field), str) for field in _GPQA):
             row = _multiple_choice(row)
+        if isinstance(row.get("text"), str) and "test_list" in row and "prompt" not in row:
+            row = _whole_mbpp(row)
         self.fields = self.fields or (
             find_field(row, self.source, "prompt_field", self.data.prompt_field, self.key("prompt_field")),
             find_field(row, self.source, "answer_field", self.data.answer_field, self.key("answer_field")),
@@ -186,6 +188,12 @@ def _with_tests(row: dict[str, Any], field: str) -> dict[str, Any]:
     if not tests or not all(isinstance(test, str) and test.strip() not in task for test in tests):
         return row
     return row | {field: "\n".join([task.strip(), "Your code should pass these tests:", "", *tests])}
+
+
+def _whole_mbpp(row: dict[str, Any]) -> dict[str, Any]:
+    """A row of all of MBPP, in the words of its sanitised part."""
+    setup = row.get("test_setup_code")
+    return row | {"prompt": row["text"]} | ({"test_imports": [setup]} if setup else {})
 
 
 def _multiple_choice(row: dict[str, Any]) -> dict[str, Any]:

@@ -426,6 +426,12 @@ def test_mbpp_asks_for_what_its_tests_call(tmp_path, chat_tokenizer):
     assert "assert h(1.5) == 1" in loaded.prompts[2].text and "range" not in loaded.prompts[2].text
     named = load(path, replace(RAW, prompt_field="prompt"), chat_tokenizer, "code")
     assert [prompt.text for prompt in named.prompts] == ["Round down."]  # as asked: the others contradict each other
+    whole = {"text": "Root.", "code": "def g(x): ...", "test_list": ["assert g(4) == 2"], "challenge_test_list": []}
+    for setup, tests in (("", "assert g(4) == 2"), ("import math", "import math\nassert g(4) == 2")):
+        path = write(tmp_path / "whole.jsonl", [whole | {"test_setup_code": setup}])
+        (prompt,) = load(path, RAW, chat_tokenizer, "code").prompts
+        assert prompt.text == "Root.\nYour code should pass these tests:\n\nassert g(4) == 2"
+        assert prompt.answer["tests"].strip() == tests
     again = [{"prompt": shown, "test_list": rows[0]["test_list"]}]
     assert load(write(tmp_path / "b.jsonl", again), RAW, chat_tokenizer, "code").prompts[0].text == shown
 
