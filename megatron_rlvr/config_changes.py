@@ -5,9 +5,11 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from megatron_rlvr.architecture import Architecture
 from megatron_rlvr.checkpoint_folder import checkpoints, step_of
 from megatron_rlvr.config import Config, ConfigError, rule, to_dict
 from megatron_rlvr.exploration.base import filled
@@ -79,19 +81,32 @@ def settings_of(config: Config, prompts: Sequence[Prompt]) -> dict[str, Any]:
 
 
 def check_newest(config: Config, folder: Path) -> None:
-    """``check_steps``, and ``check_resume`` as far as it goes without the prompts, before a rank starts.
+    """Steps, the model's shape, and ``check_resume`` as far as it goes without the prompts, before a rank starts.
 
     Raises ConfigError.
     """
     for path in checkpoints(folder)[-1:]:
         try:
-            saved = json.loads((path / "run.json").read_text())["config"]
+            state = json.loads((path / "run.json").read_text())
+            saved = state["config"]
         except (OSError, ValueError, KeyError):
             return  # the ranks will say what is wrong with it, and use the one before
         check_steps(path, config)
+        _check_shape(path, state.get("shapes", {}).get("policy", {}), config.model.path)
         now = settings_of(config, [])
         now["data"]["contents"] = saved["data"]["contents"]
         check_resume(saved, now, config.run.accept_changes)
+
+
+def _check_shape(path: Path, held: Mapping[str, Any], model: str) -> None:
+    """Raises ConfigError where the model's folder is of another shape than the checkpoint's policy."""
+    wanted = json.loads(json.dumps(asdict(Architecture.from_folder(model)))) if held else {}
+    for key in held.keys() & wanted.keys():
+        rule(
+            held[key] == wanted[key],
+            f"{path} has a policy of {key} {held[key]}, but model.path={model!r} is of {key} {wanted[key]}: set back "
+            f"model.path, or begin a new run in another run.dir",
+        )
 
 
 def check_steps(path: Path, config: Config) -> None:

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import json
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from megatron_rlvr.architecture import Architecture
 from megatron_rlvr.config import Config, ConfigError, from_dict, to_dict
 from megatron_rlvr.config_changes import FREE, MEANING, ROUNDING, check_newest, check_resume, describe, settings_of
 from megatron_rlvr.types import Prompt
+from tests.tiny import make_folder
 
 PROMPTS = [Prompt("train/1", "1+1=", (1, 2), "math", "2"), Prompt("train/2", "2+2=", (2, 2), "math", "4")]
 BASE: dict[str, Any] = {"exploration": {"lp_reg": {"rho": 0.01}}, "run": {"dir": "runs/a"}}
@@ -204,6 +207,23 @@ def test_a_run_does_not_end_before_its_newest_checkpoint(tmp_path: Path) -> None
         check_newest(from_dict(Config, BASE | {"trainer": {"num_steps": steps}}), tmp_path)
     with pytest.raises(ConfigError, match="trainer.num_steps=8, but .*step_9 has 9 steps behind it: set at least 9"):
         check_newest(from_dict(Config, BASE | {"trainer": {"num_steps": 8}}), tmp_path)
+
+
+def test_a_model_of_another_shape_is_refused_before_a_rank_starts(tmp_path: Path) -> None:
+    one, other = (
+        make_folder(tmp_path / str(theta), rope_parameters={"rope_type": "default", "rope_theta": theta})
+        for theta in (5e3, 1e4)
+    )
+    held = json.loads(json.dumps(asdict(Architecture.from_folder(one)) | {"dtype": "float32", "heads": 0}))
+    (tmp_path / "checkpoints/step_9").mkdir(parents=True)
+    tree = {"model": {"path": str(one)}, "run": {"accept_changes": True}}
+    state = {"config": settings(tree), "shapes": {"policy": held}}
+    (tmp_path / "checkpoints/step_9/run.json").write_text(json.dumps(state))
+    check_newest(from_dict(Config, BASE | tree), tmp_path)
+    with pytest.raises(
+        ConfigError, match=r"step_9 has a policy of rope_theta 5000.0, but model.path=.* is of .* 10000.0"
+    ):
+        check_newest(from_dict(Config, BASE | tree | {"model": {"path": str(other)}}), tmp_path)
 
 
 def test_dropout_draws_other_masks_where_the_work_is_cut_otherwise() -> None:
