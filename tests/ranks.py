@@ -122,12 +122,12 @@ def _rank_main(
             limit = timedelta(seconds=timeout)
             dist.init_process_group("gloo", store=store, rank=rank, world_size=world_size, timeout=limit)
             result = fn(*args)
-            dist.barrier()  # a rank that leaves early closes connections that others still read
             message = pickle.dumps((True, time.monotonic(), result))
         except BaseException as error:
             message = _failure(error)
         pipe.send_bytes(message)
         faulthandler.cancel_dump_traceback_later()
+        signal.pause()  # until all are killed: a rank that leaves closes connections that others still read
 
 
 def _failure(error: BaseException) -> bytes:
