@@ -125,14 +125,18 @@ class MetricsWriter:
         """Log one step. NaN and infinity, which JSON lacks, are written as null and named in a warning once."""
         plain = {name: value.item() if hasattr(value, "item") else value for name, value in values.items()}
         self._lines.write({"step": step} | plain)
-        numbers = _finite_numbers(plain)
-        self._warn_non_finite(step, {name for name, value in plain.items() if isinstance(value, float)} - set(numbers))
-        self.mirror(step, numbers)
+        self._warn_non_finite(
+            step, {name for name, value in plain.items() if isinstance(value, float) and not math.isfinite(value)}
+        )
+        self.mirror(step, plain)
 
-    def mirror(self, step: int, numbers: Mapping[str, float]) -> None:
-        """Tell the trackers alone: the finished run's held-out figures are no step's, and are in summary.json."""
-        if finite := _finite_numbers(numbers):
-            self._each_tracker(lambda tracker: tracker.log(step, finite))
+    def mirror(self, step: int, values: Mapping[str, Any]) -> None:
+        """Tell the trackers alone, what is a finite number; a finished run's held-out figures are in summary.json."""
+        numbers = {
+            name: value for name, value in values.items() if isinstance(value, (int, float)) and math.isfinite(value)
+        }
+        if numbers:
+            self._each_tracker(lambda tracker: tracker.log(step, numbers))
 
     def close(self, failed: bool = False) -> None:
         """``failed``: the trackers say so of the run."""
@@ -162,10 +166,6 @@ class MetricsWriter:
                 log.warning(
                     "%s failed and gets no more metrics (metrics.jsonl still has them all): %r", tracker.name, error
                 )
-
-
-def _finite_numbers(values: Mapping[str, Any]) -> dict[str, float]:
-    return {name: value for name, value in values.items() if isinstance(value, (int, float)) and math.isfinite(value)}
 
 
 class RolloutsWriter:

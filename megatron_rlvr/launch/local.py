@@ -21,8 +21,8 @@ def run_ranks(command: list[str], count: int, port: int, extra: dict[str, str]) 
     signal N), or 0; 128 + N where the ranks have stopped as signal N of the launcher's own asks.
 
     Each rank has a session of its own, so Ctrl-C reaches the launcher alone, which passes it on, as it does TERM and
-    USR1; a second one kills. There is no deadline: a step takes what it takes, and one that hangs is
-    the watchdog's. A rank dies with the launcher, whatever ends that (processes.die_with_parent).
+    USR1; a second one kills. There is no deadline: a step takes what it takes, and one that hangs is the watchdog's. A
+    rank dies with the launcher, whatever ends that (processes.die_with_parent).
     """
     port = port or free_port()
     ranks = [_start(command, rank, count, port, extra) for rank in range(count)]
