@@ -133,8 +133,11 @@ def training_items(config: Config, workload: Workload, device: Device, stage: in
         total = stage_parameters(workload.policy, config.parallel.tp, config.parallel.pp, stage).total
         why = f"4 B x {total:,}: gloo reduces a copy of the buffer, when the activations are gone"
         moments.append((Item("gradient reduction", 4 * total, why),))
-    graphs = () if device.is_cpu else (Item("CUDA graphs", CUDA_GRAPHS, "estimate: kept while the engine sleeps"),)
-    return (batch, *graphs, *max(moments, key=_sum))
+    beside = [] if device.is_cpu else [Item("CUDA graphs", CUDA_GRAPHS, "estimate: kept while the engine sleeps")]
+    if device.is_cpu and config.trainer.save_every:
+        copied = checkpoint_copy(config, workload, stage)
+        beside.append(Item("checkpoint", copied, "weights and optimizer state, copied while the run goes on"))
+    return (batch, *beside, *max(moments, key=_sum))
 
 
 def _batch_item(config: Config, workload: Workload) -> Item:
@@ -248,6 +251,28 @@ def kv_cache(config: Config, workload: Workload, device: Device) -> int:
     passing += config.rollout.max_running * model.vocab_size * 8 + CUDA_GRAPHS
     share = int(config.rollout.gpu_memory_utilization * device.memory)
     return share - engine_weights(config, workload) - passing
+
+
+def host_memory(config: Config, workload: Workload, device: Device, ranks: int) -> tuple[Item, ...]:
+    """What ``ranks`` ranks of a node take of its memory beside their processes, at most; a CPU has no other memory."""
+    if device.is_cpu:
+        return ()
+    engine = engine_weights(config, workload)
+    copies = max(checkpoint_copy(config, workload, stage) for stage in range(config.parallel.pp))
+    return (
+        Item(
+            "sleeping engines' weights",
+            2 * engine * ranks,
+            f"{ranks} ranks x {engine / GIB:.2f} GiB, pinned: each matrix is rounded up to a power of two",
+        ),
+        Item("a checkpoint being written", copies * ranks, f"{ranks} ranks x their weights and optimizer state"),
+    )
+
+
+def checkpoint_copy(config: Config, workload: Workload, stage: int) -> int:
+    """Bytes that a rank copies before it writes them while the run goes on (models/checkpoint_writer.py), at most."""
+    copied = ("policy weights", "policy optimizer", "critic weights", "critic optimizer")
+    return sum(item.bytes for item in state_items(config, workload, stage) if item.name in copied)
 
 
 def kv_bytes_per_token(config: Config, workload: Workload) -> int:

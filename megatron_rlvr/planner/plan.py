@@ -12,7 +12,7 @@ from megatron_rlvr.config_reading import apply_override, read_tree
 from megatron_rlvr.planner import memory, times
 from megatron_rlvr.planner.devices import DEVICES
 from megatron_rlvr.planner.fixes import Change, Suggestion, find_fix, suggestions
-from megatron_rlvr.planner.memory import Memory
+from megatron_rlvr.planner.memory import Item, Memory
 from megatron_rlvr.planner.problems import Machine, problems
 from megatron_rlvr.planner.times import Lengths, PhaseTime
 from megatron_rlvr.planner.workload import Workload, whole_parameters
@@ -44,6 +44,12 @@ class Plan:
         return sum(phase.floor for phase in self.phases), sum(phase.expected for phase in self.phases)
 
     @property
+    def host_memory(self) -> tuple[Item, ...]:
+        """Of the fullest node."""
+        ranks = min(self.machine.gpus, self.machine.device.per_node)
+        return memory.host_memory(self.config, self.workload, self.machine.device, ranks)
+
+    @property
     def gpu_hours(self) -> tuple[float, float]:
         """(floor, expected) of all steps, without evaluation, verifiers that outlast generation, and start-up."""
         scale = self.config.trainer.num_steps * self.machine.gpus / 3600
@@ -70,6 +76,7 @@ class Plan:
             "memory": dataclasses.asdict(self.memory)
             | {"training_peak": self.memory.training_peak, "generation_peak": self.memory.generation_peak},
             "memory_per_rank": self.machine.memory,
+            "host_memory": [dataclasses.asdict(item) for item in self.host_memory],
             "microbatches_per_update": memory.microbatches(self.config),
             "bubble": times.bubble(self.config),
             "sync_bytes": times.sync_bytes(self.config, self.workload),

@@ -60,6 +60,10 @@ def _memory(plan: Plan) -> str:
     cache = memory.kv_cache(plan.config, plan.workload, plan.machine.device)
     running = times.running_sequences(plan.config, plan.workload, plan.machine.device, plan.lengths)
     lines.append(f"  engine: {cache / GIB:.2f} GiB of keys and values, {running} sequences of mean length at a time")
+    if plan.host_memory:
+        most = sum(item.bytes for item in plan.host_memory) / GIB
+        lines += [f"predicted host memory of a node, at most {most:.0f} GiB beside its processes"]
+        lines += _items(plan.host_memory)
     return "\n".join(lines)
 
 

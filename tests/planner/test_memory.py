@@ -11,6 +11,7 @@ from megatron_rlvr.models.attention import PackedSequences
 from megatron_rlvr.planner import memory
 from megatron_rlvr.planner.activations import MOST_PADDING, layer_bytes
 from megatron_rlvr.planner.devices import DEVICES
+from megatron_rlvr.planner.text import as_text
 from megatron_rlvr.planner.workload import Workload
 from megatron_rlvr.rollout import vllm_settings
 from tests.planner.test_plan import QWEN32, plan
@@ -44,6 +45,34 @@ def test_a_small_share_of_the_engine_is_less_than_a_weight_sync() -> None:
     embedding = 2 * model.vocab_size * model.hidden_size
     assert weights.bytes == memory.engine_weights(config, workload)
     assert embedding < sync.bytes < 3 * embedding
+
+
+def test_the_host_memory_of_a_node_has_room_for_every_sleeping_matrix_and_a_checkpoint() -> None:
+    found = plan(QWEN32)
+    engines, checkpoint = found.host_memory
+    tp, model, layers = found.config.rollout_tp, found.workload.policy, found.workload.policy.num_layers
+    h, ffn, vocabulary = model.hidden_size, model.ffn_size // tp, model.vocab_size // tp
+    qkv, bias = (model.query_size + 2 * model.kv_size) // tp, (model.query_size + 2 * model.kv_size) // tp
+    matrices = layers * [qkv * h, bias, model.query_size // tp * h, 2 * ffn * h, ffn * h, h, h] + 2 * [vocabulary * h]
+    rounded = 8 * sum(1 << (2 * elements - 1).bit_length() for elements in matrices)
+    assert 8 * sum(2 * elements for elements in matrices) < rounded < engines.bytes < 1.1 * rounded
+    held = {item.name: item.bytes for item in memory.state_items(found.config, found.workload, 0)}
+    assert checkpoint.bytes == 8 * (held["policy weights"] + held["policy optimizer"])
+    assert "host memory of a node, at most 351 GiB" in as_text(found)
+    assert found.to_dict()["host_memory"][0]["bytes"] == engines.bytes
+
+
+def test_a_cpu_holds_a_checkpoint_on_its_way_beside_the_step() -> None:
+    config = plan(QWEN32).config
+    workload, cpu = Workload.of(config), DEVICES["cpu"]
+
+    def copied(every: int) -> int:
+        config.trainer.save_every = every
+        return sum(item.bytes for item in memory.training_items(config, workload, cpu, 0) if item.name == "checkpoint")
+
+    held = {item.name: item.bytes for item in memory.state_items(config, workload, 0)}
+    assert (copied(0), copied(10)) == (0, held["policy weights"] + held["policy optimizer"])
+    assert memory.host_memory(config, workload, cpu, 8) == ()
 
 
 def test_ranks_of_cp_hold_their_tokens_of_a_microbatch_and_their_share_of_the_optimizer() -> None:
