@@ -8,6 +8,7 @@ This file is the list of keys. Every mistake is a ConfigError that names the key
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -24,6 +25,7 @@ __all__ = [
     "batch_table",
     "check",
     "dump",
+    "flat",
     "from_dict",
     "load_config",
     "rule",
@@ -265,6 +267,15 @@ def load_config(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -
 def to_dict(config: Any) -> dict:
     """The config as plain values, ready for YAML."""
     return dataclasses.asdict(config)
+
+
+def flat(tree: Mapping[str, Any], above: str = "") -> dict[str, Any]:
+    """{"model": {"path": "m"}, "exploration": {}} -> {"model.path": "m", "exploration": {}}: keys as in an override."""
+    found: dict[str, Any] = {}
+    for key, value in tree.items():
+        name = f"{above}{key}"
+        found |= flat(value, f"{name}.") if isinstance(value, Mapping) and value else {name: value}
+    return found
 
 
 def as_yaml(config: Config) -> str:

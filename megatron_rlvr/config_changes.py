@@ -11,8 +11,8 @@ from typing import Any, NamedTuple
 
 from megatron_rlvr.architecture import Architecture
 from megatron_rlvr.checkpoint_folder import checkpoints, step_of
-from megatron_rlvr.config import Config, ConfigError, rule, to_dict
-from megatron_rlvr.exploration.base import filled
+from megatron_rlvr.config import Config, ConfigError, flat, rule, to_dict
+from megatron_rlvr.exploration.base import all_filled, filled
 from megatron_rlvr.run_folder import INITIAL
 from megatron_rlvr.types import Prompt
 
@@ -64,8 +64,7 @@ def settings_of(config: Config, prompts: Sequence[Prompt]) -> dict[str, Any]:
 
     Methods have all their options there: a default is no less a setting than one that is written out.
     """
-    methods = {name: filled(name, options) for name, options in config.exploration.items()}
-    settings = json.loads(json.dumps(to_dict(config) | {"exploration": methods}))
+    settings = json.loads(json.dumps(to_dict(config) | {"exploration": all_filled(config.exploration)}))
     own = str(config.run_dir)
     if settings["model"].pop("random_init"):  # the ranks are given the folder that the weights were drawn into
         settings["model"]["path"] = f"{own}/{INITIAL}"
@@ -131,8 +130,8 @@ class Changes(NamedTuple):
 def describe(saved: Mapping[str, Any], now: Mapping[str, Any]) -> Changes:
     """What changed between two trees of plain values, as ``settings_of`` makes them."""
     # A key that is younger than the checkpoint had the effect of its default.
-    before, after = _flat(_with_methods(saved, now)), _flat(_with_methods(now, saved))
-    before = {key: value for key, value in _flat(to_dict(Config())).items() if key in after} | before
+    before, after = flat(_with_methods(saved, now)), flat(_with_methods(now, saved))
+    before = {key: value for key, value in flat(to_dict(Config())).items() if key in after} | before
     misfits, repacking = _misfits(before, after), _repacking(before, after) if _by_microbatch(now) else set()
     changes = Changes([], [], [], [])
     for key in sorted(before.keys() | after.keys()):
@@ -178,7 +177,7 @@ def _misfits(before: Mapping[str, Any], after: Mapping[str, Any]) -> dict[str, s
 
 def _by_microbatch(settings: Mapping[str, Any]) -> bool:
     """Whether the loss depends on which responses share a microbatch."""
-    scopes = _flat(settings["exploration"]).values()
+    scopes = flat(settings["exploration"]).values()
     return settings["algorithm"]["reduction"] == "microbatch_token_mean" or "microbatch" in scopes
 
 
@@ -230,16 +229,6 @@ def check_resume(saved: Mapping[str, Any], now: Mapping[str, Any], accepted: boo
 def _section(key: str, names: list[str]) -> str:
     fitting = [name for name in names if key == name or key.startswith(name + ".")]
     return max(fitting, key=len, default="")
-
-
-def _flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for key, value in tree.items():
-        if isinstance(value, Mapping) and value:
-            flat |= _flat(value, f"{prefix}{key}.")
-        else:
-            flat[f"{prefix}{key}"] = value
-    return flat
 
 
 def _short(value: Any) -> str:

@@ -1,7 +1,7 @@
 """What a run was made with: a line in RUN/starts.jsonl for each time that it started.
 
 {"time": "2025-11-25T13:00:00+00:00", "command": ["python", "-m", ...], "host": "n1", "versions": {"torch": ...},
- "commit": "3943a27", "slurm": {"SLURM_JOB_ID": "17", ...}}
+ "commit": "3943a27", "exploration": {"lp_reg": {"rho": 0.01, ...}}, "slurm": {"SLURM_JOB_ID": "17", ...}}
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import subprocess
 import sys
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import Any
 
 from megatron_rlvr import __version__
 
@@ -48,15 +49,24 @@ def commit() -> str:
     return described.stdout.strip()
 
 
-def record_start(folder: Path) -> None:
-    """Add this start to the run's folder."""
+def record_start(folder: Path, exploration: dict[str, dict]) -> None:
+    """Add this start to the run's folder; ``exploration``: all options of its methods, where config.yaml has some."""
     start = {
         "time": datetime.now(UTC).isoformat(timespec="seconds"),
         "command": [sys.executable, *sys.orig_argv[1:]],
         "host": platform.node(),
         "versions": versions(),
         "commit": commit(),
+        "exploration": exploration,
         "slurm": {name: os.environ[name] for name in SLURM if name in os.environ},
     }
     with (folder / STARTS).open("a") as file:
         file.write(json.dumps(start) + "\n")
+
+
+def last_start(folder: Path) -> dict[str, Any]:
+    """What ``record_start`` wrote last; {} where there is nothing whole."""
+    try:
+        return json.loads((folder / STARTS).read_text().splitlines()[-1])
+    except (OSError, IndexError, ValueError):
+        return {}

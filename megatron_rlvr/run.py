@@ -21,6 +21,7 @@ from megatron_rlvr.config import Config, batch_table, dump, rule, to_dict
 from megatron_rlvr.config_changes import check_resume, check_steps, settings_of
 from megatron_rlvr.distributed import groups as process_groups
 from megatron_rlvr.distributed import reduce
+from megatron_rlvr.exploration.base import all_filled
 from megatron_rlvr.metrics import MetricsWriter, RolloutsWriter
 from megatron_rlvr.models.checkpoint import load, newest_usable
 from megatron_rlvr.models.checkpoint_writer import CheckpointWriter
@@ -181,7 +182,8 @@ class Records:
     def __init__(self, config: Config, folder: Path, decode: Callable[[list[int]], str], done: int) -> None:
         dump(config, folder / "config.yaml")
         self.folder = folder
-        self.metrics = MetricsWriter(folder, config.logging, config.name, to_dict(config), done)
+        settings = to_dict(config) | {"exploration": all_filled(config.exploration)}
+        self.metrics = MetricsWriter(folder, config.logging, config.name, settings, done)
         self.rollouts = RolloutsWriter(folder, config.trainer.log_rollouts, done)
         self.tokens = TokenWriter(folder, decode, done)
         self.rows = read_rows(folder / "metrics.jsonl")  # of the earlier run that this one goes on from

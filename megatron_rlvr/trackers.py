@@ -8,8 +8,11 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
-from megatron_rlvr.config import ConfigError, LoggingConfig
+from megatron_rlvr.config import ConfigError, LoggingConfig, flat
+
+MLFLOW_BATCH = 100  # parameters that its server takes at once (mlflow/utils/validation.py)
 
 
 @dataclass(frozen=True)
@@ -109,6 +112,7 @@ def open_mlflow(run_dir: Path, experiment: str, name: str, config: dict, resume_
             client.update_run(identity, status="RUNNING")
         else:
             client.log_dict(identity, config, "config.yaml")
+            _log_params(client, identity, config)
     except Exception as error:
         raise ConfigError(
             f"MLflow does not start for logging.mlflow_experiment={experiment!r}: {str(error).rstrip('.')}; "
@@ -126,6 +130,15 @@ def open_mlflow(run_dir: Path, experiment: str, name: str, config: dict, resume_
     return Tracker(
         "MLflow", log_step, lambda failed: client.set_terminated(identity, "FAILED" if failed else "FINISHED")
     )
+
+
+def _log_params(client: Any, identity: str, config: dict) -> None:
+    """Every key as a parameter: what MLflow's tables compare runs by."""
+    from mlflow.entities import Param
+
+    params = [Param(_mlflow_name(key), str(value)) for key, value in flat(config).items()]
+    for start in range(0, len(params), MLFLOW_BATCH):
+        client.log_batch(identity, params=params[start : start + MLFLOW_BATCH])
 
 
 def _mlflow_name(metric: str) -> str:

@@ -55,6 +55,7 @@ def _prepare(config: Config) -> IO[str]:
     from megatron_rlvr.checkpoint_folder import checkpoints
     from megatron_rlvr.config_changes import check_newest
     from megatron_rlvr.environment import record_start
+    from megatron_rlvr.exploration.base import all_filled
     from megatron_rlvr.weights.initial import write_initial
 
     preflight.prepare(config)
@@ -63,7 +64,7 @@ def _prepare(config: Config) -> IO[str]:
     folder = prepare_folder(config)
     if config.run.resume != "never":
         check_newest(config, folder)
-    record_start(folder)
+    record_start(folder, all_filled(config.exploration))
     if config.model.random_init and not checkpoints(folder):
         write_initial(config.model.path, folder / INITIAL, config.seed)
     return lock

@@ -16,11 +16,12 @@ from megatron_rlvr import environment
 def test_each_start_is_a_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "orig_argv", ["python", "-m", "megatron_rlvr.train", "a.yaml"])
     monkeypatch.setenv("SLURM_JOB_ID", "17")
-    environment.record_start(tmp_path)
+    environment.record_start(tmp_path, {"lp_reg": {"rho": 0.02}})
     monkeypatch.delenv("SLURM_JOB_ID")
-    environment.record_start(tmp_path)
+    environment.record_start(tmp_path, {})
     first, second = (json.loads(line) for line in (tmp_path / "starts.jsonl").read_text().splitlines())
     assert first["slurm"] == {"SLURM_JOB_ID": "17"} and second["slurm"] == {}
+    assert first["exploration"] == {"lp_reg": {"rho": 0.02}} and second["exploration"] == {}
     assert first["versions"]["torch"] == torch.__version__ and "megatron_rlvr" in first["versions"]
     assert first["command"] == [sys.executable, "-m", "megatron_rlvr.train", "a.yaml"]
 

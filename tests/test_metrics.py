@@ -198,7 +198,7 @@ class FakeMlflow(SimpleNamespace):
     """MLflow's client as far as it is used."""
 
     def __init__(self) -> None:
-        super().__init__(experiments={}, logged=[], runs=0, states=[], addresses=[], configs=[])
+        super().__init__(experiments={}, logged=[], runs=0, states=[], addresses=[], configs=[], params=[])
 
     def __call__(self, address):
         self.addresses.append(address)
@@ -218,7 +218,9 @@ class FakeMlflow(SimpleNamespace):
     def log_dict(self, run, values, file):
         self.configs.append((run, values, file))
 
-    def log_batch(self, run, metrics):
+    def log_batch(self, run, metrics=(), params=()):
+        assert len(params) <= 100
+        self.params += [(run, param.key, param.value) for param in params]
         self.logged += [(run, metric.key, metric.value, metric.step) for metric in metrics]
 
     def update_run(self, run, status):
@@ -231,15 +233,18 @@ class FakeMlflow(SimpleNamespace):
 def test_mlflow_gets_the_metrics_and_a_resumed_run_goes_on(tmp_path, monkeypatch):
     client = FakeMlflow()
     metric = lambda key, value, timestamp, step: SimpleNamespace(key=key, value=value, step=step)  # noqa: E731
+    param = lambda key, value: SimpleNamespace(key=key, value=value)  # noqa: E731
     monkeypatch.setitem(sys.modules, "mlflow", SimpleNamespace(MlflowClient=client))
-    monkeypatch.setitem(sys.modules, "mlflow.entities", SimpleNamespace(Metric=metric))
+    monkeypatch.setitem(sys.modules, "mlflow.entities", SimpleNamespace(Metric=metric, Param=param))
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
     settings = LoggingConfig(tensorboard=False, mlflow_experiment="rlvr")
-    with MetricsWriter(tmp_path, settings, "demo", {"seed": 1}) as writer:
+    many = {str(number): number for number in range(150)}
+    config = {"seed": 1, "exploration": {"lp_reg": {"rho": 0.01}}, "many": many}
+    with MetricsWriter(tmp_path, settings, "demo", config) as writer:
         writer.write(1, {"eval/pass@1": 0.5, "policy/loss": math.nan})
         writer.mirror(2, {"eval/a+b(c)/pass@1": 0.25})
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://here")
-    with MetricsWriter(tmp_path, settings, "demo", {"seed": 1}, resume_step=1) as writer:
+    with MetricsWriter(tmp_path, settings, "demo", config, resume_step=1) as writer:
         writer.write(2, {"reward/mean": 1.0})
     run = "demo-1 in 7"
     held_out = [(run, "eval/pass_at_1", 0.5, 1), (run, "eval/a_b_c_/pass_at_1", 0.25, 2)]
@@ -247,8 +252,10 @@ def test_mlflow_gets_the_metrics_and_a_resumed_run_goes_on(tmp_path, monkeypatch
     assert [row["step"] for row in read_rows(tmp_path / "metrics.jsonl")] == [1, 2]
     assert client.experiments["rlvr"].files == f"{tmp_path}/mlflow_files"
     assert client.addresses == [f"sqlite:///{tmp_path}/mlflow.db", "http://here"]
-    assert client.configs == [(run, {"seed": 1}, "config.yaml")]
-    with pytest.raises(RuntimeError), MetricsWriter(tmp_path, settings, "demo", {"seed": 1}, resume_step=2):
+    assert client.params[:2] == [(run, "seed", "1"), (run, "exploration.lp_reg.rho", "0.01")]
+    assert client.params[2:] == [(run, f"many.{number}", str(number)) for number in range(150)]
+    assert client.configs == [(run, config, "config.yaml")]
+    with pytest.raises(RuntimeError), MetricsWriter(tmp_path, settings, "demo", config, resume_step=2):
         raise RuntimeError("a step failed")
     ends = ["FINISHED", "RUNNING", "FINISHED", "RUNNING", "FAILED"]
     assert client.states == [(run, state) for state in ends]

@@ -350,6 +350,11 @@ def filled(name: str, options: dict[str, Any]) -> dict[str, Any]:
     return to_dict(from_dict(_module(name).Config, options, path=f"exploration.{name}"))
 
 
+def all_filled(settings: dict[str, dict]) -> dict[str, dict]:
+    """The config's ``exploration`` with every option of its methods, as ``filled`` gives them."""
+    return {name: filled(name, options) for name, options in settings.items()}
+
+
 def _build_one(name: str, options: dict, run: Config | None) -> Exploration:
     module = _module(name)
     classes = [item for item in vars(module).values() if isinstance(item, type) and item.__module__ == module.__name__]

@@ -9,6 +9,8 @@ from typing import Any, Literal
 
 import yaml
 
+from megatron_rlvr.config import flat
+from megatron_rlvr.environment import last_start
 from megatron_rlvr.pages import page, report_parts
 from megatron_rlvr.pages.charts import Chart, is_number, label_of, matching
 from megatron_rlvr.pages.key_figures import WINDOW, mean, values
@@ -71,10 +73,11 @@ def _read(folder: Path, all_folders: list[Path]) -> RunRecord:
     rows = run_rows(folder)
     source = folder / "config.yaml"
     config = (yaml.safe_load(source.read_text(encoding="utf-8")) if source.exists() else None) or {}
+    config |= {key: value for key, value in last_start(folder).items() if key == "exploration"}  # all of its options
     names = [path.resolve().name for path in all_folders]
     name = folder.resolve().name
     # two runs of the same folder name are told apart by the folders above
-    return RunRecord(name if names.count(name) == 1 else str(folder), rows, _flat(config))
+    return RunRecord(name if names.count(name) == 1 else str(folder), rows, flat(config))
 
 
 def _table(runs: list[RunRecord]) -> str:
@@ -150,10 +153,3 @@ def _differences(runs: list[RunRecord]) -> str:
 
 def _shown(config: dict[str, Any], key: str) -> str:
     return str(config[key]) if key in config else "–"
-
-
-def _flat(tree: dict[str, Any], above: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for key, value in tree.items():
-        flat |= _flat(value, f"{above}{key}.") if isinstance(value, dict) and value else {f"{above}{key}": value}
-    return flat

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from megatron_rlvr.config import Config, dump
+from megatron_rlvr.environment import record_start
 from megatron_rlvr.pages.comparison import build_comparison
 from tests.pages.test_report import Page, step_row, write_run
 
@@ -99,3 +100,16 @@ def test_too_many_or_too_few_runs_are_refused(tmp_path):
 def _made(folder: Path) -> Path:
     folder.parent.mkdir(parents=True)
     return folder
+
+
+def test_methods_are_compared_by_all_their_options_as_last_started(tmp_path):
+    folders = []
+    for name, rho in (("standard", 0.01), ("other", 0.05)):
+        folders.append(write_run(tmp_path / name, [step_row(1)]))
+        dump(
+            Config(name=name, exploration={"lp_reg": {} if rho == 0.01 else {"rho": rho}}), folders[-1] / "config.yaml"
+        )
+        for share in (0.9, 0.002):  # a start and the one after it
+            record_start(folders[-1], {"lp_reg": {"rho": rho, "target_share": share}})
+    found = re.sub(r"\s+", " ", Page(build_comparison(folders, tmp_path / "comparison.html").read_text()).text)
+    assert "exploration.lp_reg.rho0.010.05" in found and "target_share" not in found
