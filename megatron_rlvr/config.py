@@ -119,7 +119,9 @@ class KlConfig:
     # From the sampled token: k1 is the log-ratio, k2 half its square, k3 never negative with k1's mean. In the loss, k1
     # has no gradient on average, k2 has that of KL(policy || reference), k3 that of KL(reference || policy).
     estimator: Literal["k1", "k2", "k3"] = "k3"
-    where: Literal["loss", "reward"] = "loss"  # reward: of the old policy, per token (gae) or summed
+    # reward: of the old policy (by the rollout's log-probs where it has no pass of its own), per token (gae) or summed.
+    # grpo divides by the group's spread: with equal rewards that of the KL alone, so there take grpo_no_std.
+    where: Literal["loss", "reward"] = "loss"
 
 
 @dataclass
@@ -239,6 +241,11 @@ class Config:
     def critic_warmup(self) -> int:
         """First steps, in which only the critic learns."""
         return self.critic.warmup_steps if self.has_critic else 0
+
+    @property
+    def learns_from_older(self) -> bool:
+        """Whether a training forward is of another policy than the one that sampled: after an update, with dropout."""
+        return self.trainer.updates_per_rollout > 1 or self.model.dropout > 0
 
     @property
     def rollout_tp(self) -> int:

@@ -104,9 +104,9 @@ def _check_ranges(config: Config) -> None:
         temperatures["trainer.eval_temperature"] = config.trainer.eval_temperature
     for name, temperature in temperatures.items():
         rule(
-            0 < temperature <= 2,
-            f"{name} must be in (0, 2], not {temperature}: greedy decoding has no log-probs to learn from or to "
-            f"measure perplexities by, and the engine refuses more than 2",
+            0.01 <= temperature <= 2,
+            f"{name} must be in [0.01, 2], not {temperature}: greedy decoding has no log-probs to learn from or to "
+            f"measure perplexities by, the engine takes less than 0.01 as 0.01, and refuses more than 2",
         )
     rule(config.run.hang_timeout > 0, f"run.hang_timeout must be above 0 seconds, not {config.run.hang_timeout}")
     rule(0 <= config.model.dropout < 1, f"model.dropout must be in [0, 1), not {config.model.dropout}")
@@ -127,6 +127,10 @@ def _check_optimizer(section: str, optimizer: OptimizerConfig) -> None:
     for name in ("min_lr", "weight_decay", "warmup_steps", "clip_grad"):
         value = getattr(optimizer, name)
         rule(value >= 0, f"{section}.{name} must be at least 0, not {value}")
+    rule(
+        optimizer.min_lr <= optimizer.lr,
+        f"{section}.min_lr={optimizer.min_lr} must be at most {section}.lr={optimizer.lr}: the rate decays to it",
+    )
 
 
 def _check_algorithm(algorithm: AlgorithmConfig) -> None:

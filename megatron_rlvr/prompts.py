@@ -137,7 +137,8 @@ def _fitting(
     rows: list[Placed], names: list[str], data: DataConfig, tokenizer: Any, verifier: str, drops: list[Drop]
 ) -> list[list[Prompt]]:
     """The prompts of each source that are short enough; the others are added to ``drops``."""
-    prefixes = [stem(name) for name in names]
+    stems = [stem(name) for name in names]  # a.json and a.jsonl have one
+    prefixes = [short if stems.count(short) == 1 else name for short, name in zip(stems, names, strict=True)]
     parts: list[list[Prompt]] = [[] for _ in names]
     start = [] if data.template in CHAT else _first_token(tokenizer)  # a chat template writes it
     for placed, ids in zip(rows, _tokenise([placed.row.text for placed in rows], tokenizer), strict=True):

@@ -59,11 +59,10 @@ class Trainer:
         self.groups = initialize_parallel(config)
         self.architecture = Architecture.from_folder(config.model.path)
         self.exploration = build_exploration(config.exploration, config)
-        needs, trainer = self.exploration.needs(), config.trainer
+        needs = self.exploration.needs()
         self.states = needs.states
         self.statistics = needs.statistics(config.rollout.temperature)
-        # With one update per rollout, and no dropout, the training forward is the old policy's too.
-        self.old_policy_pass = needs.old_statistics or trainer.updates_per_rollout > 1 or config.model.dropout > 0
+        self.old_policy_pass = needs.old_statistics or config.learns_from_older
         self.tokenizer = AutoTokenizer.from_pretrained(config.model.path)
         self.prompts = self._load_prompts(config.data.train_sources)
         held_out = config.data.held_out_sources

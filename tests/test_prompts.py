@@ -479,6 +479,9 @@ def test_a_mixture_names_its_rows_and_reads_each_source_with_its_own_fields(tmp_
     assert [(drop.row, drop.reason) for drop in loaded.drops if drop.source == str(two)] == [
         (2, "repeats an earlier row")
     ]
+    same = write(tmp_path / "other.jsonl", [{"question": "e", "answer": "5"}, {"question": "f", "answer": "4"}])
+    loaded = load_prompts([*sources, SourceConfig(str(same))], DataConfig(template="raw"), tokenizer, "math")
+    assert [prompt.id for prompt in loaded.prompts][2:] == ["other.json/2", "other.jsonl/1", "other.jsonl/2"]
     with pytest.raises(ConfigError, match="no usable row in other.json"):
         write(three, [{"question": "a", "answer": "1"}])
         load_prompts(sources, DataConfig(template="raw"), tokenizer, "math")

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from megatron_rlvr import losses as policy_losses
+from megatron_rlvr.config import Config as RunConfig
 from megatron_rlvr.config import rule
 from megatron_rlvr.distributed import reduce
 from megatron_rlvr.distributed.groups import ParallelGroups
@@ -24,6 +25,8 @@ from megatron_rlvr.distributed.vocab import TokenStatistics
 from megatron_rlvr.exploration.base import Exploration, Needs
 from megatron_rlvr.metrics import Meter
 from megatron_rlvr.types import Batch, Microbatch, Update
+
+PER_TOKEN_RATIO = ("ppo", "plain_clip", "unclipped")  # algorithm.loss, which is -A r of a token that is not clipped
 
 
 @dataclass
@@ -44,6 +47,15 @@ class ClipCov(Exploration):
     excludes = "covariance"
     config: Config
     updates = 0  # so far: the draws of each update are its own
+
+    def __init__(self, name: str, config: Config, run: RunConfig | None = None) -> None:
+        super().__init__(name, config, run)
+        loss = self.run.algorithm.loss
+        rule(
+            config.scope == "update" or loss in PER_TOKEN_RATIO,
+            f"exploration.clip_cov.scope=microbatch draws from tokens whose loss is still -A r, which is no token's "
+            f"with algorithm.loss={loss}: set scope=update, or one of {', '.join(PER_TOKEN_RATIO)}",
+        )
 
     def needs(self) -> Needs:
         return Needs(old_statistics=self.config.scope == "update")

@@ -176,8 +176,8 @@ class LpReg(Exploration):
         self.excludes = "replaces_losses" if config.replace_clipped else ""
         self._limits: dict[int, Tensor] = {}  # sign of A -> highest ln p(o) that is improbable, of this update
         self._ranked_by = "old_log_probs"  # what the limits of an update were taken over
-        # With one update the proxy of the old policy is that of the current one, whose KL needs no list of tokens.
-        of_older = config.proxy_source == "old" and self.run.trainer.updates_per_rollout > 1
+        # Else the proxy of the old policy is that of the current one, whose KL needs no list of tokens.
+        of_older = config.proxy_source == "old" and self.run.learns_from_older
         self.old_top = config.proxy_size if of_older and config.divergence == "fwd_kl_full" else 0
         sampled_at, thresholded_at = self.run.rollout.temperature, config.threshold_temperature
         self.sharpness = sampled_at / (thresholded_at or sampled_at)  # of the thresholded distribution

@@ -38,8 +38,8 @@ class Overlong(Exploration):
         super().__init__(name, config, run)
         limit = self.run.rollout.max_response_length
         rule(
-            config.buffer <= limit,
-            f"exploration.overlong.buffer={config.buffer} must be at most rollout.max_response_length={limit}: "
+            config.buffer < limit,
+            f"exploration.overlong.buffer={config.buffer} must be below rollout.max_response_length={limit}: "
             f"every response would lose reward, however short",
         )
 

@@ -24,6 +24,7 @@ import torch
 from torch import Tensor
 
 from megatron_rlvr import losses as policy_losses
+from megatron_rlvr.config import Config as RunConfig
 from megatron_rlvr.config import rule
 from megatron_rlvr.distributed import reduce
 from megatron_rlvr.distributed.groups import ParallelGroups
@@ -71,6 +72,10 @@ class RolloutCorrection(Exploration):
     order = 40
     config: Config
     _scale = 1.0  # loss tokens per token of weight above 0
+
+    def __init__(self, name: str, config: Config, run: RunConfig | None = None) -> None:
+        super().__init__(name, config, run)
+        self.excludes = "selects_tokens" if config.renormalise else ""
 
     def needs(self) -> Needs:
         return Needs(old_statistics=self.config.renormalise)

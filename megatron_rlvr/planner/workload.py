@@ -115,11 +115,11 @@ def _has_old_policy_pass(config: Config, lp_reg: dict | None) -> bool:
         return True
     if config.exploration.get("rollout_correction", {}).get("renormalise"):
         return True
-    return config.trainer.updates_per_rollout > 1 or config.model.dropout > 0
+    return config.learns_from_older
 
 
 def _old_top(config: Config, lp_reg: dict | None) -> int:
-    if not lp_reg or config.trainer.updates_per_rollout == 1 or lp_reg.get("proxy_source", "old") != "old":
+    if not lp_reg or not config.learns_from_older or lp_reg.get("proxy_source", "old") != "old":
         return 0
     divergence = {"paper": "fwd_kl_full"}.get(lp_reg["preset"], "k3_sampled")
     return lp_reg.get("proxy_size", 128) if lp_reg.get("divergence", divergence) == "fwd_kl_full" else 0

@@ -15,8 +15,9 @@ from safetensors import SafetensorError
 from megatron_rlvr.config import ConfigError, rule
 
 _TASK = "task.json"
-_TORCH_WRITER = "inline_container"  # what torch.save calls its writer where that could not write
+_TORCH_WRITER = ("inline_container", "iostream error")  # what torch.save says where it could not write
 _COMPANIONS = {".json", ".txt", ".jinja", ".model"}
+_NAMED_TEMPLATES = "additional_chat_templates/*.jinja"  # where transformers keeps those beside the default one
 
 
 class PartialFolder:
@@ -54,9 +55,10 @@ class PartialFolder:
         unfinished.rename(self.path / name)
 
     def copy_companions(self, source: Path, dtype: str, leave_out: tuple[str, ...] = ()) -> None:
-        """``copy_companions`` into this folder. Raises ConfigError for a full disk."""
+        """``copy_companions`` into this folder. Raises ConfigError for a full disk too."""
+        contents = companions(source, leave_out)
         with self._room_for(self.path / "config.json"):
-            copy_companions(source, self.path, dtype, leave_out)
+            write_companions(contents, self.path, dtype)
 
     @contextmanager
     def _room_for(self, file: Path) -> Iterator[None]:
@@ -64,7 +66,7 @@ class PartialFolder:
             yield
         except (OSError, SafetensorError, RuntimeError) as error:
             reason = error.__context__ if isinstance(error.__context__, OSError) else error
-            if isinstance(reason, RuntimeError) and _TORCH_WRITER not in str(reason):
+            if isinstance(reason, RuntimeError) and not any(words in str(reason) for words in _TORCH_WRITER):
                 raise
             file.unlink(missing_ok=True)  # gives the disk its room back
             raise ConfigError(
@@ -90,9 +92,19 @@ def fingerprint(folder: Path, names: list[str]) -> list[Any]:
 
 
 def companions(source: Path, leave_out: tuple[str, ...] = ()) -> dict[str, bytes]:
-    """File name -> content: config, generation config, tokenizer and chat template of a model."""
-    files = sorted(file for file in source.iterdir() if file.suffix in _COMPANIONS and file.name not in leave_out)
-    return {file.name: file.read_bytes() for file in files if not file.name.endswith(".index.json")}
+    """Path in the folder -> content: config, generation config, tokenizer and chat templates of a model.
+
+    Raises ConfigError for one that cannot be read, as a link to a file that is gone.
+    """
+    files = [file for file in source.iterdir() if file.suffix in _COMPANIONS and file.name not in leave_out]
+    files = [file for file in files if not file.is_dir() and not file.name.endswith(".index.json")]
+    files += source.glob(_NAMED_TEMPLATES)
+    try:
+        return {str(file.relative_to(source)): file.read_bytes() for file in sorted(files)}
+    except OSError as error:
+        raise ConfigError(
+            f"{error.filename} cannot be read: {error.strerror}; a model needs it beside its weights"
+        ) from error
 
 
 def write_companions(contents: dict[str, bytes], folder: Path, dtype: str) -> None:
@@ -100,6 +112,7 @@ def write_companions(contents: dict[str, bytes], folder: Path, dtype: str) -> No
     config = json.loads(contents["config.json"])
     config["dtype" if "dtype" in config else "torch_dtype"] = dtype
     for name, content in (contents | {"config.json": json.dumps(config, indent=2).encode()}).items():
+        (folder / name).parent.mkdir(exist_ok=True)
         (folder / name).write_bytes(content)
 
 

@@ -21,7 +21,7 @@ from megatron_rlvr.weights.megatron_folder import MegatronFolder, is_megatron_fo
 
 VALUE_HEAD = "value_head.safetensors"  # a critic's head beside its trunk in a Hugging Face folder: weight, bias
 _SINGLE, _INDEX = "model.safetensors", "model.safetensors.index.json"
-_HEAD = "lm_head.weight"
+_HEAD, _EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
 _DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32, "F64": torch.float64}
 _OF_THE_MODEL = ("embedding.", "decoder.", "output_layer.")  # beside them a checkpoint may hold an optimizer's tensors
 
@@ -77,6 +77,13 @@ class Source(ABC):
         elif architecture.tied:
             spare.append(_HEAD)
         self.check(shapes, spare)
+        if _HEAD in self.files and _HEAD in spare:
+            # transformers ties them only where they agree, and takes the head where it is another (modeling_utils.py)
+            rule(
+                torch.equal(self.tensor(_HEAD), self.tensor(_EMBEDDING)),
+                f"{self.path(_HEAD)}: config.json ties {_HEAD} to {_EMBEDDING}, but they differ: set "
+                f"tie_word_embeddings to false there, or remove {_HEAD}",
+            )
         return shapes
 
     def path(self, name: str) -> Path:
@@ -120,6 +127,11 @@ class Checkpoint(Source):
                 isinstance(file, str) and Path(file).name == file,
                 f"{index}: tensor {name} is said to be in {file!r}, which is no file of this folder",
             )
+        rule(
+            _SINGLE in files.values() or not (self.folder / _SINGLE).exists(),
+            f"{self.folder} holds {_SINGLE}, and {_INDEX}, which does not name it: each says what the weights are, so "
+            f"remove the one that is left over of another model",
+        )
         for file in sorted(self.folder.glob("model-*-of-*.safetensors")):
             rule(file.name in files.values(), f"{file} is not named by {_INDEX}: a shard of another model?")
         return files

@@ -8,7 +8,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from megatron_rlvr.config import Config, ConfigError, RolloutConfig
+from megatron_rlvr.config import AlgorithmConfig, Config, ConfigError, RolloutConfig
 from megatron_rlvr.distributed.groups import ParallelGroups
 from megatron_rlvr.exploration.base import build
 from megatron_rlvr.metrics import Meter
@@ -112,8 +112,8 @@ def test_overlong_punishes_the_end_of_the_range():
     shaped = method.shape_rewards(batch, ParallelGroups.single(), 0, meter)
     assert shaped.tolist() == pytest.approx([1.0, 1.0, 1 - 0.5 / 8, 0.75, 0.5])
     assert meter.means() == {"overlong/penalty": pytest.approx(-0.8125 / 5), "overlong/share": pytest.approx(3 / 5)}
-    with pytest.raises(ConfigError, match="overlong.buffer=32 must be at most rollout.max_response_length=20"):
-        build({"overlong": {"buffer": 32}}, run)
+    with pytest.raises(ConfigError, match="overlong.buffer=20 must be below rollout.max_response_length=20"):
+        build({"overlong": {"buffer": 20}}, run)
 
 
 @pytest.mark.parametrize(
@@ -171,6 +171,10 @@ def test_who_needs_the_old_policys_statistics_before_the_loss():
     ("settings", "message"),
     [
         ({"kl_cov": {}, "clip_cov": {}}, "clip_cov and kl_cov cannot run together.*covariance"),
+        (
+            {"stapo": {}, "rollout_correction": {"form": "mis", "renormalise": True}},
+            "rollout_correction and stapo cannot run together.*number of tokens|stapo and rollout_correction cannot",
+        ),
         ({"stapo": {}, "high_entropy": {}}, "high_entropy and stapo cannot run together.*number of tokens"),
         ({"kl_cov": {"share": 0}}, r"kl_cov.share must be in \(0, 1\]"),
         ({"kl_cov": {"coefficient": -1}}, "kl_cov.coefficient must be at least 0"),
@@ -196,3 +200,11 @@ def test_who_needs_the_old_policys_statistics_before_the_loss():
 def test_bad_options_say_why(settings, message):
     with pytest.raises(ConfigError, match=message):
         build(settings)
+
+
+@pytest.mark.parametrize("loss", ["cispo", "dppo_tv", "dppo_kl", "gspo"])
+def test_clip_cov_in_microbatches_is_refused_where_no_tokens_loss_shows_that_it_is_not_clipped(loss):
+    run = Config(algorithm=AlgorithmConfig(loss=loss))
+    build({"clip_cov": {}, "rollout_correction": {"form": "mis"}, "stapo": {}}, run)
+    with pytest.raises(ConfigError, match=f"tokens whose loss is still -A r, which is no token's with.*={loss}: set"):
+        build({"clip_cov": {"scope": "microbatch"}}, run)

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from megatron_rlvr.config import Config as RunConfig
-from megatron_rlvr.config import ConfigError, TrainerConfig
+from megatron_rlvr.config import ConfigError, ModelConfig, TrainerConfig
 from megatron_rlvr.distributed.groups import ParallelGroups
 from megatron_rlvr.distributed.vocab import TokenStatistics
 from megatron_rlvr.exploration.base import Exploration, Threshold, build
@@ -83,11 +83,21 @@ def paper_objective(
 )
 def test_the_papers_objective(updates, drift, options, divergence):
     batch, lp_reg = make_batch(LENGTHS), method(updates, rho=0.3, beta=2.0, **options)
+    holds_the_objective(batch, lp_reg, drift, divergence, options.get("proxy_size", VOCAB))
+
+
+def test_with_dropout_the_old_policy_is_another_at_the_first_update_too():
+    run = RunConfig(model=ModelConfig(dropout=0.1))
+    lp_reg = build({"lp_reg": {"kappa": KAPPA, "rho": 0.3, "beta": 2.0}}, run)
+    assert lp_reg.needs().old_top == 128
+    holds_the_objective(make_batch(LENGTHS), lp_reg, 0.6, "old", VOCAB)
+
+
+def holds_the_objective(batch: Batch, lp_reg: Exploration, drift: float, divergence: str, size: int) -> None:
     logits = old_and_current(batch, lp_reg, drift)
     loss, gradient, metrics = update_loss(batch, logits, lp_reg, "plain_clip", CLIP)
 
     leaf = logits.clone().requires_grad_()
-    size = options.get("proxy_size", VOCAB)
     expected, on = paper_objective(leaf, batch, 0.3, 2.0, divergence, size)
     assert int(on.sum()) >= 3
     assert torch.allclose(loss, expected, rtol=1e-6)

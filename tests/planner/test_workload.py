@@ -76,9 +76,9 @@ def test_passes_are_those_of_the_trainer(path: Path) -> None:
         {"lp_reg": {}, "cde": {}, "clip_cov": {}},
     ],
 )
-@pytest.mark.parametrize("updates", [1, 4])
-def test_passes_of_methods_with_options(exploration: dict, updates: int) -> None:
-    config = load_config(ROOT / "examples/lp_reg/qwen3_14b/grpo_on.yaml", [f"trainer.updates_per_rollout={updates}"])
+@pytest.mark.parametrize("override", ["seed=1", "trainer.updates_per_rollout=4", "model.dropout=0.1"])
+def test_passes_of_methods_with_options(exploration: dict, override: str) -> None:
+    config = load_config(ROOT / "examples/lp_reg/qwen3_14b/grpo_on.yaml", [override])
     config.exploration = exploration
     assert planned_passes(config) == passes_of_the_trainer(config)
 
@@ -96,9 +96,8 @@ def planned_passes(config: Config) -> dict[str, bool | int]:
 
 def passes_of_the_trainer(config: Config) -> dict[str, bool | int]:
     needs = build(config.exploration, config).needs()
-    several = config.trainer.updates_per_rollout > 1 or config.model.dropout > 0
     return {
-        "old policy": needs.old_statistics or several,
+        "old policy": needs.old_statistics or config.learns_from_older,
         "reference": needs.reference or config.algorithm.kl.coefficient > 0,
         "states": bool(needs.states),
         "old top": needs.old_top,

@@ -101,6 +101,10 @@ def test_every_damage_is_one_error_and_nothing_is_written(tmp_path: Path) -> Non
         "model-00099-of-00099.safetensors is not named": lambda at: shutil.copy(
             at / file, at / "model-00099-of-00099.safetensors"
         ),
+        "model.safetensors, and model.safetensors.index.json, which does not name it": lambda at: shutil.copy(
+            at / file, at / "model.safetensors"
+        ),
+        "broken.*merges.txt cannot be read: No such file": lambda at: (at / "merges.txt").symlink_to("gone"),
         "is no index of safetensors": lambda at: (at / "model.safetensors.index.json").write_text("{}"),
         "is torch.float16, in an earlier layer torch.float32": lambda at: rewrite(
             at / located[norm], lambda held: held.update({norm: held[norm].half()})
@@ -252,6 +256,40 @@ def test_a_mistake_of_ours_is_not_called_a_full_disk(tmp_path: Path) -> None:
 
     with pytest.raises(RuntimeError, match="shapes differ"):
         PartialFolder(tmp_path / "target", {}).write("one", fails)
+
+
+def test_a_tied_model_may_carry_its_head_as_long_as_it_is_the_embedding(tmp_path: Path) -> None:
+    source, head = tmp_path / "hf", "lm_head.weight"
+    save_model(source, "qwen3", tied=True)
+    file = source / "model.safetensors"
+    rewrite(file, lambda held: held.update({head: held["model.embed_tokens.weight"].clone()}))
+    import_hf(source, tmp_path / "one")
+    rewrite(file, lambda held: held[head][5].mul_(2))
+    with pytest.raises(
+        ConfigError, match=f"config.json ties {head} to model.embed_tokens.weight, but they differ: set"
+    ):
+        import_hf(source, tmp_path / "two")
+
+
+def test_what_a_model_needs_beside_its_weights_travels_along(tmp_path: Path) -> None:
+    source = tmp_path / "hf"
+    save_model(source, "qwen3", tied=True)
+    (source / "additional_chat_templates").mkdir()
+    for name in ("chat_template.jinja", "additional_chat_templates/tool_use.jinja"):
+        (source / name).write_text(f"{{# {name} #}}")
+    (source / "notes.json").mkdir()  # a folder of that name is nothing of a model's
+    import_hf(source, tmp_path / "megatron")
+    export_megatron(tmp_path / "megatron", tmp_path / "back")
+    assert (tmp_path / "back/additional_chat_templates/tool_use.jinja").read_text().startswith("{# additional")
+    assert (tmp_path / "back/chat_template.jinja").exists() and not (tmp_path / "back/notes.json").exists()
+
+
+def test_torchs_own_words_for_a_full_disk_are_known(tmp_path: Path) -> None:
+    partial = PartialFolder(tmp_path / "target", {})
+    with no_file_above(1_000), pytest.raises(ConfigError, match="could not be written.*make room"):
+        partial.write("small", lambda path: torch.save({}, path))
+    assert not list(partial.path.glob("small*"))
+    partial.write("small", lambda path: torch.save({}, path))
 
 
 @contextmanager
