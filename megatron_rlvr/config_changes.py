@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
@@ -10,7 +11,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from megatron_rlvr.architecture import Architecture
-from megatron_rlvr.checkpoint_folder import checkpoints, step_of
+from megatron_rlvr.checkpoint_folder import checkpoints, damage, step_of
 from megatron_rlvr.config import Config, ConfigError, flat, rule, to_dict
 from megatron_rlvr.exploration.base import all_filled, filled
 from megatron_rlvr.run_folder import INITIAL
@@ -82,14 +83,13 @@ def settings_of(config: Config, prompts: Sequence[Prompt]) -> dict[str, Any]:
 def check_newest(config: Config, folder: Path) -> None:
     """Steps, the model's shape, and ``check_resume`` as far as it goes without the prompts, before a rank starts.
 
+    Of the newest checkpoint that is whole as far as that shows at once: the ranks say what is wrong with newer ones.
     Raises ConfigError.
     """
-    for path in checkpoints(folder)[-1:]:
-        try:
-            state = json.loads((path / "run.json").read_text())
-            saved = state["config"]
-        except (OSError, ValueError, KeyError):
-            return  # the ranks will say what is wrong with it, and use the one before
+    whole = (path for path in reversed(checkpoints(folder)) if not damage(path, read=False))
+    for path in itertools.islice(whole, 1):
+        state = json.loads((path / "run.json").read_text())
+        saved = state["config"]
         check_steps(path, config)
         _check_shape(path, state.get("shapes", {}).get("policy", {}), config.model.path)
         now = settings_of(config, [])

@@ -6,6 +6,7 @@ Every mistake is a ConfigError that names the key, the rule, the value and the w
 from __future__ import annotations
 
 import difflib
+import os
 import types
 import typing
 from dataclasses import MISSING, fields, is_dataclass
@@ -25,17 +26,34 @@ def rule(condition: bool, message: str) -> None:
         raise ConfigError(message)
 
 
+class _Loader(yaml.SafeLoader):
+    """Refuses a key that a mapping has twice: YAML's own reader forgets the first, and all that stands below it."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
+        seen: set[str] = set()
+        for key, _ in node.value:
+            if isinstance(key, yaml.ScalarNode):
+                if key.value in seen:
+                    raise yaml.constructor.ConstructorError(None, None, f"{key.value!r} is there twice", key.start_mark)
+                seen.add(key.value)
+        return super().construct_mapping(node, deep)
+
+
 def read_tree(path: Path, includers: tuple[Path, ...] = ()) -> dict:
     """The file's keys over those of its bases; ``includers`` are the files that lead here. Raises ConfigError."""
     if path.resolve() in includers:
         raise ConfigError(f"{path} includes itself: {' -> '.join(str(item) for item in (*includers, path.resolve()))}")
     try:
-        text = path.read_text()
+        text = path.read_text(encoding="utf-8")
     except OSError as error:
         by = f", a base of {includers[-1]}" if includers else ""
         raise ConfigError(f"cannot read the config {path}{by}: {error.strerror}") from error
+    except UnicodeDecodeError as error:
+        raise ConfigError(
+            f"{path} is not UTF-8 text ({error.reason} at byte {error.start}): save it as UTF-8"
+        ) from error
     try:
-        tree = yaml.safe_load(text) or {}
+        tree = yaml.load(text, _Loader) or {}
     except yaml.YAMLError as error:
         raise ConfigError(f"{path} is not valid YAML: {error}") from error
     if not isinstance(tree, dict):
@@ -52,9 +70,11 @@ def read_tree(path: Path, includers: tuple[Path, ...] = ()) -> dict:
 
 
 def _merge(into: dict, tree: dict) -> None:
-    """The keys of ``tree`` over those of ``into``, level by level."""
+    """The keys of ``tree`` over those of ``into``, level by level; a YAML alias gets keys of its own, to override."""
     for key, value in tree.items():
-        if isinstance(value, dict) and isinstance(into.get(key), dict):
+        if isinstance(value, dict):
+            if not isinstance(into.get(key), dict):
+                into[key] = {}
             _merge(into[key], value)
         else:
             into[key] = value
@@ -68,11 +88,12 @@ def apply_override(tree: dict, override: str) -> None:
     node = tree
     *parents, leaf = key.split(".")
     for parent in parents:
-        node = node.setdefault(parent, {})
-        if node is None or not isinstance(node, dict):
-            raise ConfigError(f"override {override!r}: {parent!r} holds a value, not keys")
+        if node.get(parent) is None:  # as a section whose keys are all commented out
+            node[parent] = {}
+        node = node[parent]
+        rule(isinstance(node, dict), f"override {override!r}: {parent!r} holds a value, not keys: {node!r}")
     try:
-        node[leaf] = yaml.safe_load(text)
+        node[leaf] = yaml.load(text, _Loader)
     except yaml.YAMLError as error:
         raise ConfigError(f"override {override!r}: {text!r} is not a YAML value") from error
 
@@ -139,6 +160,10 @@ def _convert_dict(arguments: tuple, value: Any, name: str) -> dict:
             item is not None,
             f"{name}.{key} is null, which could mean on or off: write {{}} for its defaults, false to leave it out",
         )
+        rule(
+            item is False or isinstance(item, dict),
+            f"{name}.{key} must be a mapping, not {item!r}: write {{}} for its defaults, false to leave it out",
+        )
     return {key: item for key, item in value.items() if item is not False}
 
 
@@ -167,5 +192,8 @@ def _convert_scalar(hint: Any, value: Any, name: str) -> Any:
     if hint is float and isinstance(value, int) and not isinstance(value, bool):
         return float(value)
     if not isinstance(value, hint) or (hint is int and isinstance(value, bool)):
-        raise ConfigError(f"{name} must be of type {hint.__name__}, not {value!r}")
+        quoted = f": write it in quotes that YAML sees, {name}='\"{value}\"'" if hint is str else ""
+        raise ConfigError(f"{name} must be of type {hint.__name__}, not {value!r}{quoted}")
+    if isinstance(value, str) and value.startswith("~/"):  # a shell leaves it as it is behind `key=`
+        return os.path.expanduser(value)
     return value

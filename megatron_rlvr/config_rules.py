@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from operator import attrgetter
 from typing import TYPE_CHECKING
 
@@ -108,7 +109,8 @@ def _check_ranges(config: Config) -> None:
             f"{name} must be in [0.01, 2], not {temperature}: greedy decoding has no log-probs to learn from or to "
             f"measure perplexities by, the engine takes less than 0.01 as 0.01, and refuses more than 2",
         )
-    rule(config.run.hang_timeout > 0, f"run.hang_timeout must be above 0 seconds, not {config.run.hang_timeout}")
+    hang = config.run.hang_timeout
+    rule(0 < hang < math.inf, f"run.hang_timeout must be above 0 seconds and have an end, not {hang}")
     rule(0 <= config.model.dropout < 1, f"model.dropout must be in [0, 1), not {config.model.dropout}")
     utilization = config.rollout.gpu_memory_utilization
     rule(
@@ -118,7 +120,7 @@ def _check_ranges(config: Config) -> None:
 
 
 def _check_optimizer(section: str, optimizer: OptimizerConfig) -> None:
-    rule(optimizer.lr > 0, f"{section}.lr must be above 0, not {optimizer.lr}")
+    rule(0 < optimizer.lr < math.inf, f"{section}.lr must be above 0, not {optimizer.lr}")
     rule(
         len(optimizer.betas) == 2 and all(0 <= beta < 1 for beta in optimizer.betas),
         f"{section}.betas must hold two numbers in [0, 1), not {optimizer.betas}: each is what a mean keeps per update",

@@ -104,7 +104,10 @@ class Run:
         for problem in problems:
             self._say(problem)
         if path is None:
-            rule(not problems, f"no checkpoint in {self.folder} can be used: " + "; ".join(problems))
+            rule(
+                not problems,
+                f"no checkpoint in {self.folder} can be used: {'; '.join(problems)}; begin anew in another run.dir",
+            )
             self._say(f"{self.folder} holds no checkpoint: the run begins with step 1, and earlier records of it go")
             return 0
         check_steps(path, self.config)

@@ -6,8 +6,9 @@ job() {
     [ "$tasks" -eq 1 ] || [ -n "${SLURM_ARRAY_TASK_ID:-}" ] ||
         fail "$tasks runs, but the job is no array: bash $script makes it one, or sbatch --array=0-$((tasks - 1))"
     choose "${SLURM_ARRAY_TASK_ID:-0}"
-    [ "$RANKS" = "$SLURM_NTASKS" ] ||
-        fail "the job has $SLURM_NTASKS tasks, but parallel.tp * cp * pp * dp = $RANKS: bash $script asks for as many"
+    [ "$RANKS" = "${SLURM_NTASKS:-}" ] ||
+        fail "the job has ${SLURM_NTASKS:-no} tasks, but parallel.tp * cp * pp * dp = $RANKS:" \
+            "outside of a job, bash $script submits one of as many"
     show_plan
     meeting_point
     share_cores
@@ -51,8 +52,11 @@ ranks() { # what Python gets
     )
 }
 
+newest_checkpoint() { ls -d "$RUN_DIR"/checkpoints/step_* 2>/dev/null | grep -E 'step_[0-9]+$' | sort -V | tail -n 1; }
+
 train() {
-    local code pid tee_pid errors first
+    local code pid tee_pid errors first before
+    before=$(newest_checkpoint)
     errors=$(mktemp)
     exec 3> >(tee "$errors" >&2)
     tee_pid=$!
@@ -71,6 +75,8 @@ train() {
     rm "$errors"
     case $first in
     *"exit code 138" | *"User defined signal 1") # 128 + USR1: saved, or not even begun
+        [ "$(newest_checkpoint)" != "$before" ] ||
+            fail "no step was saved before the time limit, and a requeued job would do no better: -- --time=HH:MM:SS"
         scontrol requeue "$JOB" && sleep 60 ;; # which ends this shell
     *"exit code 143" | '') ;; # told to stop by TERM, and saved; or no rank failed
     *) first_error_on_top "$first" ;;

@@ -16,7 +16,7 @@ fail() { echo "error: $*" >&2; exit 2; }
 
 # Of an array's last task, the job's own number is the array's: only ARRAY_TASK names that task alone.
 JOB=${SLURM_ARRAY_TASK_ID:+${SLURM_ARRAY_JOB_ID}_}${SLURM_ARRAY_TASK_ID:-${SLURM_JOB_ID:-}}
-about_job() { scontrol --oneliner show job "$JOB" | grep -o " $1=[^ ]*" | cut -d= -f2; } # StdOut, Command ...
+about_job() { scontrol show job "$JOB" | sed -n "s/^ *$1=//p"; } # StdOut, Command ...
 
 everything=("$@") # what the script got, for the job to read again
 configs=() overrides=() asked=() smoke=() seeds=() SBATCH_OPTIONS=() OVERRIDES=() # X.sh fills the first two
@@ -32,12 +32,16 @@ fi
 : "${MODELS:=models}" "${DATA:=data}"
 export PYTHONPATH=$PWD${PYTHONPATH:+:$PYTHONPATH} # LOGIN_PYTHON has not installed the package
 script=slurm/${0##*/}
-[ "$script" != slurm/slurm_script ] || script=slurm/$(basename "$(about_job Command)") # Slurm's own copy of it
+if [ "$script" = slurm/slurm_script ]; then # Slurm's own copy of it
+    command=$(about_job Command)
+    script=slurm/$(basename "${command%%.sh*}").sh
+fi
 
 SMOKE=(
     prepare=examples/countdown_cpu/prepare.py verifier=countdown
     model.path=examples/countdown_cpu/build/model model.dtype=float32
-    data.path=examples/countdown_cpu/build/train.jsonl data.eval_path= data.template=raw data.max_prompt_length=16
+    data.path=examples/countdown_cpu/build/train.jsonl data.sources=[] data.eval_path= data.eval_sources=[]
+    data.prompt_field= data.answer_field= critic.path= trainer.keep_best=0 data.template=raw data.max_prompt_length=16
     parallel.tp=2 parallel.cp=1 parallel.pp=1 parallel.vpp=1 parallel.dp=2
     rollout.tp=1 rollout.max_response_length=7 rollout.prompts_per_step=16 rollout.responses_per_prompt=8
     rollout.kv_cache_mib=64 trainer.num_steps=2 trainer.microbatch_tokens=2048 critic.warmup_steps=0
@@ -49,7 +53,7 @@ launch() { # "$@" of the script, less what it has used up
         fail "LOGIN_PYTHON=$LOGIN_PYTHON: there is no such program; name a Python 3.11 that has PyYAML in $site"
     [ ${#configs[@]} -gt 0 ] || fail "which config? For example: bash $script examples/countdown_cpu/config.yaml"
     tasks=$((${#configs[@]} * (${#seeds[@]} > 0 ? ${#seeds[@]} : 1)))
-    if [ -n "${SLURM_JOB_ID:-}" ]; then
+    if [ -n "${SLURM_JOB_ID:-}" ] && [ "$dry_run" = no ]; then
         source slurm/job.sh
         job
     else
@@ -63,6 +67,7 @@ parse() {
         --seeds)
             IFS=, read -r -a seeds <<<"${2:-}"
             [ ${#seeds[@]} -gt 0 ] || fail "--seeds needs a list, for example --seeds 0,1,2"
+            [ -z "$(printf '%s\n' "${seeds[@]}" | sort | uniq -d)" ] || fail "--seeds $2: each seed is one run, so once"
             shift
             ;;
         --smoke) smoke=("${SMOKE[@]}") RANKS_PER_NODE=2 ;;
@@ -104,15 +109,20 @@ resolve() { # sets NAME, RUN_DIR, RANKS
 
 show_plan() { # ends the script where the plan says no
     [ "$plan" = yes ] || return 0
-    "$LOGIN_PYTHON" tools/plan.py "${arguments[@]}" --gpus "$RANKS" --gpu "$GPU_TYPE" && return
+    local machine=(--gpus "$RANKS" --gpu "$GPU_TYPE" --gpus-per-node "$RANKS_PER_NODE")
+    "$LOGIN_PYTHON" tools/plan.py "${arguments[@]}" "${machine[@]}" && return
     [ $? -eq 2 ] || fail "tools/plan.py could not plan, see above; --no-plan goes without"
     fail "the plan says no to ${arguments[0]}; --no-plan goes on all the same"
 }
 
 submit() { # the first door
-    local index each=$((tasks / ${#configs[@]})) first='' array=() id=%j
+    local index each=$((tasks / ${#configs[@]})) first='' array=() id=%j log
+    local -A in_folder=()
     for index in "${!configs[@]}"; do
         choose $((index * each))
+        [ -z "${in_folder[$RUN_DIR]:-}" ] ||
+            fail "${configs[index]} and ${in_folder[$RUN_DIR]} would both run in $RUN_DIR: give each a name of its own"
+        in_folder[$RUN_DIR]=${configs[index]}
         show_plan
         [ "$dry_run" = no ] || "$LOGIN_PYTHON" -m megatron_rlvr.launch.resolve "${arguments[@]}"
         [ "${first:-$RANKS}" = "$RANKS" ] || fail "the configs of a sweep must take as many ranks each: $first and $RANKS"
@@ -121,7 +131,9 @@ submit() { # the first door
     [ "$tasks" -eq 1 ] && [ ${#seeds[@]} -eq 0 ] || array=(--array="0-$((tasks - 1))") id=%A_%a
     shape
     echo "megatron_rlvr.train $(printf '%q ' "${arguments[@]}")"
-    PLAN=no send "${RUN_DIR%/seed_*}/job_$id.log" --job-name="$NAME" "${shape[@]}" "${array[@]}"
+    log=${RUN_DIR%/seed_*}/job_$id.log
+    [ ${#configs[@]} -eq 1 ] || NAME=$(basename "$script" .sh) log=runs/jobs/$(basename "$script" .sh)_$id.log
+    PLAN=no send "$log" --job-name="$NAME" "${shape[@]}" "${array[@]}"
 }
 
 send() { # LOG OPTIONS ...: the script itself, with what the site and the command line add
@@ -146,6 +158,6 @@ shape() { # sets the options that say how many nodes, ranks and GPUs
             fail "$RANKS ranks do not fill nodes of $RANKS_PER_NODE: change parallel.*, or RANKS_PER_NODE in $site"
         nodes=$((RANKS / RANKS_PER_NODE)) per_node=$RANKS_PER_NODE
     fi
-    gpus=$([ "$GPU_TYPE" = cpu ] && echo 0 || echo "$per_node")
+    gpus=$([ "$GPU_TYPE" = cpu ] && echo 0 || echo "${GPU_NAME:+$GPU_NAME:}$per_node")
     shape=(--nodes="$nodes" --ntasks-per-node="$per_node" --gpus-per-node="$gpus")
 }

@@ -25,4 +25,4 @@ if [ -n "${SLURM_JOB_ID:-}" ]; then
     container
     exec srun --ntasks=1 --input=none "${step[@]}" "${inside[@]}" "$PYTHON" "${program[@]}"
 fi
-send "runs/jobs/$(basename "${program[0]}" .py)_%j.log" $([ "$GPU_TYPE" != cpu ] || echo --gpus-per-node=0)
+send "runs/jobs/$(basename "${program[0]}" .py)_%j.log" $([ "$GPU_TYPE" != cpu ] && echo "${GPU_NAME:+--gpus-per-node=$GPU_NAME:1}" || echo --gpus-per-node=0)

@@ -91,7 +91,14 @@ def test_bases_that_cannot_be_read(tmp_path):
             "exploration.lp_reg=null",
             "exploration.lp_reg is null, which could mean on or off: write {} for its defaults, false to leave it out",
         ),
-        ("seed.x=2", "'seed' holds a value"),
+        (
+            "exploration.lp_reg=true",
+            "lp_reg must be a mapping, not True: write {} for its defaults, false to leave it out",
+        ),
+        ("seed.x=2", "'seed' holds a value, not keys: 1"),
+        ("name=2026", "name must be of type str, not 2026: write it in quotes that YAML sees, name='\"2026\"'"),
+        ("model={path: a, path: b}", "is not a YAML value"),
+        ("run.hang_timeout=.inf", "run.hang_timeout must be above 0 seconds and have an end, not inf"),
         ("parallel.tp", "must look like key.sub=value"),
         ("seed=[1", "is not a YAML value"),
         ("parallel.tp=0", "parallel.tp must be at least 1"),
@@ -135,6 +142,30 @@ def test_each_mistake_has_its_sentence(tmp_path, override, message):
     path = write(tmp_path, **SMALLEST, seed=1)
     load_config(path)
     assert message in refusal(path, override)
+
+
+def test_what_a_file_says_twice_or_by_an_alias(tmp_path):
+    twice = tmp_path / "twice.yaml"
+    twice.write_text("verifier: math\ntrainer: {num_steps: 7}\nmodel: {path: m}\ntrainer: {eval_every: 2}\n")
+    assert "twice.yaml is not valid YAML: 'trainer' is there twice" in refusal(twice) and "line 4" in refusal(twice)
+    alias = tmp_path / "alias.yaml"
+    alias.write_text(
+        "verifier: math\nmodel: {path: m}\ndata: {path: d}\noptimizer: &o {lr: 1e-6}\ncritic: {optimizer: *o}\n"
+    )
+    config = load_config(alias, ["critic.optimizer.lr=1e-5"])
+    assert (config.optimizer.lr, config.critic.optimizer.lr) == (1e-6, 1e-5)
+    latin = tmp_path / "latin.yaml"
+    latin.write_bytes("name: café".encode("latin-1"))
+    assert "latin.yaml is not UTF-8 text" in refusal(latin)
+
+
+def test_an_override_reaches_into_an_empty_section_and_home(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", "/home/me")
+    path = write(tmp_path, **SMALLEST, exploration=None, optimizer=None)
+    overrides = ["exploration.lp_reg.rho=0.05", "optimizer.lr=2e-6", "run.dir=~/runs/x", "data.path=~/d.jsonl"]
+    config = load_config(path, overrides)
+    assert (config.exploration, config.optimizer.lr) == ({"lp_reg": {"rho": 0.05}}, 2e-6)
+    assert (str(config.run_dir), config.data.path) == ("/home/me/runs/x", "/home/me/d.jsonl")
 
 
 def test_files_that_are_no_configs(tmp_path):

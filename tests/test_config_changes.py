@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ from typing import Any
 import pytest
 
 from megatron_rlvr.architecture import Architecture
+from megatron_rlvr.checkpoint_folder import inventory
 from megatron_rlvr.config import Config, ConfigError, from_dict, to_dict
 from megatron_rlvr.config_changes import FREE, MEANING, ROUNDING, check_newest, check_resume, describe, settings_of
 from megatron_rlvr.types import Prompt
@@ -185,24 +187,40 @@ def test_random_weights_are_the_folder_that_they_were_drawn_into() -> None:
     assert check_resume(settings({"model": {"path": "runs/a/initial_hf"}}), drawn, accepted=False) == []
 
 
-def test_the_launcher_refuses_by_the_newest_checkpoint(tmp_path: Path) -> None:
+def keep(folder: Path, step: int, saved: dict[str, Any], **more: Any) -> Path:
+    """A checkpoint as far as the launcher reads one: run.json and its manifest."""
+    path = folder / f"checkpoints/step_{step}"
+    (path / "policy").mkdir(parents=True)
+    (path / "policy/.metadata").write_text("tensors")
+    (path / "run.json").write_text(json.dumps({"config": saved} | more))
+    files = [path / "run.json", path / "policy/.metadata"]
+    (path / "manifest.json").write_text(json.dumps(inventory(path, files)))
+    return path
+
+
+def test_the_launcher_refuses_by_the_newest_checkpoint_that_is_whole(tmp_path: Path) -> None:
     config = from_dict(Config, BASE)
     check_newest(config, tmp_path)  # nothing to go on from
-    for step, saved in ((9, settings({"seed": 5})), (10, settings())):
-        (tmp_path / f"checkpoints/step_{step}").mkdir(parents=True)
-        (tmp_path / f"checkpoints/step_{step}/run.json").write_text(json.dumps({"config": saved}))
+    keep(tmp_path, 9, settings({"seed": 5}))
+    newest = keep(tmp_path, 10, settings())
     check_newest(config, tmp_path)
     config.seed = 1
     with pytest.raises(ConfigError, match="seed: 0 -> 1"):
         check_newest(config, tmp_path)
-    (tmp_path / "checkpoints/step_10/run.json").write_text("{")
-    check_newest(config, tmp_path)  # damaged: for the ranks to find
+    os.truncate(newest / "policy/.metadata", 3)  # the ranks will name it, and go on from the one before
+    with pytest.raises(ConfigError, match="seed: 5 -> 1"):
+        check_newest(config, tmp_path)
+    config.seed, config.trainer.num_steps = 5, 9  # which is no fewer than step_9 has
+    check_newest(config, tmp_path)
+    for path in tmp_path.glob("checkpoints/*/manifest.json"):
+        path.unlink()
+    config.seed = 7
+    check_newest(config, tmp_path)
 
 
 def test_a_run_does_not_end_before_its_newest_checkpoint(tmp_path: Path) -> None:
     """It would report steps, and leave a model, that are not those of the config."""
-    (tmp_path / "checkpoints/step_9").mkdir(parents=True)
-    (tmp_path / "checkpoints/step_9/run.json").write_text(json.dumps({"config": settings()}))
+    keep(tmp_path, 9, settings())
     for steps in (9, 10):  # at its end there is the model to write
         check_newest(from_dict(Config, BASE | {"trainer": {"num_steps": steps}}), tmp_path)
     with pytest.raises(ConfigError, match="trainer.num_steps=8, but .*step_9 has 9 steps behind it: set at least 9"):
@@ -215,10 +233,8 @@ def test_a_model_of_another_shape_is_refused_before_a_rank_starts(tmp_path: Path
         for theta in (5e3, 1e4)
     )
     held = json.loads(json.dumps(asdict(Architecture.from_folder(one)) | {"dtype": "float32", "heads": 0}))
-    (tmp_path / "checkpoints/step_9").mkdir(parents=True)
     tree = {"model": {"path": str(one)}, "run": {"accept_changes": True}}
-    state = {"config": settings(tree), "shapes": {"policy": held}}
-    (tmp_path / "checkpoints/step_9/run.json").write_text(json.dumps(state))
+    keep(tmp_path, 9, settings(tree), shapes={"policy": held})
     check_newest(from_dict(Config, BASE | tree), tmp_path)
     with pytest.raises(
         ConfigError, match=r"step_9 has a policy of rope_theta 5000.0, but model.path=.* is of .* 10000.0"

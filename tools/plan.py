@@ -25,6 +25,7 @@ def main() -> int:
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="as for training")
     parser.add_argument("--gpus", type=int, required=True, help="ranks in all; with --gpu cpu of this machine")
     parser.add_argument("--gpu", default="h100", help=f"{', '.join(DEVICES)}; default: %(default)s")
+    parser.add_argument("--gpus-per-node", type=int, default=0, help="of a node; default: 8")
     parser.add_argument("--prompt-tokens", type=float, default=0, help="mean; default: an eighth of the longest")
     parser.add_argument("--response-tokens", type=float, default=0, help="mean; default: half of the longest")
     parser.add_argument("--json", action="store_true", help="the plan as one JSON object")
@@ -37,6 +38,7 @@ def main() -> int:
             options.gpu,
             options.prompt_tokens,
             options.response_tokens,
+            options.gpus_per_node,
         )
     except NotMadeYet as error:
         print(json.dumps({"fits": None, "problems": [str(error)]}) if options.json else f"nothing to plan: {error}")

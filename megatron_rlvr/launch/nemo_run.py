@@ -70,7 +70,8 @@ def tasks(job: Job) -> list[Task]:
     found: list[Task] = []
     for name, arguments, ranks in commands:
         gpus = _engine_ranks(job.evaluation) if name == "evaluate" else 1
-        found.append(Task(name, _script(job, arguments, ranks), ranks, gpus, [found[-1].name] if found else []))
+        script = _script(job, arguments, ranks, is_training=name == "train")
+        found.append(Task(name, script, ranks, gpus, [found[-1].name] if found else []))
     return found
 
 
@@ -81,12 +82,13 @@ def _engine_ranks(evaluation: list[str]) -> int:
     return parser.parse_known_args(evaluation)[0].tp
 
 
-def _script(job: Job, arguments: list[str], ranks: int) -> run.Script:
+def _script(job: Job, arguments: list[str], ranks: int, is_training: bool) -> run.Script:
     """Bash that becomes the command; a rank of Slurm's takes its number from srun, one of torchrun's has it already."""
     lines = ["set -euo pipefail", f"cd {shlex.quote(job.workdir)}"]
     extra = ""
     if ranks > 1:
         lines.append('export RANK="${RANK:-$SLURM_PROCID}" LOCAL_RANK="${LOCAL_RANK:-$SLURM_LOCALID}"')
+    if is_training:
         # Only a requeued job goes on: a new one that finds a run in its folder is a mistake.
         lines.append('resume=(); [ "${SLURM_RESTART_COUNT:-0}" = 0 ] || resume=(run.resume=auto)')
         extra = ' "${resume[@]}"'
@@ -171,7 +173,9 @@ def add_tasks(experiment: run.Experiment, job: Job, executor: run.Executor, plug
     """The job's tasks in the experiment, each depending on the one before it."""
     added: dict[str, str] = {}
     for task in tasks(job):
-        used = plugins if task.ranks > 1 else [plugin for plugin in plugins if isinstance(plugin, EnvironmentPlugin)]
+        used = (
+            plugins if task.name == "train" else [plugin for plugin in plugins if isinstance(plugin, EnvironmentPlugin)]
+        )
         added[task.name] = experiment.add(
             task.script,
             executor=for_task(executor, job, task),

@@ -121,7 +121,8 @@ def _batch(config: Config, workload: Workload, machine: Machine) -> Iterator[Cha
         for count in _near(_divisors(rollout.prompts_per_step), config.trainer.updates_per_rollout)
     )
     more = {-(-rollout.prompts_per_step // count) * count for count in _divisors(machine.gpus)}
-    more.add(-(-rollout.prompts_per_step // config.trainer.updates_per_rollout) * config.trainer.updates_per_rollout)
+    updates = max(1, config.trainer.updates_per_rollout)
+    more.add(-(-rollout.prompts_per_step // updates) * updates)
     yield from ({"rollout.prompts_per_step": prompts} for prompts in _near(list(more), rollout.prompts_per_step))
     room = workload.policy.max_positions - config.data.max_prompt_length
     if 0 < room < rollout.max_response_length:

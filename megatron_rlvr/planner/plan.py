@@ -94,10 +94,12 @@ def make_plan(
     gpu: str,
     prompt_tokens: float = 0.0,
     response_tokens: float = 0.0,
+    gpus_per_node: int = 0,
 ) -> Plan:
     """Read the config, which may break its own rules, and judge it on ``gpus`` of kind ``gpu``.
 
     ``prompt_tokens`` and ``response_tokens`` are the means that times rest on; 0: an eighth and a half of the longest.
+    ``gpus_per_node`` is a node's, where it has others than most of its kind.
     Raises ConfigError: a config that cannot be read, a model whose shape is unknown, a GPU that is not in the table,
     a length below 0.
     """
@@ -105,16 +107,18 @@ def make_plan(
         raise ConfigError(f"--gpu {gpu} is not known here; known: {', '.join(DEVICES)}")
     if gpus < 1:
         raise ConfigError(f"--gpus must be at least 1, not {gpus}")
-    for name, tokens in (("prompt", prompt_tokens), ("response", response_tokens)):
-        if tokens < 0:
-            raise ConfigError(f"--{name}-tokens must be above 0, not {tokens:g}: it is a mean length")
     tree = read_tree(Path(path))
     for override in overrides:
         apply_override(tree, override)
     config = from_dict(Config, tree)
     if not config.model.path:
         raise ConfigError("model.path is not set: give a model folder, or a path that ends in a known model's name")
-    machine, workload = Machine(DEVICES[gpu], gpus), Workload.of(config)
+    most = {"prompt": config.data.max_prompt_length, "response": config.rollout.max_response_length}
+    for name, tokens in (("prompt", prompt_tokens), ("response", response_tokens)):
+        if not 0 <= tokens <= most[name]:
+            raise ConfigError(f"--{name}-tokens must be above 0 and at most {most[name]}, the longest, not {tokens:g}")
+    device = dataclasses.replace(DEVICES[gpu], per_node=gpus_per_node or DEVICES[gpu].per_node)
+    machine, workload = Machine(device, gpus), Workload.of(config)
     standard = times.default_lengths(config)
     lengths = Lengths(prompt_tokens or standard.prompt, response_tokens or standard.response)
     found = problems(config, workload, machine)

@@ -35,8 +35,11 @@ def _layout(config: Config, workload: Workload, machine: Machine) -> list[str]:
         layout = " x ".join(f"parallel.{axis}={getattr(parallel, axis)}" for axis in ("tp", "cp", "pp", "dp"))
         found.append(f"{layout} = {config.world_size} ranks, but there are {machine.gpus} GPUs: every GPU is one rank")
     model, parallel = workload.policy, config.parallel
+    try:
+        check(config)
+    except ConfigError as error:  # what follows divides by what it refuses
+        return [*found, str(error)]
     checks = [
-        lambda: check(config),
         lambda: model.check_layout(parallel.tp, parallel.pp, parallel.vpp, parallel.cp),
         lambda: model.check_engine_layout(config.rollout_tp),
         lambda: model.check_length(memory.longest(config)),

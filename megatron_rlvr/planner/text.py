@@ -42,7 +42,9 @@ def _refusal(plan: Plan) -> str:
     if plan.fix:
         lines.append(f"  fix: {as_overrides(plan.fix)}")
     elif not plan.suggestions:
-        lines.append("  fix: none found on these GPUs: take more of them, or ones with more memory")
+        lines.append(
+            "  fix: none found: change what is named above; where that is memory, more GPUs may help, or ones with more"
+        )
     return "\n".join(lines)
 
 

@@ -111,7 +111,7 @@ def _has_old_policy_pass(config: Config, lp_reg: dict | None) -> bool:
         if options is not None and (not option or options.get(option, value) == value):
             return True
     source = lp_reg.get("proxy_source", "old") if lp_reg else ""
-    if lp_reg and (source == "reference" or (lp_reg.get("target_share", 0) > 0 and source != "rollout")):
+    if lp_reg and (source == "reference" or (lp_reg.get("target_share", 0) and source != "rollout")):
         return True
     if config.exploration.get("rollout_correction", {}).get("renormalise"):
         return True

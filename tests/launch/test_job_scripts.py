@@ -101,10 +101,43 @@ def test_smoke_is_the_experiments_method_on_the_tiny_model(login_node: dict[str,
     assert "--nodes=2 --ntasks-per-node=2" in output
 
 
+def test_smoke_takes_whatever_the_experiment_reads_and_keeps(login_node: dict[str, str], tmp_path: Path) -> None:
+    base = ROOT / "examples/cde/ppo_both.yaml"
+    data = {
+        "path": "",
+        "sources": [{"path": "a"}],
+        "eval_path": "",
+        "eval_sources": [{"path": "b"}],
+        "prompt_field": "q",
+    }
+    tree = {"base": str(base), "data": data, "critic": {"path": "models/Qwen3-8B-Base"}}
+    (tmp_path / "mine.yaml").write_text(yaml.safe_dump(tree | {"trainer": {"keep_best": 1, "save_every": 5}}))
+    output = dry_run(login_node, f"slurm/train.sh {tmp_path}/mine.yaml --smoke --dry-run --no-plan")
+    config = yaml.safe_load(output.partition("megatron_rlvr.train ")[0])
+    assert (config["data"]["sources"], config["critic"]["path"], config["trainer"]["keep_best"]) == ([], "", 0)
+
+
+def test_a_dry_run_inside_a_job_submits_and_trains_nothing(login_node: dict[str, str]) -> None:
+    inside = login_node | {"SLURM_JOB_ID": "17", "SLURM_NTASKS": "2"}
+    output = dry_run(inside, f"slurm/train.sh {COUNTDOWN} --dry-run --no-plan")
+    assert output.splitlines()[-1].startswith("sbatch --parsable")
+    error = dry_run(inside, f"slurm/train.sh {COUNTDOWN} parallel.dp=4 --no-plan", code=2)
+    assert "the job has 2 tasks, but parallel.tp * cp * pp * dp = 8: outside of a job, bash slurm/train.sh" in error
+
+
+def test_a_site_may_name_its_gpus_and_count_those_of_a_node(login_node: dict[str, str], tmp_path: Path) -> None:
+    site = tmp_path / "typed.sh"
+    site.write_text(Path(login_node["SITE"]).read_text() + "GPU_NAME=h100 RANKS_PER_NODE=4\n")
+    output = dry_run(login_node | {"SITE": str(site)}, "slurm/lpreg_qwen32b.sh --dry-run")
+    assert " --nodes=16 --ntasks-per-node=4 --gpus-per-node=h100:4 " in output
+    assert "4 ranks x 15.26 GiB" in output, "the plan's nodes are the site's"
+
+
 def test_a_sweep_is_an_array_over_methods_and_seeds(login_node: dict[str, str]) -> None:
     output = dry_run(login_node, "slurm/baseline.sh grpo_on,gspo_off --seeds 1,2,3 --dry-run --no-plan -- --nice=10")
     assert "--array=0-5" in output and "--nice=10" in output and "%A_%a" in output
     assert output.count("\nseed: 1\n") == 2, "a config of each method, with its first seed"
+    assert " --output=runs/jobs/baseline_%A_%a.log --job-name=baseline " in output
     single = dry_run(login_node, "slurm/baseline.sh grpo_on --dry-run --no-plan")
     assert "--array" not in single and "%j" in single
 
@@ -115,6 +148,11 @@ def test_a_sweep_is_an_array_over_methods_and_seeds(login_node: dict[str, str]) 
         ("slurm/train.sh --dry-run", "which config?"),
         (f"slurm/train.sh {COUNTDOWN} --fast", "unknown option --fast"),
         (f"slurm/train.sh {COUNTDOWN} --seeds", "--seeds needs a list"),
+        (f"slurm/train.sh {COUNTDOWN} --seeds 0,1,0", "--seeds 0,1,0: each seed is one run"),
+        (
+            "slurm/baseline.sh grpo_on,gspo_off run.dir=/tmp/x --dry-run --no-plan",
+            "would both run in /tmp/x: give each",
+        ),
         (f"slurm/train.sh {COUNTDOWN} parallel.tp=10 --dry-run --no-plan", "10 ranks do not fill nodes of 8"),
         (f"slurm/train.sh {COUNTDOWN} parallel.td=5 --dry-run --no-plan", "did you mean parallel.'tp'?"),
         ("slurm/baseline.sh grpo", "no method 'grpo'; there are: clip_higher_off"),

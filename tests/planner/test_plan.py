@@ -125,10 +125,23 @@ def test_context_parallelism_is_kept_and_never_the_first_thing_to_try() -> None:
     assert fix and "parallel.cp" not in fix
 
 
+@pytest.mark.parametrize(
+    ("override", "fix"),
+    [(f"{key}=0", f"{key}=") for key in ("parallel.tp", "parallel.cp", "parallel.pp", "parallel.vpp", "parallel.dp")]
+    + [
+        ("trainer.updates_per_rollout=0", "trainer.updates_per_rollout="),
+        ("trainer.num_steps=-1", "none found: change"),
+    ],
+)
+def test_what_is_no_number_of_anything_is_refused_and_not_divided_by(override: str, fix: str) -> None:
+    found = plan(QWEN32, override)
+    assert f"{override.partition('=')[0]} must be at least" in found.problems[-1] and f"fix: {fix}" in as_text(found)
+
+
 def test_no_fix_where_the_gpus_cannot_hold_the_model() -> None:
     found = plan(QWEN32, "parallel.tp=1 parallel.dp=1", gpus=1)
     assert not found.fits and found.fix is None and not found.suggestions
-    assert "none found on these GPUs" in as_text(found)
+    assert "fix: none found: change what is named above" in as_text(found)
 
 
 def test_the_door() -> None:
@@ -145,7 +158,10 @@ def test_the_door() -> None:
     assert refused.returncode == 2 and "REFUSED" in refused.stdout and "fix:" not in refused.stderr
     assert run("--gpus", "64", "prepare=make.py", "model.path=not/there").returncode == 0  # the run makes it first
     negative = run("--gpus", "64", "--response-tokens", "-5")
-    assert negative.returncode == 2 and "--response-tokens must be above 0, not -5" in negative.stdout
+    assert (
+        negative.returncode == 2
+        and "--response-tokens must be above 0 and at most 8192, the longest, not -5" in negative.stdout
+    )
     mistaken = run("--gpus", "64", "paralel.tp=2")
     assert mistaken.returncode == 2 and "did you mean" in mistaken.stdout
 
