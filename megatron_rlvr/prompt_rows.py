@@ -21,6 +21,7 @@ _TESTS = ("test", "test_list")  # HumanEval's and MBPP's columns; without entry_
 _ANSWER_FIELDS = (
     "reward_model.ground_truth", "answer", "expected_answer", "final_answer", "label", *_TESTS, "solution",
 )  # fmt: skip
+_SEEN = ("image", "images", "video", "videos")
 _GPQA = ("Question", "Correct Answer", "Incorrect Answer 1", "Incorrect Answer 2", "Incorrect Answer 3")
 _INTEGER = re.compile(r"([-+]?)0*([0-9]+)(?:\.0*)?")
 _BOX = re.compile(r"\\(?:boxed|fbox)\b")
@@ -81,6 +82,9 @@ class RowReader:
         prompt_field, answer_field = self.fields
         if answer_field in _TESTS and not (self.source.prompt_field or self.data.prompt_field):
             row = _with_tests(row, prompt_field)
+        for field in _SEEN:
+            if row.get(field) not in (None, [], "", {}):
+                raise RowError(field, "asks about a picture", "the policy reads text alone")
         messages = _messages(row, prompt_field)
         asked = _asked(messages)
         answer, mark = _answer(row, answer_field, self.read_answer), turn_mark(asked)

@@ -75,8 +75,8 @@ train() {
     rm "$errors"
     case $first in
     *"exit code 138" | *"User defined signal 1") # 128 + USR1: saved, or not even begun
-        [ "$(newest_checkpoint)" != "$before" ] ||
-            fail "no step was saved before the time limit, and a requeued job would do no better: -- --time=HH:MM:SS"
+        [ "$(newest_checkpoint)" != "$before" ] || [ "${SLURM_RESTART_COUNT:-0}" -eq 0 ] ||
+            fail "requeued, and again no step was saved before the time limit: ask for more, -- --time=HH:MM:SS"
         scontrol requeue "$JOB" && sleep 60 ;; # which ends this shell
     *"exit code 143" | '') ;; # told to stop by TERM, and saved; or no rank failed
     *) first_error_on_top "$first" ;;

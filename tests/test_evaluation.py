@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from megatron_rlvr.evaluation import Estimate, Outcome, estimate, figures, majority, pass_at_k, summarise
 from megatron_rlvr.types import Prompt, Rollout, RolloutGroup
 from megatron_rlvr.verdict import Verdict
+from megatron_rlvr.verifiers.answer_forms import comparable
 
 
 def group(*rewards: float | None) -> RolloutGroup:
@@ -212,3 +213,15 @@ def test_more_tries_are_never_worse_whatever_was_lost(rights: list[list[bool | N
         assert all(less <= more + 1e-12 for less, more in pairwise(chances)), found
     else:
         assert all(map(math.isnan, chances))
+
+
+def test_wrong_answers_are_one_where_name_unit_or_order_differ() -> None:
+    """As the verifier takes right ones: else a vote for wrong ones would be split, and maj too high."""
+    for same in (
+        (r"\$17", "17", "x = 17", r"17\text{ cm}", "17.0"),
+        ("1, 2", "2,1"),
+        ("90", r"90^\circ", "90 degrees"),
+    ):
+        assert len({comparable(text) for text in same}) == 1, same
+    for other in (("17", "18"), ("50", r"50\%"), ("(1,2)", "(2,1)"), ("x=1, y=2", "1"), ("x+1=17", "17")):
+        assert len({comparable(text) for text in other}) == 2, other

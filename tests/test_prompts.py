@@ -245,6 +245,8 @@ def test_bad_rows_are_counted_named_and_dropped(tmp_path, tokenizer):
         ({"problem": "q", "answer": None}, "a.jsonl row 2, answer: no answer"),
         ({"problem": "x" * 101, "answer": "1"}, r"row 2, problem: longer than data.max_prompt_length=100 tokens \(101"),
         ("{", "row 2, row: unreadable"),
+        ({"problem": "Find x.", "images": ["a.png"], "answer": "1"}, "row 2, images: asks about a picture"),
+        ({"problem": "q", "answer": '["1", "2"]'}, "row 2, answer: not an answer for this verifier .is a list of 2"),
     ],
 )
 def test_strict_stops_at_the_first_bad_row(tmp_path, tokenizer, bad, says):
@@ -350,6 +352,13 @@ def test_one_answer_in_two_spellings_is_no_contradiction(tmp_path, tokenizer):
         *(("q0", r"\frac{1}{2}"), ("q1", "0.5"), ("q2", "1,000"), ("q3", "(1,2)"), ("q4", "2 n"))
     ]
     assert Counter(drop.reason for drop in loaded.drops) == {"repeats an earlier row": 5, "contradicting answers": 2}
+
+
+def test_a_name_a_unit_or_an_order_makes_no_contradiction(tmp_path, tokenizer):
+    pairs = [(r"90^\circ", "90"), (r"5\text{ cm}", "5"), ("x=5", "5"), ("1, 2", "2,1"), ('["7"]', "7"), (r"50\%", "50")]
+    rows = [{"problem": f"q{place}", "answer": text} for place, pair in enumerate(pairs) for text in pair]
+    loaded = load(write(tmp_path / "a.jsonl", rows), RAW, tokenizer, "math")
+    assert [prompt.text for prompt in loaded.prompts] == ["q0", "q1", "q2", "q3", "q4"], loaded.report
 
 
 def test_strict_stops_at_a_contradiction_but_not_at_a_repeat(tmp_path, tokenizer):

@@ -28,6 +28,11 @@ _REWRITES = [
         (r"\\[dtc]frac(?![a-zA-Z])", r"\\frac"),
         (r"\{([^{}]*)\\over(?![a-zA-Z])([^{}]*)\}", r"\\frac{\1}{\2}"),
         (r"√ *([0-9]+|[a-zA-Z])", r"\\sqrt{\1}"),
+        (r"\\mathrm *\{ *([ie]) *\}", r"\1"),
+        (r"\\(?:boldsymbol|bm) *\{([^{}]*)\}", r"\1"),
+        (r"\\varnothing(?![a-zA-Z])", r"\\emptyset"),
+        (r"\\begin *\{array\} *\{[clr| ]*\}", r"\\begin{matrix}"),
+        (r"\\end *\{array\}", r"\\end{matrix}"),
         (_TEXT, r"\\text{"),
         (r"\\(?:text|underline) *\{ *([-+0-9.,/]+) *\}", r"\1"),
         (r"\\geqslant|\\ge(?![a-zA-Z])", r"\\geq"),
@@ -57,9 +62,12 @@ _RATIO = re.compile(rf"\\frac\{{(-?{_DECIMAL})\}}\{{(-?{_DECIMAL})\}}|({_DECIMAL
 _MIXED = re.compile(r"([0-9]+)\\frac\{([0-9]+)\}\{([0-9]+)\}")
 _WORDS = r"[A-Za-z]+(?:[ -][A-Za-z]+){0,3}"
 _POWER = r"(?:\^\{?-?[0-9]\}?)?"
-_TEXT_UNIT = re.compile(rf"(.+?)((?:(?:[ */]|\\cdot)*\\text\{{[ ]*[A-Za-z][A-Za-z0-9 ./^-]*\}}{_POWER})+)\.?")
+_TEXT_UNIT = re.compile(
+    rf"(.+?)((?:(?:[ */]|\\cdot)*\\text\{{[ ]*[A-Za-z](?:[A-Za-z0-9 ./^-]|\{{-?[0-9]\}})*\}}{_POWER})+)\.?"
+)
 _PLAIN_UNIT = re.compile(rf"(-?[0-9.,/]*[0-9.](?:e[-+]?[0-9]+)?) ?({_WORDS}{_POWER}(?:/{_WORDS}{_POWER})?)\.?")
 # Written as plain letters, anything shorter than a word is a product of variables, unless it is one of these.
+_SYMBOLS = {"m", "s", "g", "kg", "h", "cm", "km", "mol", "N", "J", "W", "V", "C", "K", "L"}  # of m/s^2 and its like
 _SHORT_UNITS = {
     "cm", "mm", "km", "kg", "mg", "ml", "min", "sec", "deg", "ft", "in", "mph", "hr", "hrs", "rad", "mol", "day", "h",
     "s",
@@ -78,7 +86,7 @@ _NO_UNIT = {
     "up", "to", "plus", "minus", "times", "divided", "by", "half", "double", "twice", "thousand", "million",
     "billion", "trillion", "hundred", "dozen", "k", "pi", "sqrt", "log", "ln", "exp", "e", "i", "sin", "cos", "tan",
     "cot", "sec", "csc", "arcsin", "arccos", "arctan", "mod", "modulo", "base", "wrong", "incorrect", "false",
-    "unless", "except", "instead",
+    "unless", "except", "instead", "alternatively", "possibly", "versus", "vs", "impossible", "rejected",
 }  # fmt: skip
 
 # What may stand in front of an answer: m + n = ..., \angle ABC = ..., \frac{BD}{DC} = ..., (x,y) = ..., and with what
@@ -114,15 +122,21 @@ def squeeze(text: str) -> str:
 
 
 def comparable(text: str) -> str:
-    r"""One text for the ways to write an answer, as far as no mathematics is needed: \dfrac12, 0.5 and .50 are 1/2.
+    r"""One text for the ways to write an answer, as far as no mathematics is needed: \dfrac12, 0.5 and x = .50 are 1/2.
 
-    A text of more than 1000 characters is a program or a ramble, and stays as it is.
+    A unit goes, as the verifier lets it, but for %; so does the order of a list. A text of more than 1000 characters is
+    a program or a ramble, and stays as it is.
     """
     if len(text) > 1000:
         return text
-    text = canonical(text)
-    value = number(text)
-    return squeeze(text) if value is None else str(value)
+    name, *rest = cut(canonical(text), "=")
+    text = rest[0] if len(rest) == 1 and is_name(name) else "=".join([name, *rest])
+    bare, unit = split_unit(text)
+    text = text if unit == "%" else bare
+    if (value := number(text)) is not None:
+        return str(value)
+    items = parts(text)
+    return squeeze(text) if len(items) < 2 else ",".join(sorted(map(comparable, items)))
 
 
 def number(text: str) -> Fraction | None:
@@ -164,7 +178,9 @@ def split_unit(text: str) -> tuple[str, str]:
     if match := _TEXT_UNIT.fullmatch(text) or _PLAIN_UNIT.fullmatch(text):
         words = re.findall(r"[A-Za-z]+", match[2].replace(r"\text", "").replace(r"\cdot", ""))
         is_word = r"\text" in match[2] or all(len(word) > 3 or word.lower() in _SHORT_UNITS for word in words)
-        if is_word and len(words) <= 4 and not _NO_UNIT & {word.lower() for word in words} and _is_value(match[1]):
+        is_word |= "/" in match[2] and _SYMBOLS.issuperset(words)
+        is_said = _NO_UNIT & {word if word == "K" else word.lower() for word in words} or re.search(" [0-9]", match[2])
+        if is_word and len(words) <= 4 and not is_said and _is_value(match[1]):
             return match[1].strip(), _unit(match[2])
     return text, ""
 

@@ -5,11 +5,14 @@ final_answer(r"<think>\boxed{1}</think> So it is \boxed{2}.") -> "2"
 
 from __future__ import annotations
 
+import ast
 import re
 from typing import Any
 
 _BOX = re.compile(r"\\(?:boxed|fbox|framebox)\s*\{")
-_ANSWER_LINE = re.compile(r"^[^\w\n]*(?:final )?answer[^\w\n]*?[:：](.+)$", re.IGNORECASE | re.MULTILINE)
+_ANSWER_LINE = re.compile(
+    r"^[^\w\n]*(?:final )?answer[^\w\n]*?[:：](?:[ \t*]*\n\s*)?(.+)$", re.IGNORECASE | re.MULTILINE
+)
 # <|im_end|>, <｜end▁of▁sentence｜>, </s>, <eos>: a trailing token of the tokenizer is no part of an answer
 _END_TOKEN = re.compile(r"(?:<[|｜][^<>|｜\n]{1,40}[|｜]>|</s>|<eos>|<end_of_turn>)$")
 _WRAPPERS = (("$$", "$$"), ("$", "$"), (r"\(", r"\)"), (r"\[", r"\]"), (r"\boxed{", "}"))
@@ -90,14 +93,27 @@ def strip_marks(text: str) -> str:
 def read_gold(value: Any) -> str:
     """A data row's answer as text: a number, or text that may hide it in a box or behind GSM8K's ``####``.
 
-    Raises ValueError: neither text nor a number, or nothing in it.
+    A list that came as text, as in Skywork-OR1's rows, must hold one answer. Raises ValueError: neither text nor a
+    number, or nothing in it.
     """
     if isinstance(value, bool) or not isinstance(value, (str, int, float)):
         raise ValueError(f"must be text or a number, not {value!r}")
     if isinstance(value, float) and value.is_integer():
         value = int(value)
+    if isinstance(value, str) and value.lstrip()[:2] in ('["', "['"):
+        value = _only_one(value)
     text = str(value).rpartition("####")[2]
     text = strip_marks(last_boxes(text) or text)
     if not text:
         raise ValueError("is empty")
     return text
+
+
+def _only_one(text: str) -> str:
+    try:
+        items = ast.literal_eval(text.strip())
+    except (SyntaxError, ValueError):  # no list after all
+        return text
+    if not isinstance(items, list) or len(items) != 1 or not isinstance(items[0], str):
+        raise ValueError(f"is a list of {len(items)}, and a row has one answer: {text[:80]}")
+    return items[0]

@@ -26,6 +26,8 @@ _DEADLINE = 10.0  # seconds of CPU time, outside of a pool
 _LONGEST = 200_000  # characters of a program
 _FENCE = re.compile(r"^ *```([a-zA-Z0-9+]*)[ ]*\r?\n(.*?)^ *```", re.DOTALL | re.MULTILINE)
 
+_FUTURE = re.compile(r"^from __future__ import [\w, ]+$", re.MULTILINE)
+
 _PASSIVE = (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef, ast.Import, ast.ImportFrom, ast.Assign, ast.AnnAssign)
 
 
@@ -81,9 +83,10 @@ def verify(response: str, answer: dict[str, str]) -> Verdict:
     if not source.strip() or len(source) > _LONGEST:
         return Verdict(0.0, "unparseable", message="no program behind the thinking, or one of absurd length")
     deadline = signal.getitimer(signal.ITIMER_PROF)[0] or _DEADLINE  # what the pool has set for this answer
-    whole = f"{answer['prompt']}\n{source}"  # the prompt has the imports, and a head that a bare body continues
+    # The prompt has the imports, and a head that a bare body continues; what must come first does.
+    whole = "\n".join([*_FUTURE.findall(source), answer["prompt"], _FUTURE.sub("", source)])
     limits = sandbox.Limits(cpu_seconds=deadline)
-    outcome = sandbox.run(whole, answer["tests"], answer["entry_point"], limits)
+    outcome = sandbox.run(whole, answer["tests"], answer["entry_point"], limits, given=answer["prompt"])
     return Verdict(float(outcome.passed), "ok", extracted=source, message=outcome.message)
 
 

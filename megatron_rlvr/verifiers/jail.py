@@ -6,7 +6,8 @@ fork runs the model's program; the first process of the new namespace runs the t
 through a pipe. So a program knows neither the tests nor what they expect, has no way to the result, and cannot return
 an object that claims to equal everything: only plain values come through the pipe.
 
-stdin: two length-prefixed JSON texts, {program, cpu_seconds, ...} and {tests, entry_point}; stdout: one JSON line.
+stdin: two length-prefixed JSON texts, {program, cpu_seconds, ...} and {tests, entry_point, given};
+stdout: one JSON line.
 """
 
 from __future__ import annotations
@@ -305,8 +306,10 @@ def _reply(descriptor: int, kind: str, value: Any) -> None:
     _write(descriptor, struct.pack("Q", len(message)) + message)
 
 
-def run_tests(program: Program, tests: str, entry_point: str) -> None:
+def run_tests(program: Program, tests: str, entry_point: str, given: str) -> None:
     """The tests, with the program's functions in their place; ``check(candidate)`` where there is an entry point.
+
+    Of the row's own code ``given`` come its helpers: a program that defines them anew would judge itself.
 
     What Python has built in stays Python's: a ``set`` or ``abs`` of the program would decide what the tests compare.
     Raises whatever the first failing test raises.
@@ -316,15 +319,26 @@ def run_tests(program: Program, tests: str, entry_point: str) -> None:
     if not wanted & set(program.names):
         wanted = used  # an MBPP row asks for its own sum
 
-    def proxy(name: str) -> Any:
-        return lambda *args, **kwargs: program.call(name, args, kwargs)
+    def proxy(source: Program, name: str) -> Any:
+        return lambda *args, **kwargs: source.call(name, args, kwargs)
 
-    space: dict[str, Any] = {name: proxy(name) for name in program.names if name in wanted}
+    space: dict[str, Any] = {name: proxy(program, name) for name in program.names if name in wanted}
+    if helpers := wanted & _functions(given) - {entry_point}:
+        own = Program(given)
+        space |= {name: proxy(own, name) for name in helpers}
     if entry_point and entry_point not in space:
         raise NameError(f"the program defines no {entry_point}")
     exec(compile(tests, "<tests>", "exec"), space)
     if entry_point and callable(space.get("check")):
         space["check"](space[entry_point])
+
+
+def _functions(source: str) -> set[str]:
+    """The names of its functions; none of a text that is no program, as a head without a body is none."""
+    try:
+        return {node.name for node in ast.parse(source).body if isinstance(node, ast.FunctionDef)}
+    except SyntaxError:
+        return set()
 
 
 def main() -> int:
@@ -355,7 +369,7 @@ def _judge(source: str) -> dict[str, Any]:
     try:
         program = Program(source)
         tests = json.loads(_read_message(0))
-        run_tests(program, tests["tests"], tests["entry_point"])
+        run_tests(program, tests["tests"], tests["entry_point"], tests["given"])
     except EOFError:
         return {"passed": False, "message": f"the program {program.ending() if program else 'ended before its tests'}"}
     except BaseException as error:  # an AssertionError, or whatever the program raised

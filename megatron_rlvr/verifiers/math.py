@@ -4,7 +4,8 @@ verify(r"so it is \boxed{0.5}", r"\frac{1}{2}") -> Verdict(1.0, "ok", extracted=
 
 Lists and sets are compared as such, tuples and intervals with their order and brackets, and only single expressions
 reach math-verify, by way of its LaTeX grammar alone: its plain-expression extraction hands text to sympy's parser,
-which evaluates Python. An answer that leaves work to the verifier (an integral, a sum, a tower of powers) is not one.
+which evaluates Python. An answer that leaves work to the verifier (an integral, a sum, an
+inequality to solve, a tower of powers) is not one.
 """
 
 from __future__ import annotations
@@ -44,11 +45,12 @@ _NEVER = re.compile(
 )
 _WORK = re.compile(
     r"\\(?:i*int|oint|sum|prod|lim|gcd|lcm|det|max|min|b?mod|pmod|deg)(?![a-zA-Z])|\\text\{(?:lcm|gcd|mod)\}|%"
+    r"|\\(?:lfloor|lceil|binom|dbinom|tbinom)(?![a-zA-Z])|[vV]matrix|\\frac ?\{d\} ?\{ ?d ?[a-z]"
 )
 _TWO_NUMBERS = re.compile(r"(?<![_^])(?<!frac |inom )[0-9] +[0-9]")
 # What takes sympy minutes: powers of powers, high powers of sums, factorials and binomials of large numbers.
 _TOWER = re.compile(
-    r"\^ *\{?[^{}^a-z]*[0-9)] *\^|\^ *\{[^{}]*\^ *\{[^{}]*\^|\^ *\{? *[0-9]{5,}|(?:[a-z)}]) *\^ *\{? *[0-9]{3,}"
+    r"\^ *\{?[^{}^a-z,;]*[0-9)] *\^|\^ *\{[^{}]*\^ *\{[^{}]*\^|\^ *\{? *[0-9]{5,}|(?:[a-z)}]) *\^ *\{? *[0-9]{3,}"
     r"|[0-9]{5,} *!|! *\)* *!|\^[^a-z]*\) *!|\\binom *\{[^{}]*[0-9]{4,}"
 )
 _ENVIRONMENT = re.compile(r"\\(?:begin|end)\{[a-z]*matrix\}|\\[a-zA-Z]+")
@@ -162,13 +164,21 @@ def _one_equal(gold: str, given: str) -> bool:
     if inside[0] and inside[1]:
         same = len(inside[0][1]) == len(inside[1][1]) and inside[0][0] == inside[1][0]
         return same and all(_one_equal(a, b) for a, b in zip(inside[0][1], inside[1][1], strict=True))
-    if (inside[0] and _RELATIONS.search(given)) or (inside[1] and _RELATIONS.search(gold)):
+    if (inside[0] and _is_range(given)) or (inside[1] and _RELATIONS.search(gold)):
         return _symbolic(gold, given)  # x > 2 for (2, \infty)
     if inside[0] or inside[1] or (given.startswith("[") and not gold.startswith("[")):
         return False
     if _RELATIONS.search(gold) or _RELATIONS.search(given):
         return bool(_RELATIONS.search(gold)) and _symbolic(gold, given)
     return _equations(gold, given)
+
+
+def _is_range(text: str) -> bool:
+    """Whether the text says between which bounds a name lies: x > 2 or 1 < x \leq 3, but not x^2 < 4, left to solve."""
+    pieces = [piece.strip() for piece in _RELATIONS.split(text)]
+    names = [piece for piece in pieces if _NAME.fullmatch(piece)]
+    in_place = len(pieces) == 2 or (len(pieces) == 3 and bool(_NAME.fullmatch(pieces[1])))
+    return len(names) == 1 and in_place and not any(names[0] in piece for piece in pieces if piece != names[0])
 
 
 def _inside(text: str) -> tuple[str, list[str]] | None:

@@ -41,13 +41,14 @@ class NoIsolation(RuntimeError):
     """This machine does not let a process be isolated; the message is the kernel's."""
 
 
-def run(program: str, tests: str, entry_point: str, limits: Limits) -> Outcome:
+def run(program: str, tests: str, entry_point: str, limits: Limits, given: str = "") -> Outcome:
     """Run ``tests`` against the functions of ``program``; returns when all of its processes are gone.
 
-    Raises NoIsolation.
+    What the tests use beside ``entry_point`` they take from ``given``, the row's own code, where that has it. Raises
+    NoIsolation.
     """
     job = {**vars(limits), "program": program}
-    request = _packed(job) + _packed({"tests": tests, "entry_point": entry_point})
+    request = _packed(job) + _packed({"tests": tests, "entry_point": entry_point, "given": given})
     kept = {name: os.environ[name] for name in ("LD_LIBRARY_PATH", "PATH") if name in os.environ}
     process = subprocess.Popen(
         [sys.executable, "-I", "-S", _JAIL],

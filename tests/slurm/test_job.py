@@ -80,6 +80,19 @@ def test_a_signal_ahead_of_the_time_limit_requeues(cluster: Cluster, submit) -> 
     assert log.read_text().count("begins run.resume=auto") == 4
 
 
+def test_a_job_without_time_for_a_step_requeues_itself_once(cluster: Cluster, submit) -> None:
+    job, log = submit()
+    cluster.shell(f"scancel --batch --signal=USR1 {job}")
+    deadline = time.monotonic() + 60
+    while log.read_text().count("begins") < 8:
+        assert time.monotonic() < deadline, log.read_text()
+        time.sleep(0.1)
+    cluster.shell(f"scancel --batch --signal=USR1 {job}")
+    done = cluster.wait(job, deadline=120)
+    assert (done["JobState"], done["Restarts"]) == ("FAILED", "1"), log.read_text()
+    assert "error: requeued, and again no step was saved before the time limit" in log.read_text()
+
+
 def test_the_last_task_of_an_array_requeues_itself_alone(cluster: Cluster, submit) -> None:
     """Its job number is the array's."""
     job, log = submit(seeds="0,1,2")

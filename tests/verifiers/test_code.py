@@ -159,6 +159,17 @@ def test_what_passes_and_what_does_not():
     assert judge("    return prod([2, x])\n", answer) == (1.0, "ok")  # a bare body goes on behind the head
     assert judge("def f(x): return prod([2, x])", answer) == (1.0, "ok")
     assert judge("    return x\n", answer) == (0.0, "ok")
+    later = "from __future__ import annotations\ndef f(x: Whatever) -> int: return prod([2, x])"
+    assert judge(later, answer) == (1.0, "ok")  # what Python wants first comes first
+    head = 'def coded(s: str) -> str:\n    return s[::-1]\n\ndef f(s: str) -> str:\n    """Undo coded."""\n'
+    test = "def check(c):\n    assert c(coded('ab')) == 'ab'"
+    answer = code.read_answer({"prompt": head, "entry_point": "f", "test": test})
+    assert judge("    return s[::-1]\n", answer) == (1.0, "ok")
+    assert judge("def coded(s): return s\ndef f(s): return s", answer) == (0.0, "ok")  # the helper is the row's
+    answer = code.read_answer(
+        {"prompt": "def f(x):\n", "entry_point": "f", "test": "def check(c):\n    assert c(2) == 4"}
+    )
+    assert judge("    return 2 * x", answer) == (1.0, "ok")  # a head that is no program
     raising = code.read_answer("try:\n    f(0)\nexcept ZeroDivisionError:\n    pass\nelse:\n    assert False")
     assert judge("def f(x): return 1 / x", raising) == (1.0, "ok") and judge("def f(x): return 1", raising) == (
         0.0,

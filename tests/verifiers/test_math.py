@@ -174,3 +174,23 @@ def test_a_runaway_answer_meets_the_deadline_and_the_pool_lives_on():
         assert [verdict.reward for verdict in verdicts] == [1.0, 0.0, 1.0]
         assert pool.score(items[2:])[0].reward == 1.0
     assert psutil.Process().children(recursive=True) == []
+
+
+@pytest.mark.parametrize(
+    ("response", "found"),
+    [("Answer:\n7", "7"), ("**Answer:**\n\n$7$\nSo", "7"), ("Answer: 7\n8", "7"), ("Answer:", ""), ("Answer:\n\n", "")],
+)
+def test_the_answer_may_stand_below_its_line(response, found):
+    assert final_answer(response) == found
+
+
+def test_a_gold_that_is_a_list_in_text_is_its_one_answer():
+    """As the rows of Skywork-OR1 have them."""
+    assert [read_answer(text) for text in ('["7"]', r"['\\frac{1}{2}']", "[1, 2]", "['a")] == [
+        "7",
+        r"\frac{1}{2}",
+        "[1, 2]",
+        "['a",
+    ]
+    with pytest.raises(ValueError, match="is a list of 2, and a row has one answer"):
+        read_answer('["7", "8"]')
