@@ -4,8 +4,8 @@ verify(r"so it is \boxed{0.5}", r"\frac{1}{2}") -> Verdict(1.0, "ok", extracted=
 
 Lists and sets are compared as such, tuples and intervals with their order and brackets, and only single expressions
 reach math-verify, by way of its LaTeX grammar alone: its plain-expression extraction hands text to sympy's parser,
-which evaluates Python. An answer that leaves work to the verifier (an integral, a sum, an
-inequality to solve, a tower of powers) is not one.
+which evaluates Python. An answer that leaves work to the verifier (an integral, a sum, an inequality to solve, a tower
+of powers) is not one.
 """
 
 from __future__ import annotations

@@ -78,3 +78,11 @@ def test_an_experiment_on_this_machine(tmp_path: Path) -> None:
     assert found["settings"]["model"][0] == str(folder / "hf") and found["benchmarks"]["eval"]["problems"] == 8
     assert len((folder / "metrics.jsonl").read_text().splitlines()) == 2
     assert (folder / "report.html").exists() and (folder / "hf" / "model.safetensors").exists()
+
+
+def test_a_training_of_one_rank_saves_and_requeues_too(tmp_path: Path) -> None:
+    countdown = ("config=examples/countdown_cpu/config.yaml", 'overrides=["parallel.tp=1"]', "run.executor.nodes=1")
+    shown = launch(tmp_path, "--executor", "slurm", "--dryrun", *countdown)
+    train, report = shown[shown.index("# task train: 1 rank(s)") :].split("# task report: 1 rank(s)", 1)
+    assert '"${resume[@]}"' in train and "RANK=" not in train and "resume" not in report.partition("#SBATCH")[0]
+    assert shown.count("--signal=USR1@600") == 1
