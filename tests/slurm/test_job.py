@@ -23,6 +23,7 @@ if "megatron_rlvr.launch.health" in sys.argv:
     sys.exit(0)
 print("begins", *sys.argv[-1:], flush=True)
 if "name=broken" in sys.argv and os.environ["RANK"] == "3":
+    time.sleep(3)  # until the others have begun
     os.kill(os.getpid(), signal.SIGKILL)
 for tick in range(50):
     time.sleep(0.2)
