@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import itertools
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
@@ -86,15 +85,16 @@ def check_newest(config: Config, folder: Path) -> None:
     Of the newest checkpoint that is whole as far as that shows at once: the ranks say what is wrong with newer ones.
     Raises ConfigError.
     """
-    whole = (path for path in reversed(checkpoints(folder)) if not damage(path, read=False))
-    for path in itertools.islice(whole, 1):
-        state = json.loads((path / "run.json").read_text())
-        saved = state["config"]
-        check_steps(path, config)
-        _check_shape(path, state.get("shapes", {}).get("policy", {}), config.model.path)
-        now = settings_of(config, [])
-        now["data"]["contents"] = saved["data"]["contents"]
-        check_resume(saved, now, config.run.accept_changes)
+    path = next((path for path in reversed(checkpoints(folder)) if not damage(path, read=False)), None)
+    if path is None:
+        return
+    state = json.loads((path / "run.json").read_text())
+    saved = state["config"]
+    check_steps(path, config)
+    _check_shape(path, state.get("shapes", {}).get("policy", {}), config.model.path)
+    now = settings_of(config, [])
+    now["data"]["contents"] = saved["data"]["contents"]
+    check_resume(saved, now, config.run.accept_changes)
 
 
 def _check_shape(path: Path, held: Mapping[str, Any], model: str) -> None:

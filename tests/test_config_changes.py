@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -207,9 +206,13 @@ def test_the_launcher_refuses_by_the_newest_checkpoint_that_is_whole(tmp_path: P
     config.seed = 1
     with pytest.raises(ConfigError, match="seed: 0 -> 1"):
         check_newest(config, tmp_path)
-    os.truncate(newest / "policy/.metadata", 3)  # the ranks will name it, and go on from the one before
-    with pytest.raises(ConfigError, match="seed: 5 -> 1"):
-        check_newest(config, tmp_path)
+    # The ranks will name what is damaged, and go on from the one before.
+    text = (newest / "run.json").read_text()
+    for damaged, content in ((newest / "run.json", "{" * len(text)), (newest / "policy/.metadata", "ten")):
+        (newest / "run.json").write_text(text)
+        damaged.write_text(content)
+        with pytest.raises(ConfigError, match="seed: 5 -> 1"):
+            check_newest(config, tmp_path)
     config.seed, config.trainer.num_steps = 5, 9  # which is no fewer than step_9 has
     check_newest(config, tmp_path)
     for path in tmp_path.glob("checkpoints/*/manifest.json"):
