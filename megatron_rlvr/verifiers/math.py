@@ -118,7 +118,20 @@ def _equal(gold: str, given: str) -> bool:
     golds = [gold] if forms.is_number(gold) else forms.parts(gold)  # 1,027 is one number
     if len(golds) == 1 and forms.is_number(given):
         return _one_equal(gold, given)  # and so is 12,345
-    return _unordered(_spread(golds), _spread(forms.parts(given)))
+    said = forms.parts(given)
+    if r"\cup" in gold and len(golds) == 1 and _are_ranges(said) and not re.search(r"\band\b", given):
+        return _unordered(_pieces(gold), said)
+    return _unordered(_spread(golds), _spread(said))
+
+
+def _are_ranges(texts: list[str]) -> bool:
+    """Whether the texts bound one name: x < 2 and x > 3, which with "or" is a union."""
+    names = {_bounded(text) for text in texts}
+    return len(names) == 1 and "" not in names
+
+
+def _pieces(text: str) -> list[str]:
+    return [piece.strip() for piece in re.split(r"\\cup(?![a-zA-Z])", text)]
 
 
 def _unnamed(gold: str, given: str) -> str:
@@ -158,13 +171,12 @@ def _one_equal(gold: str, given: str) -> bool:
     if forms.squeeze(gold) == forms.squeeze(given):
         return True
     if r"\cup" in gold or r"\cup" in given:
-        pieces = [re.split(r"\\cup(?![a-zA-Z])", text) for text in (gold, given)]
-        return len(pieces[0]) > 1 and _unordered([i.strip() for i in pieces[0]], [i.strip() for i in pieces[1]])
+        return len(_pieces(gold)) > 1 and _unordered(_pieces(gold), _pieces(given))
     inside = [_inside(text) for text in (gold, given)]
     if inside[0] and inside[1]:
         same = len(inside[0][1]) == len(inside[1][1]) and inside[0][0] == inside[1][0]
         return same and all(_one_equal(a, b) for a, b in zip(inside[0][1], inside[1][1], strict=True))
-    if (inside[0] and _is_range(given)) or (inside[1] and _RELATIONS.search(gold)):
+    if (inside[0] and _bounded(given)) or (inside[1] and _RELATIONS.search(gold)):
         return _symbolic(gold, given)  # x > 2 for (2, \infty)
     if inside[0] or inside[1] or (given.startswith("[") and not gold.startswith("[")):
         return False
@@ -173,12 +185,13 @@ def _one_equal(gold: str, given: str) -> bool:
     return _equations(gold, given)
 
 
-def _is_range(text: str) -> bool:
-    """Whether the text says between which bounds a name lies: x > 2 or 1 < x \leq 3, but not x^2 < 4, left to solve."""
+def _bounded(text: str) -> str:
+    r"""The name that the text puts between bounds: x in x > 2 or 1 < x \leq 3; "" for x^2 < 4, left to solve."""
     pieces = [piece.strip() for piece in _RELATIONS.split(text)]
     names = [piece for piece in pieces if _NAME.fullmatch(piece)]
     in_place = len(pieces) == 2 or (len(pieces) == 3 and bool(_NAME.fullmatch(pieces[1])))
-    return len(names) == 1 and in_place and not any(names[0] in piece for piece in pieces if piece != names[0])
+    alone = len(names) == 1 and in_place and not any(names[0] in piece for piece in pieces if piece != names[0])
+    return names[0] if alone else ""
 
 
 def _inside(text: str) -> tuple[str, list[str]] | None:
