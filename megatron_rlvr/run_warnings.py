@@ -18,7 +18,7 @@ SUSTAINED = 10  # steps that a fault must last
 # Metrics that say how much a method does; at 0 it does nothing. CDE's bonus may be switched off by its own schedule.
 ACTIVITY = {
     "lp_reg/share": "",
-    "kl_cov/share": "",
+    "kl_cov/moved": "",
     "clip_cov/share": "",
     "high_entropy/left_out": "",
     "stapo/left_out": "",

@@ -127,10 +127,6 @@ class Microbatch:
         return self.response_lengths.numel()
 
     @property
-    def max_seqlen(self) -> int:
-        return int((self.cu_seqlens[1:] - self.cu_seqlens[:-1]).max())
-
-    @property
     def known_log_probs(self) -> Tensor:
         """[t] what is known of the old policy before the loss: its own pass where one is made, else the rollout's."""
         return self.old_log_probs if self.has("old_log_probs") else self.rollout_log_probs

@@ -89,5 +89,5 @@ def _record(batch: Batch, values: Tensor, groups: ParallelGroups, meter: Meter) 
     meter.add("critic/return_mean", returns[mask].sum(), count)
     meter.add("critic/head_std", batch.values.std(dim=1, correction=0)[mask].sum(), count)
     unexplained, total = (reduce.masked_std(item, mask, groups.dp) for item in (returns - values, returns))
-    if total > 0:
+    if total > 1e-6 * reduce.masked_mean(returns.abs(), mask, groups.dp):  # equal returns differ by their rounding
         meter.add("critic/explained_variance", 1 - (unexplained / total).square())

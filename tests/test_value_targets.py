@@ -96,6 +96,15 @@ def test_returns_and_metrics_by_hand():
     assert not batch.returns[~batch.loss_mask].any() and not batch.value_weights[~batch.loss_mask].any()
 
 
+def test_equal_returns_leave_nothing_to_explain():
+    """A return is reward less value plus value, so equal ones differ by rounding: a share of that says nothing."""
+    batch, *_ = _filled(ParallelGroups.single(), 1000)
+    meter, settings = Meter(), CriticConfig(num_heads=batch.values.shape[1])
+    fill_targets(batch, -torch.ones_like(batch.rewards), settings, (0, 5), ParallelGroups.single(), meter)
+    assert batch.returns[batch.loss_mask].unique().numel() > 1
+    assert "critic/explained_variance" not in meter.means() and "critic/value_mean" in meter.means()
+
+
 def test_a_token_pays_for_its_distance_from_the_reference():
     """Each token's reward is less its own estimate, so an undiscounted return less those of it and the later ones."""
     settings, kl = CriticConfig(num_heads=1), KlConfig(coefficient=0.3, estimator="k2", where="reward")

@@ -64,7 +64,6 @@ class ParallelGroups:
     pp: ProcessGroup | None = None  # stages of one model, first to last
     dp: ProcessGroup | None = None  # replicas, each with its own responses
     cp: ProcessGroup | None = None  # stretches of one microbatch, whose responses all of these ranks know
-    ep: ProcessGroup | None = None  # experts of one layer
     world: ProcessGroup | None = None
 
     @staticmethod
@@ -102,7 +101,6 @@ class ParallelGroups:
             pp=_unless_alone(parallel_state.get_pipeline_model_parallel_group()),
             dp=_unless_alone(parallel_state.get_data_parallel_group()),
             cp=_unless_alone(parallel_state.get_context_parallel_group()),
-            ep=_unless_alone(parallel_state.get_expert_model_parallel_group()),
             world=_unless_alone(dist.group.WORLD),
         )
 
@@ -145,10 +143,6 @@ class ParallelGroups:
     @property
     def world_size(self) -> int:
         return group_size(self.world)
-
-    @property
-    def is_first_stage(self) -> bool:
-        return self.pp_rank == 0
 
     @property
     def is_last_stage(self) -> bool:

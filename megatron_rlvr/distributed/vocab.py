@@ -43,7 +43,8 @@ class TokenStatistics:
     proxy_log_prob: Tensor  # ln q of the target; -inf where the threshold filters it
     rank: Tensor  # of the target: 1 and the number of tokens with a larger logit
     old_kl: Tensor | None = None  # with old_top: KL(q_old || p); 0 where nothing was kept
-    # with top = K: the K most probable of the kept tokens, or of all without a threshold, the most probable first
+    # with top = K: the K most probable of the kept tokens, or of all without a threshold, the most probable first; the
+    # target, where it is kept, is one of them
     top_ids: Tensor | None = None  # [T, K] int64; -1 behind the last kept one
     top_log_probs: Tensor | None = None  # [T, K] ln p; -inf behind the last kept one
     top_cut: Tensor | None = None  # [T] bool: the threshold keeps more than these K

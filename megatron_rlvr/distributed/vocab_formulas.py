@@ -165,7 +165,7 @@ def derive(
     totals = all_sum(measured.sums, shard.group)
     scale = vocab_passes.inverse(options.temperature, totals)
     values, state = _fields(measured, totals, tokens, scale)
-    most_probable = _kept_top(measured, state.s.log(), options) if options.top else (None, None, None)
+    most_probable = _kept_top(measured, tokens.targets, state.s.log(), options) if options.top else (None, None, None)
     return values + most_probable, state
 
 
@@ -303,10 +303,18 @@ def _top(real: Tensor, count: int, shard: Shard) -> tuple[Tensor, Tensor]:
     return received[1].gather(1, places).long(), logits
 
 
-def _kept_top(measured: Measured, log_s: Tensor, options: StatisticsOptions) -> tuple[Tensor, Tensor, Tensor]:
-    """(ids [T, top], their ln p [T, top], whether the threshold keeps more than these [T]); -1 at -inf: filtered."""
-    gaps = measured.top_gaps
+def _kept_top(
+    measured: Measured, targets: Tensor, log_s: Tensor, options: StatisticsOptions
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(ids [T, top], their ln p [T, top], whether the threshold keeps more than these [T]); -1 at -inf: filtered.
+
+    A kept target that is not among so many takes the last place.
+    """
+    gaps, ids = measured.top_gaps, measured.top_ids
+    ids, cut = ids[:-1], (gaps[-1] >= measured.floor) & (gaps[-1] > -torch.inf)
+    outside = (measured.target_gap >= measured.floor) & (measured.target_gap > -torch.inf) & (ids != targets).all(0)
+    gaps = torch.cat([gaps[:-2], torch.where(outside, measured.target_gap, gaps[-2])[None]])
+    ids = torch.cat([ids[:-1], torch.where(outside, targets, ids[-1])[None]])
     is_kept = (gaps >= measured.floor) & (gaps > -torch.inf)
     log_probs = torch.where(is_kept, gaps / options.temperature - log_s, -torch.inf)
-    ids = torch.where(is_kept, measured.top_ids, -1)
-    return ids[:-1].t().contiguous(), log_probs[:-1].t().contiguous(), is_kept[-1]
+    return torch.where(is_kept, ids, -1).t().contiguous(), log_probs.t().contiguous(), cut

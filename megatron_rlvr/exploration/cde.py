@@ -57,6 +57,10 @@ class Bonus:
             self.schedule not in ("linear", "cosine") or self.total_steps >= 1,
             f"{name}.schedule={self.schedule} needs {name}.total_steps, the step at which omega reaches 0",
         )
+        rule(
+            self.schedule in ("linear", "cosine") or not self.total_steps,
+            f"{name}.total_steps={self.total_steps} is read with schedule=linear or cosine, not {self.schedule}",
+        )
         self._check_milestones(f"{name}.milestones")
 
     def _check_milestones(self, name: str) -> None:

@@ -19,6 +19,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from megatron_rlvr.config import Config as RunConfig
 from megatron_rlvr.config import rule
 from megatron_rlvr.distributed import reduce
 from megatron_rlvr.distributed.groups import ParallelGroups
@@ -47,6 +48,14 @@ class KlCov(Exploration):
     order = 30
     excludes = "covariance"
     config: Config
+
+    def __init__(self, name: str, config: Config, run: RunConfig | None = None) -> None:
+        super().__init__(name, config, run)
+        rule(
+            self.run.learns_from_older,
+            "exploration.kl_cov does nothing in the first update after a rollout, and there is no second one with "
+            f"trainer.updates_per_rollout={self.run.trainer.updates_per_rollout}: set that to 2 or more",
+        )
 
     def needs(self) -> Needs:
         return Needs(old_statistics=self.config.scope == "update")

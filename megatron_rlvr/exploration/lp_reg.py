@@ -6,9 +6,9 @@
 
 The old policy's forward pass gives ln p(o), ln Z and ln q(o) at once, so the proxy costs no pass of its own. With one
 update per rollout there is no such pass: the training forward's policy is the old one, and D = -ln Z. With several, the
-old pass also keeps the proxy's ``proxy_size`` most probable tokens, and D is the exact KL of those, renormalised, to
-the current policy. How often the proxy has more tokens than that is ``lp_reg/cut_share``. ``proxy_source: rollout``
-takes the engine's own distribution instead, by its ``proxy_size`` most probable tokens.
+old pass also keeps the proxy's ``proxy_size`` most probable tokens, always with o, and D is the exact KL of those,
+renormalised, to the current policy. How often the proxy has more tokens than that is ``lp_reg/cut_share``.
+``proxy_source: rollout`` takes the engine's own distribution instead, by its ``proxy_size`` most probable tokens.
 
 ``preset: paper`` is Eq 6; ``preset: released_code`` is what github.com/CarlanLark/Lp-Reg-dev @33b27e2 runs
 (verl/trainer/ppo/core_algos.py:648-745). An option that is given explicitly wins over the preset. The rest of the
@@ -123,6 +123,10 @@ class Config:
                 value == "advantage" or value >= 0,
                 f"{name}.{option} must be at least 0, not {value}: below 0 it would drive p away from q",
             )
+        rule(
+            self.beta == "advantage" or self.protection == 1.0,
+            f"{name}.protection={self.protection} is read with {name}.beta=advantage alone, and beta={self.beta}",
+        )
         rule(
             self.kappa is None or self.tau is None,
             f"{name}.kappa={self.kappa} and {name}.tau={self.tau} are two thresholds for one proxy: give one of them",
@@ -314,7 +318,7 @@ class LpReg(Exploration):
         meter.add("lp_reg/share", selected.sum(), count)
         meter.add("lp_reg/candidates", candidates.sum(), count)
         meter.add("lp_reg/survive_share", kept.sum(), candidates.sum())
-        meter.add("lp_reg/delta", limit.exp(), limit.isfinite())
+        meter.add("lp_reg/delta", limit.exp() * count, limit.isfinite() * count)
 
 
 def _slope(losses: Tensor, log_prob: Tensor) -> Tensor:

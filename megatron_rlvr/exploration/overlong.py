@@ -47,6 +47,7 @@ class Overlong(Exploration):
         free = self.run.rollout.max_response_length - self.config.buffer
         beyond = (free - batch.response_lengths).clamp(max=0) / self.config.buffer
         penalty = self.config.factor * beyond
-        meter.add("overlong/penalty", penalty.sum(), penalty.numel())
-        meter.add("overlong/share", (penalty < 0).sum(), penalty.numel())
+        judged = (batch.response_lengths > 0).sum()
+        meter.add("overlong/penalty", penalty.sum(), judged)
+        meter.add("overlong/share", (penalty < 0).sum(), judged)
         return batch.rewards + penalty

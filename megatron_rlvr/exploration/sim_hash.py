@@ -10,6 +10,7 @@ take a forward pass of their own. A projection near 0 may change its sign betwee
 
 from __future__ import annotations
 
+import logging
 from collections import Counter
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -24,6 +25,8 @@ from megatron_rlvr.exploration.base import Exploration, Needs
 from megatron_rlvr.metrics import Meter
 from megatron_rlvr.seeds import stable_seed
 from megatron_rlvr.types import Batch
+
+log = logging.getLogger(__name__)
 
 
 @dataclass
@@ -59,7 +62,8 @@ class SimHash(Exploration):
         self.counts.update(of_step.tolist())
         seen = torch.tensor([self.counts[code] for code in codes.tolist()]).to(batch.rewards)
         bonus = self.config.strength / seen.sqrt()
-        meter.add("sim_hash/bonus", bonus.sum(), bonus.numel())
+        judged = batch.response_lengths > 0
+        meter.add("sim_hash/bonus", bonus[judged].sum(), judged.sum())
         meter.add("sim_hash/codes", len(self.counts))
         meter.add("sim_hash/largest_share", max(self.counts.values()) / self.counts.total())
         return batch.rewards + bonus
@@ -74,7 +78,15 @@ class SimHash(Exploration):
         return (signs * 2 ** torch.arange(self.config.bits, device=states.device)).sum(1)
 
     def state_dict(self) -> dict[str, Any]:
-        return {"counts": {str(code): count for code, count in self.counts.items()}}  # JSON has no other keys
+        counts = {str(code): count for code, count in self.counts.items()}  # JSON has no other keys
+        return {"counts": counts, "codes_of": self._codes_of()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
+        if state["codes_of"] != self._codes_of():
+            log.warning("exploration.sim_hash counts from 0: the checkpoint's codes are those of other options or seed")
+            return
         self.counts = Counter({int(code): count for code, count in state["counts"].items()})
+
+    def _codes_of(self) -> list[Any]:
+        """Whatever decides on a response's code."""
+        return [self.config.bits, self.config.projection, self.config.state, self.run.seed]

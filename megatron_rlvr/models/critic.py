@@ -63,6 +63,7 @@ class Critic(Trainable):
     """``config.critic.num_heads`` values of each state, on a trunk that starts from the policy's weights or its own."""
 
     section = "critic.optimizer"
+    signs = "critic/grad_norm"
 
     def __init__(self, config: Config, groups: ParallelGroups) -> None:
         self.groups, self.num_heads = groups, config.critic.num_heads

@@ -41,6 +41,7 @@ class Trainable:
     """
 
     section = "optimizer"
+    signs = "policy/grad_norm or policy/ratio_max"  # metrics that grow before it diverges
     architecture: Architecture
     groups: ParallelGroups
     path: str  # the Hugging Face folder that it started from
@@ -86,7 +87,7 @@ class Trainable:
             max_lr=settings.lr,
             min_lr=settings.min_lr,
             lr_warmup_steps=settings.warmup_steps,
-            lr_decay_steps=max(updates, settings.warmup_steps + 1),
+            lr_decay_steps=max(updates, settings.warmup_steps) + 1,  # so that the last update trains too
             lr_decay_style=settings.schedule,
             start_wd=settings.weight_decay,
             end_wd=settings.weight_decay,
@@ -106,8 +107,8 @@ class Trainable:
             updated, grad_norm, _ = self.optimizer.step()
         if not updated or not math.isfinite(grad_norm):
             raise TrainingDiverged(
-                f"the gradient norm is {grad_norm}: see in metrics.jsonl from where policy/grad_norm or "
-                f"policy/ratio_max grew, and lower {self.section}.lr or the clips"
+                f"the gradient norm is {grad_norm}: see in metrics.jsonl from where {self.signs} grew, and lower "
+                f"{self.section}.lr or the clips"
             )
         return StepResult(losses, float(grad_norm), self.optimizer.param_groups[0]["lr"])
 

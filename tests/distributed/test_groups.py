@@ -18,16 +18,16 @@ def _members(group) -> list[int]:
 
 def _describe(g: ParallelGroups) -> dict:
     sizes = [f"{way}_{what}" for way in ("tp", "pp", "dp", "cp") for what in ("rank", "size")]
-    names = (*sizes, "rank", "world_size", "is_first_stage", "is_last_stage")
-    members = {name: _members(getattr(g, name)) for name in ("tp", "pp", "dp", "cp", "ep", "world")}
+    names = (*sizes, "rank", "world_size", "is_last_stage")
+    members = {name: _members(getattr(g, name)) for name in ("tp", "pp", "dp", "cp", "world")}
     return members | {name: getattr(g, name) for name in names}
 
 
 def test_single_is_one_rank_everywhere():
     g = ParallelGroups.single()
-    assert (g.tp, g.pp, g.dp, g.cp, g.ep, g.world) == (None,) * 6
+    assert (g.tp, g.pp, g.dp, g.cp, g.world) == (None,) * 5
     assert (g.tp_size, g.cp_size, g.pp_size, g.dp_size, g.world_size, g.tp_rank, g.rank) == (1, 1, 1, 1, 1, 0, 0)
-    assert g.is_first_stage and g.is_last_stage
+    assert g.is_last_stage
 
 
 @pytest.mark.parametrize("tp, pp, dp, cp", [(2, 2, 1, 1), (1, 2, 2, 1), (2, 1, 1, 2), (1, 2, 1, 2), (1, 1, 2, 2)])
@@ -45,7 +45,7 @@ def test_the_grid_is_megatrons(tp: int, pp: int, dp: int, cp: int):
     for rank, (own, megatron) in enumerate(results):
         assert own == megatron
         assert own["rank"] == rank and tuple(own[f"{way}_size"] for way in ("tp", "pp", "dp", "cp")) == (tp, pp, dp, cp)
-        assert own["is_first_stage"] == (own["pp_rank"] == 0) and own["is_last_stage"] == (own["pp_rank"] == pp - 1)
+        assert own["is_last_stage"] == (own["pp_rank"] == pp - 1)
 
 
 def test_a_grid_that_does_not_fit_and_a_start_without_torchrun_say_so(monkeypatch):

@@ -68,13 +68,21 @@ def reference(logits: Tensor, targets: Tensor, options: StatisticsOptions) -> di
     }
 
 
-def old_reference(old: Tensor, current: Tensor, options: StatisticsOptions, top: int) -> dict[str, Tensor]:
-    """The ``top`` most probable kept tokens of the [T, V] logits ``old``, and the KL of their share to ``current``."""
+def old_reference(
+    old: Tensor, current: Tensor, targets: Tensor, options: StatisticsOptions, top: int
+) -> dict[str, Tensor]:
+    """The ``top`` most probable kept tokens of the [T, V] logits ``old``, and the KL of their share to ``current``.
+
+    The target is one of them where it is kept.
+    """
     log_p = torch.log_softmax(old / options.temperature, dim=1)
     kept = log_p.masked_fill(~(kept_set(old, options) & log_p.isfinite()), -torch.inf)
     ordered, ids = kept.sort(dim=1, descending=True)
     ordered = torch.nn.functional.pad(ordered, (0, top + 1), value=-torch.inf)
     ids = torch.nn.functional.pad(ids, (0, top), value=-1)[:, :top].masked_fill(ordered[:, :top].isinf(), -1)
+    for row, target in enumerate(targets.tolist()):
+        if kept[row, target].isfinite() and target not in ids[row].tolist():
+            ids[row, -1], ordered[row, top - 1] = target, kept[row, target]
     q = torch.softmax(ordered[:, :top], dim=1).nan_to_num(0.0)
     log_now = torch.log_softmax(current / options.temperature, dim=1).gather(1, ids.clamp(min=0))
     kl = torch.where(q > 0, q * (q.clamp(min=1e-300).log() - log_now), 0.0).sum(1)
@@ -157,7 +165,7 @@ def expected(case: Case, dtype: torch.dtype) -> tuple[dict[str, Tensor], Tensor]
     whole = case.logits.to(dtype).double().clone().requires_grad_()
     values = reference(whole, case.targets, case.options)
     if case.top:
-        values |= old_reference(case.old.to(dtype).double(), whole, case.options, case.top)
+        values |= old_reference(case.old.to(dtype).double(), whole, case.targets, case.options, case.top)
     (gradient,) = torch.autograd.grad(weighted(values, case), whole)
     padding = gradient.new_zeros(gradient.shape[0], case.padded - gradient.shape[1])
     return {name: value.detach() for name, value in values.items()}, torch.cat([gradient, padding], dim=1)

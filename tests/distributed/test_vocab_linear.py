@@ -79,7 +79,7 @@ def expected(layer: Layer) -> dict[str, Any]:
     case = layer.case
     values = reference(hidden @ weight.t(), case.targets, case.options)
     if case.top:
-        values |= old_reference(case.old, hidden @ weight.t(), case.options, case.top)
+        values |= old_reference(case.old, hidden @ weight.t(), case.targets, case.options, case.top)
     gradients = torch.autograd.grad(weighted(values, case), (hidden, weight))
     padding = weight.new_zeros(case.padded - len(weight), WIDTH)
     return {"values": values, "hidden": gradients[0], "weight": torch.cat([gradients[1], padding])}

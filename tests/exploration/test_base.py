@@ -273,6 +273,7 @@ def test_the_bounds_of_a_correction_are_by_default_what_was_published(form, boun
         ({"cde": {"actor": {"alpha": -1}}}, "exploration.cde.actor.alpha must be at least 0"),
         ({"cde": {"actor": {"omega_0": 3.0}}}, r"omega_0 must be in \[0, kappa=3.0\)"),
         ({"cde": {"actor": {"schedule": "cosine"}}}, "schedule=cosine needs exploration.cde.actor.total_steps"),
+        ({"cde": {"actor": {"total_steps": 9}}}, "total_steps=9 is read with schedule=linear or cosine, not none"),
         ({"cde": {"actor": {"schedule": "staircase"}}}, "go together"),
         ({"cde": {"actor": {"milestones": [[10, 0.5]]}}}, "go together"),
         ({"cde": {"actor": {"schedule": "staircase", "milestones": [[10]]}}}, r"pairs \[step, multiplier"),

@@ -8,7 +8,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from megatron_rlvr.config import AlgorithmConfig, Config, ConfigError, RolloutConfig
+from megatron_rlvr.config import AlgorithmConfig, Config, ConfigError, RolloutConfig, TrainerConfig
 from megatron_rlvr.distributed.groups import ParallelGroups
 from megatron_rlvr.exploration.base import build
 from megatron_rlvr.metrics import Meter
@@ -17,13 +17,14 @@ from megatron_rlvr.verdict import Verdict
 from tests.exploration.toy import fill_old, make_batch, make_logits, statistics, update_loss
 
 LENGTHS = [9, 4, 12, 7]
+OFF_POLICY = Config(trainer=TrainerConfig(updates_per_rollout=2))
 SELECTING = ["kl_cov", "clip_cov", "high_entropy", "stapo"]
 
 
 @pytest.mark.parametrize("name", [*SELECTING, "rollout_correction"])
 @pytest.mark.parametrize("case", ["no loss token", "equal advantages", "one token"])
 def test_degenerate_updates_stay_finite(name, case):
-    batch, method = make_batch([1] if case == "one token" else LENGTHS), build({name: {}})
+    batch, method = make_batch([1] if case == "one token" else LENGTHS), build({name: {}}, OFF_POLICY)
     if case == "no loss token":
         batch.loss_mask = torch.zeros_like(batch.loss_mask)
     if case == "equal advantages":
@@ -43,11 +44,13 @@ def test_kl_cov_does_nothing_where_the_policy_has_not_moved():
     batch = make_batch(LENGTHS)
     logits, results = make_logits(batch), []
     for settings in ({}, {"kl_cov": {"share": 0.5, "coefficient": 100.0}}):
-        method = build(settings)
+        method = build(settings, OFF_POLICY)
         fill_old(batch, logits, method)
         results.append(update_loss(batch, logits, method, "unclipped", (0.2, 0.2)))
     assert torch.equal(results[0][0], results[1][0]) and torch.equal(results[0][1], results[1][1])
     assert results[1][2]["kl_cov/share"] == pytest.approx(16 / 32) and results[1][2]["kl_cov/moved"] == 0
+    with pytest.raises(ConfigError, match="kl_cov does nothing in the first update.*updates_per_rollout=1"):
+        build({"kl_cov": {}}, Config())
 
 
 @pytest.mark.parametrize(("share", "count"), [(0.002, 1), (0.0625, 2), (0.09, 2)])
@@ -61,7 +64,7 @@ def test_kl_cov_does_nothing_where_the_policy_has_not_moved():
     ],
 )
 def test_a_share_of_tokens_is_rounded_down_to_one_at_least(name, options, metric, share, count):
-    batch, method = make_batch(LENGTHS), build({name: options | {"share": share}})
+    batch, method = make_batch(LENGTHS), build({name: options | {"share": share}}, OFF_POLICY)
     logits = make_logits(batch)
     fill_old(batch, logits, method)
     _, _, metrics = update_loss(batch, logits, method, "unclipped", (0.2, 0.2))
@@ -105,12 +108,12 @@ def test_overlong_punishes_the_end_of_the_range():
     run = Config(rollout=RolloutConfig(max_response_length=20))
     method, batch, meter = (
         build({"overlong": {"buffer": 8, "factor": 0.5}}, run),
-        make_batch([1, 12, 13, 16, 20]),
+        make_batch([1, 12, 13, 16, 20, 0]),  # no verifier judged the last
         Meter(),
     )
-    batch.rewards = torch.ones(5)
+    batch.rewards = torch.ones(6)
     shaped = method.shape_rewards(batch, ParallelGroups.single(), 0, meter)
-    assert shaped.tolist() == pytest.approx([1.0, 1.0, 1 - 0.5 / 8, 0.75, 0.5])
+    assert shaped.tolist() == pytest.approx([1.0, 1.0, 1 - 0.5 / 8, 0.75, 0.5, 1.0])
     assert meter.means() == {"overlong/penalty": pytest.approx(-0.8125 / 5), "overlong/share": pytest.approx(3 / 5)}
     with pytest.raises(ConfigError, match="overlong.buffer=20 must be below rollout.max_response_length=20"):
         build({"overlong": {"buffer": 20}}, run)
@@ -155,7 +158,6 @@ def test_who_needs_the_old_policys_statistics_before_the_loss():
         *((name, {}, True) for name in SELECTING),
         *((name, {"scope": "microbatch"}, False) for name in SELECTING[:3]),
         ("lp_reg", {"preset": "released_code", "proxy_source": "current"}, False),
-        ("lp_reg", {}, False),
         ("lp_reg", {"target_share": 0.1}, True),
         ("cde", {}, False),
         ("rollout_correction", {}, False),
@@ -164,7 +166,7 @@ def test_who_needs_the_old_policys_statistics_before_the_loss():
         ("overlong", {"buffer": 1}, False),
         ("dynamic_sampling", {}, False),
     ]:
-        assert build({name: options}).needs().old_statistics == needs, (name, options)
+        assert build({name: options}, OFF_POLICY).needs().old_statistics == needs, (name, options)
 
 
 @pytest.mark.parametrize(
@@ -195,11 +197,12 @@ def test_who_needs_the_old_policys_statistics_before_the_loss():
             "lp_reg.beta must be of type float.*or exploration.lp_reg.beta must be one of",
         ),
         ({"lp_reg": {"protection": -1}}, "protection must be at least 0"),
+        ({"lp_reg": {"protection": 0.5}}, "protection=0.5 is read with exploration.lp_reg.beta=advantage alone"),
     ],
 )
 def test_bad_options_say_why(settings, message):
     with pytest.raises(ConfigError, match=message):
-        build(settings)
+        build(settings, OFF_POLICY)
 
 
 @pytest.mark.parametrize("loss", ["cispo", "dppo_tv", "dppo_kl", "gspo"])

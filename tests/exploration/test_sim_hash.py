@@ -83,6 +83,20 @@ def test_counts_are_those_of_all_ranks_and_of_the_run_before() -> None:
             assert part[step][1]["sim_hash/largest_share"] == pytest.approx(metrics["sim_hash/largest_share"])
 
 
+def test_counts_of_other_codes_are_not_carried_on(caplog: pytest.LogCaptureFixture) -> None:
+    sim_hash, everything = method(), slice(0, RESPONSES)
+    fresh, _ = bonuses(sim_hash, 0, ParallelGroups.single(), everything)
+    for other in ({"bits": 3}, {"projection": "rademacher"}, {"state": "mean"}):
+        resumed = method(**other)
+        resumed.load_state_dict(sim_hash.state_dict())
+        wanted = bonuses(method(**other), 0, ParallelGroups.single(), everything)
+        assert bonuses(resumed, 0, ParallelGroups.single(), everything) == wanted
+    assert caplog.text.count("sim_hash counts from 0") == 3
+    same = method()
+    same.load_state_dict(sim_hash.state_dict())
+    assert bonuses(same, 0, ParallelGroups.single(), everything)[0] == pytest.approx([x / 2**0.5 for x in fresh])
+
+
 def test_what_it_needs_and_refuses() -> None:
     assert method(state="mean").needs() == Needs(states="mean")
     with pytest.raises(ConfigError, match="different states of a response"):

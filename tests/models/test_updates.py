@@ -23,7 +23,7 @@ from tests.models.layouts import (
 )
 from tests.ranks import run_ranks
 
-LEARNING_RATES = [1e-3, 2e-3, 2e-3 * 2 / 3]  # two updates of warm-up, then three of linear decay to zero
+LEARNING_RATES = [1e-3, 2e-3, 2e-3 * 3 / 4]  # two updates of warm-up, then three of linear decay, zero after them
 OPTIMIZER = {
     "lr": 2e-3,
     "warmup_steps": 2,

@@ -65,7 +65,7 @@ def test_passes_are_those_of_the_trainer(path: Path) -> None:
     "exploration",
     [
         {"stapo": {}},
-        {"kl_cov": {"scope": "microbatch"}},
+        {"clip_cov": {"scope": "microbatch"}},
         {"high_entropy": {"scope": "microbatch"}},
         {"lp_reg": {"target_share": 0.002}},
         {"lp_reg": {"proxy_source": "reference", "divergence": "k3_sampled"}},
