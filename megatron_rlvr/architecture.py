@@ -86,21 +86,21 @@ class Architecture:
         rule(isinstance(tree, dict), f"{source} must hold a JSON object")
         return _from_tree(tree, source)
 
-    def check_layout(self, tp: int, pp: int, vpp: int, cp: int = 1) -> None:
-        """Whether the policy can be cut into tp x cp x pp x vpp. Raises ConfigError."""
+    def check_layout(self, tp: int, pp: int, vpp: int, cp: int = 1, key: str = "parallel.") -> None:
+        """Whether the policy can be cut into tp x cp x pp x vpp, which errors call KEYtp, ... Raises ConfigError."""
         parts = {
             "attention heads": self.num_heads,
             "key-value heads": self.num_kv_heads,
             "feed-forward columns": self.experts.ffn_size if self.experts else self.ffn_size,
         }
         for what, size in parts.items():
-            rule(size % tp == 0, f"parallel.tp={tp} must divide the model's {size} {what}")
+            rule(size % tp == 0, f"{key}tp={tp} must divide the model's {size} {what}")
         rule(
             self.num_heads % (tp * cp) == 0,
-            f"parallel.tp={tp} x parallel.cp={cp} must divide the model's {self.num_heads} attention heads: each of "
+            f"{key}tp={tp} x {key}cp={cp} must divide the model's {self.num_heads} attention heads: each of "
             f"these ranks attends with some of them",
         )
-        stages = f"parallel.pp={pp}" + (f" x parallel.vpp={vpp} = {pp * vpp} stages" if vpp > 1 else "")
+        stages = f"{key}pp={pp}" + (f" x {key}vpp={vpp} = {pp * vpp} stages" if vpp > 1 else "")
         rule(self.num_layers % (pp * vpp) == 0, f"{stages} must divide the model's {self.num_layers} layers")
 
     def check_trains(self, key: str = "model.path") -> None:
@@ -154,6 +154,9 @@ def _from_tree(tree: dict[str, Any], source: Path) -> Architecture:
 
     heads, hidden = need("num_attention_heads"), need("hidden_size")
     rule(bool(tree.get("head_dim")) or hidden % heads == 0, f"{source}: {heads} heads must divide hidden_size {hidden}")
+    if family != "llama":  # where one is absent transformers and vLLM take a number of their own
+        for key in ("num_key_value_heads",) if family == "qwen2" else ("num_key_value_heads", "head_dim"):
+            need(key)
     kv_heads = tree.get("num_key_value_heads") or heads
     rule(heads % kv_heads == 0, f"{source}: {kv_heads} key-value heads must divide the {heads} attention heads")
     _refuse_variants(tree, source)

@@ -21,6 +21,7 @@ from megatron_rlvr.config import ConfigError, DataConfig, SourceConfig, rule
 from megatron_rlvr.prompt_report import unusable
 from megatron_rlvr.prompts import PromptSet, load_prompts
 from megatron_rlvr.types import Prompt
+from megatron_rlvr.verifiers import own_files
 
 
 @dataclass(frozen=True)
@@ -110,5 +111,6 @@ def read(benchmark: Benchmark, folder: str, data: DataConfig, tokenizer: Any) ->
 def digest(benchmark: Benchmark, prompts: Sequence[Prompt]) -> str:
     """Of the problems as they are asked, their answers and who judges: what samples under one name must share."""
     rows = [[prompt.id, prompt.token_ids, prompt.answer] for prompt in prompts]
-    text = json.dumps([benchmark.verifier, rows], default=str)
+    judges = [benchmark.verifier, *(file.read_text() for file in own_files(benchmark.verifier))]
+    text = json.dumps([judges, rows], default=str)
     return hashlib.blake2b(text.encode(), digest_size=8).hexdigest()

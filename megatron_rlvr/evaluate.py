@@ -13,6 +13,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Column, Table
 
+from megatron_rlvr.architecture import Architecture
 from megatron_rlvr.benchmarks import Benchmark, digest, find, read
 from megatron_rlvr.config import rule
 from megatron_rlvr.evaluation import Estimate, figures, mean
@@ -21,8 +22,10 @@ from megatron_rlvr.evaluation_models import find_critic, find_model, hugging_fac
 from megatron_rlvr.evaluation_sampling import Job, sample
 from megatron_rlvr.evaluation_settings import Settings
 from megatron_rlvr.records import finite
+from megatron_rlvr.rollout.engine import stop_token_ids
 from megatron_rlvr.run_folder import hold
 from megatron_rlvr.sample_store import SampleStore
+from megatron_rlvr.tokenizer import load_tokenizer
 from megatron_rlvr.types import Prompt
 
 
@@ -39,11 +42,10 @@ def evaluate(settings: Settings, console: Console) -> dict[str, Any]:
     twice = next((name for name in names if names.count(name) > 1), None)
     rule(twice is None, f"two benchmarks are called {twice}, and their samples share a file: rename one, or drop it")
     critic = find_critic(settings.critic, model) if settings.critic else None
-    from transformers import AutoTokenizer  # an import of seconds, which no mistake above waits for
-
-    tokenizer = AutoTokenizer.from_pretrained(model)
-    problems = [(item, _problems(item, settings, tokenizer, console)) for item in benchmarks]
+    tokenizer = load_tokenizer(model)
+    problems = [(item, _problems(item, settings, model, tokenizer, console)) for item in benchmarks]
     sampled = settings.identity() | {"model": identity(model), "critic": identity(critic) if critic else None}
+    sampled["end_tokens"] = stop_token_ids(model)
     output = Path(settings.output)
     with hold(output, what="evaluation", key="--output"):
         store = SampleStore(output, sampled, {item.name: digest(item, prompts) for item, prompts in problems})
@@ -79,8 +81,9 @@ def _fill(
         sample(jobs, settings, folder, tokenizer, spread, store, console)
 
 
-def _problems(benchmark: Benchmark, settings: Settings, tokenizer: Any, console: Console) -> list[Prompt]:
+def _problems(benchmark: Benchmark, settings: Settings, model: Path, tokenizer: Any, console: Console) -> list[Prompt]:
     prompts = read(benchmark, settings.data, settings.data_config(), tokenizer)
+    prompts.check_ids(Architecture.from_folder(model).vocab_size, model)
     for line in prompts.report:
         console.print(line, highlight=False, soft_wrap=True)
     return prompts.prompts

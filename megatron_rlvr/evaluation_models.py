@@ -1,7 +1,7 @@
 """The folders that an evaluation reads: a Hugging Face folder as it is, a Megatron folder through an export.
 
 model = find_model("runs/demo/checkpoints/step_40")
-tokenizer = AutoTokenizer.from_pretrained(model)
+tokenizer = load_tokenizer(model)
 folder = hugging_face(model, Path("evaluation/model"))
 """
 
@@ -36,6 +36,9 @@ def find_model(name: str) -> Path:
         (found / "config.json").exists(),
         f"{folder} is no Hugging Face folder (config.json), Megatron folder, checkpoint (policy/) or run (hf/)",
     )
+    architecture = Architecture.from_folder(found)
+    with open_source(found, architecture) as source:
+        source.check_model(architecture)
     return found
 
 

@@ -55,11 +55,10 @@ def check(config: Config) -> None:
 
 def _check_rows(config: Config, sources: list[SourceConfig]) -> None:
     """Read the data set once more than needed, for an error in seconds instead of one from every rank."""
-    from transformers import AutoTokenizer  # an import of seconds, which no other check waits for
-
     from megatron_rlvr.prompts import load_prompts
+    from megatron_rlvr.tokenizer import load_tokenizer
 
-    load_prompts(sources, config.data, AutoTokenizer.from_pretrained(config.model.path), config.verifier)
+    load_prompts(sources, config.data, load_tokenizer(config.model.path), config.verifier)
 
 
 def _check_critic(config: Config, policy: Architecture, wanted: int) -> None:

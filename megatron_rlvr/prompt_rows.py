@@ -11,6 +11,8 @@ import re
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
+from jinja2 import TemplateError
+
 from megatron_rlvr.config import DataConfig, SourceConfig, rule
 from megatron_rlvr.seeds import stable_seed
 from megatron_rlvr.templates import INSIDE_CHAT, R1_ZERO, turn_mark, unwrap, wrap
@@ -87,7 +89,8 @@ class RowReader:
                 raise RowError(field, "asks about a picture", "the policy reads text alone")
         messages = _messages(row, prompt_field)
         asked = _asked(messages)
-        answer, mark = _answer(row, answer_field, self.read_answer), turn_mark(asked)
+        is_named = bool(self.source.answer_field or self.data.answer_field)
+        answer, mark = _answer(row, answer_field, is_named, self.read_answer), turn_mark(asked)
         text = asked if mark else self._render(messages, asked)
         said = [item["content"].strip() for item in messages if item["content"] is not asked]
         return Row(prompt_field, "\n".join([*said, unwrap(asked.strip()).strip()]), text, answer, mark)
@@ -103,9 +106,12 @@ class RowReader:
             messages = [{"role": "user", "content": wrap(template, asked)}]
         elif asked.startswith(R1_ZERO.partition("{prompt}")[0]):  # a whole prompt, which chat must not wrap again
             messages = [{"role": "user", "content": unwrap(asked)}]
-        return self.tokenizer.apply_chat_template(
-            messages, tokenize=False, add_generation_prompt=True, date_string=_DATE
-        )
+        try:
+            return self.tokenizer.apply_chat_template(
+                messages, tokenize=False, add_generation_prompt=True, date_string=_DATE
+            )
+        except TemplateError as error:
+            raise RowError(self.fields[0] if self.fields else "", "refused by the chat template", str(error)) from error
 
 
 def find_field(row: dict[str, Any], source: SourceConfig, kind: str, default: str, key: str) -> str:
@@ -155,16 +161,19 @@ def _messages(row: dict[str, Any], field: str) -> list[dict[str, str]]:
     asked = [item["content"] for item in messages if item["role"] == "user"]
     if not asked or not asked[-1].strip():
         raise RowError(field, "no prompt", "no user message")
+    if messages[-1]["role"] != "user":
+        raise RowError(field, "ends with a message that is not the user's", "it may hold the answer")
     return messages
 
 
-def _answer(row: dict[str, Any], field: str, read_answer: Callable) -> Any:
+def _answer(row: dict[str, Any], field: str, is_named: bool, read_answer: Callable) -> Any:
+    """What the verifier gets; a solution must box it, unless the user has named that field himself. Raises RowError."""
     value = row if field in _TESTS else _get(row, field)
     if isinstance(value, list) and len(value) == 1:  # OlympiadBench's final_answer
         value = value[0]
     if value is _MISSING or value is None or value == "" or value != value:  # NaN: a float column's null
         raise RowError(field, "no answer", "")
-    if field.rpartition(".")[2] == "solution" and not (isinstance(value, str) and _BOX.search(value)):
+    if field == "solution" and not is_named and not (isinstance(value, str) and _BOX.search(value)):
         raise RowError(field, "no answer", r"a solution without \boxed")
     try:
         return read_answer(plain(value))

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from megatron_rlvr.config import ConfigError, DataConfig, SourceConfig, rule
@@ -42,6 +43,19 @@ class PromptSet:
         as often as its source's weight says; n prompts that cross from one epoch into the next can hold one twice.
         """
         return [self.prompts[self.order.at(place, seed, shuffle)] for place in range(position, position + n)]
+
+    def check_ids(self, vocab_size: int, model: str | Path) -> None:
+        """Whether every token of the prompts is one of the model's. Raises ConfigError.
+
+        Others would read the padding behind its embedding, which training changes and the engine never sees.
+        """
+        for prompt in self.prompts:
+            largest = max(prompt.token_ids)
+            rule(
+                largest < vocab_size,
+                f"{model}: prompt {prompt.id} holds token {largest}, but the model has {vocab_size} (vocab_size in its "
+                f"config.json): its tokenizer has tokens that it lacks; resize the model, or take its own tokenizer",
+            )
 
 
 def load_prompts(

@@ -160,12 +160,12 @@ class Run:
             for _ in weights:  # gathering is collective; the first rank writes
                 pass
             return
-        save_hf(weights, Path(self.config.model.path), target)
+        for name, value in final.items():  # before anything that can fail
+            self.console.print(f"{name} {value:.3f}", highlight=False)
+        save_hf(weights, self.checkpoints.companions["policy"], target)
         (self.folder / "summary.json").write_text(
             json.dumps({"steps": self.config.trainer.num_steps, **final}, indent=1)
         )
-        for name, value in final.items():
-            self.console.print(f"{name} {value:.3f}", highlight=False)
         self.console.print(f"model   {target}", highlight=False)
         with _may_fail("the report"):
             self.console.print(f"report  {build_report(self.folder)}", highlight=False)

@@ -18,7 +18,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import AutoTokenizer
 
 from megatron_rlvr import platform, verifiers, watchdog
 from megatron_rlvr.architecture import Architecture
@@ -41,6 +40,7 @@ from megatron_rlvr.rollout.collect import RolloutCollector
 from megatron_rlvr.rollout.enough import Sampled, sample
 from megatron_rlvr.rollout.vllm_engine import VllmEngine
 from megatron_rlvr.token_records import Recording
+from megatron_rlvr.tokenizer import load_tokenizer
 from megatron_rlvr.types import Batch, Microbatch, RolloutGroup, Update
 from megatron_rlvr.value_targets import fill_targets
 from megatron_rlvr.verifiers.pool import VerifierPool
@@ -63,7 +63,7 @@ class Trainer:
         self.states = needs.states
         self.statistics = needs.statistics(config.rollout.temperature)
         self.old_policy_pass = needs.old_statistics or config.learns_from_older
-        self.tokenizer = AutoTokenizer.from_pretrained(config.model.path)
+        self.tokenizer = load_tokenizer(config.model.path)
         self.prompts = self._load_prompts(config.data.train_sources)
         held_out = config.data.held_out_sources
         self.held_out = {stem(source_name(source.path)): self._load_prompts([source]) for source in held_out}
@@ -84,6 +84,7 @@ class Trainer:
 
     def _load_prompts(self, sources: list[SourceConfig]) -> PromptSet:
         prompts = load_prompts(sources, self.config.data, self.tokenizer, self.config.verifier)
+        prompts.check_ids(self.architecture.vocab_size, self.config.model.path)
         for line in prompts.report:
             log.info("%s", line)
         return prompts

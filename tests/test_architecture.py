@@ -108,6 +108,8 @@ def test_reads_what_transformers_writes(tmp_path, family):
     [
         ({"model_type": "gemma"}, "model_type 'gemma' is not supported; supported: qwen2, qwen3, llama, qwen3_moe"),
         ({"rope_scaling": LLAMA3 | {"factor": "8"}}, "factor of the rope scaling must be a positive number, not '8'"),
+        ({"head_dim": ...}, "head_dim must be a positive integer, not None"),
+        ({"num_key_value_heads": ...}, "num_key_value_heads must be a positive integer, not None"),
         ({"model_type": "llama", "mlp_bias": True}, "mlp_bias is not supported for llama"),
         (MIXTURE | {"mlp_only_layers": [1]}, "dense layers among those with experts .* are not supported"),
         (MIXTURE | {"num_experts": 0}, "num_experts must be a positive integer, not None"),

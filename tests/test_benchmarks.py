@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from megatron_rlvr import verifiers
-from megatron_rlvr.benchmarks import BENCHMARKS, find, read, source
+from megatron_rlvr.benchmarks import BENCHMARKS, digest, find, read, source
 from megatron_rlvr.config import ConfigError, DataConfig
 from tests.test_prompts import Characters
 
@@ -50,6 +50,20 @@ def test_a_problem_that_cannot_be_used_is_an_error(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="amc23.jsonl row 2, answer: no answer; mend it, or take it out") as raised:
         read(find("amc23"), str(tmp_path), RAW, Characters())
     assert "data." not in str(raised.value)
+
+
+def test_samples_are_of_one_verifier_file_as_it_was(tmp_path: Path) -> None:
+    rows, judge = tmp_path / "mine.jsonl", tmp_path / "judge.py"
+    rows.write_text(json.dumps({"problem": "1+1?", "answer": "2"}) + "\n")
+    judge.write_text("ISOLATED = False\nread_answer = str\nverify = None\n")
+    found = []
+    for verifier in (str(judge), f"0.5*{judge} + 0.5*math", "math"):
+        benchmark = find(str(rows), verifier)
+        prompts = read(benchmark, "", RAW, Characters()).prompts
+        before = digest(benchmark, prompts)
+        judge.write_text(judge.read_text() + "# other\n")
+        found.append(digest(benchmark, prompts) == before)
+    assert found == [False, False, True]
 
 
 def test_fields_of_a_file_of_your_own_are_named_by_flags(tmp_path: Path) -> None:

@@ -280,6 +280,7 @@ def test_a_verifier_that_fails_on_wrong_answers_does_not_flatter(
         with pytest.raises(VerifierError, match=says):
             evaluate.evaluate(ready, Console(quiet=True))
         assert not Path(ready.output, "samples/one.jsonl").exists()
+        (tmp_path / "failing.py").write_text(FAILING + "# not mended yet\n")
     ready.max_error_share = 1.0
     capsys.readouterr()
     found = evaluate.evaluate(ready, Console(width=200))["benchmarks"]["one"]
@@ -319,8 +320,12 @@ def test_a_benchmark_of_which_nothing_was_judged_has_no_figures(
 
 def test_the_share_of_failures_is_that_of_all_so_far(ready: Settings, tmp_path: Path) -> None:
     """A single response that no verifier can judge, alone in its batch, is no reason to stop."""
+    fails = tmp_path / "fails"
+    (tmp_path / "equal.py").write_text(
+        FAILING.replace("given != answer", f"__import__('pathlib').Path({str(fails)!r}).exists()")
+    )
     evaluate.evaluate(ready, Console(quiet=True))
-    (tmp_path / "equal.py").write_text(FAILING.replace("given != answer", "True"))
+    fails.touch()
     ready.batch, path = 1, Path(ready.output, "samples/one.jsonl")
     path.write_text("".join(path.read_text().splitlines(keepends=True)[:-1]))
     found = evaluate.evaluate(ready, Console(quiet=True))["benchmarks"]["one"]

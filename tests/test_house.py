@@ -21,7 +21,7 @@ FLOORS = {
     1: "advantages architecture benchmarks checkpoint_folder decontamination environment "
     "evaluation evaluation_settings losses metrics packing pages planner progress prompt_files prompt_order "
     "prompt_report prompt_rows prompts records rollout_metrics run_folder run_warnings sample_store templates "
-    "token_records trackers verifiers verify_file weights.initial weights.mapping weights.partial_folder",
+    "token_records tokenizer trackers verifiers verify_file weights.initial weights.mapping weights.partial_folder",
     2: "distributed group_advantages recorder value_targets",
     3: "config_changes exploration",
     4: "models rollout weights",

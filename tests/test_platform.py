@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -13,7 +14,7 @@ from transformers import AutoModelForCausalLM
 from megatron_rlvr import platform
 from megatron_rlvr.config import ConfigError
 from megatron_rlvr.models import random_streams
-from megatron_rlvr.rollout.vllm_settings import memory_settings
+from megatron_rlvr.rollout.vllm_settings import key_value_bytes, memory_settings
 from tests.ranks import run_ranks
 from tests.tiny import make_folder
 
@@ -80,9 +81,20 @@ def test_the_engines_share_of_a_gpu_must_be_free(monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr(platform, "has_gpu", lambda: True)
     monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (30 << 30, 80 << 30))
-    assert memory_settings(64, 0.375, "rollout.gpu_memory_utilization") == {"gpu_memory_utilization": 0.375}
+    keys = ("--kv-cache-mib", "--gpu-memory")
+    assert memory_settings(64, 0.375, 1 << 40, keys) == {"gpu_memory_utilization": 0.375}
     with pytest.raises(ConfigError, match=r"^--gpu-memory=0.9 is .* only 0.375 is free .*: set less"):
-        memory_settings(64, 0.9, "--gpu-memory")
+        memory_settings(64, 0.9, 1, keys)
+
+
+def test_a_cpus_cache_holds_one_sequence_at_least() -> None:
+    shape = SimpleNamespace(num_layers=28, num_kv_heads=8, head_dim=128)
+    longest = key_value_bytes(shape, 2, 4032, "bfloat16")  # type: ignore[arg-type]
+    assert longest == 2 * 28 * 4 * 128 * 2 * 4096 == 224 << 20
+    keys = ("rollout.kv_cache_mib", "rollout.gpu_memory_utilization")
+    assert memory_settings(224, 0.5, longest, keys) == {"kv_cache_memory_bytes": 224 << 20}
+    with pytest.raises(ConfigError, match=r"rollout.kv_cache_mib=223 MiB cannot hold .*: set at least 224, or"):
+        memory_settings(223, 0.5, longest, keys)
 
 
 def test_what_cuda_reads_is_set_but_not_over_the_users_own(monkeypatch: pytest.MonkeyPatch) -> None:

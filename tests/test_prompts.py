@@ -207,6 +207,7 @@ BAD = [
     '["a", "list"]',
     {"problem": 5, "answer": "1"},
     {"problem": [{"role": "system", "content": "only"}], "answer": "1"},
+    {"problem": [{"role": "user", "content": "1+1?"}, {"role": "assistant", "content": "2"}], "answer": "2"},
     {"answer": "1"},
     {"problem": "x" * 100, "answer": 12.0},
     {"problem": "third without", "answer": ""},
@@ -217,9 +218,9 @@ BAD = [
 
 def test_bad_rows_are_counted_named_and_dropped(tmp_path, tokenizer):
     loaded = load(write(tmp_path / "bad.jsonl", BAD), RAW, tokenizer, "math")
-    assert [prompt.id for prompt in loaded.prompts] == ["bad/1", "bad/12", "bad/15"]
+    assert [prompt.id for prompt in loaded.prompts] == ["bad/1", "bad/13", "bad/16"]
     assert loaded.prompts[1].answer == "12" and len(loaded.prompts[1].token_ids) == 100
-    assert [drop.row for drop in loaded.drops] == [2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 13, 14]
+    assert [drop.row for drop in loaded.drops] == [2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 14, 15]
     assert Counter(drop.reason for drop in loaded.drops) == {
         "no answer": 4,
         "unreadable": 2,
@@ -227,16 +228,44 @@ def test_bad_rows_are_counted_named_and_dropped(tmp_path, tokenizer):
         "no prompt": 3,
         "not an answer for this verifier": 1,
         "neither text nor a list of chat messages": 1,
+        "ends with a message that is not the user's": 1,
     }
     assert loaded.drops[2] == Drop(
         "bad.jsonl", 4, "problem", "longer than data.max_prompt_length=100 tokens", "101 tokens"
     )
-    assert loaded.report[0] == "bad.jsonl: 3 of 15 rows are prompts"
+    assert loaded.report[0] == "bad.jsonl: 3 of 16 rows are prompts"
     without = next(line for line in loaded.report if "(no answer)" in line)
     assert without == (
         "dropped 4 rows (no answer): bad.jsonl row 2, answer: no answer; bad.jsonl row 6, answer: no answer; "
-        "bad.jsonl row 13, answer: no answer; ..."
+        "bad.jsonl row 14, answer: no answer; ..."
     )
+
+
+def test_a_row_that_the_chat_template_refuses_is_dropped_with_its_reason(tmp_path, chat_tokenizer, monkeypatch):
+    refusing = "{% if messages[0].role == 'system' %}{{ raise_exception('no system message') }}{% endif %}" + TEMPLATE
+    monkeypatch.setattr(chat_tokenizer, "chat_template", refusing)
+    system = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "1+1?"}]
+    rows = [{"problem": system, "answer": "2"}, {"problem": "1+2?", "answer": "3"}]
+    loaded = load(write(tmp_path / "chat.jsonl", rows), replace(RAW, template="chat"), chat_tokenizer, "math")
+    assert [prompt.id for prompt in loaded.prompts] == ["chat/2"]
+    assert loaded.drops == [Drop("chat.jsonl", 1, "problem", "refused by the chat template", "no system message")]
+
+
+def test_a_solution_is_boxed_unless_the_field_was_named(tmp_path, tokenizer):
+    path = write(
+        tmp_path / "rows.jsonl", [{"prompt": "30+7?", "solution": "37"}, {"prompt": "q", "solution": r"\boxed{1}"}]
+    )
+    assert [prompt.answer for prompt in load(path, RAW, tokenizer, "math").prompts] == ["1"]
+    named = load(path, replace(RAW, answer_field="solution"), tokenizer, "math")
+    assert [prompt.answer for prompt in named.prompts] == ["37", "1"]
+
+
+def test_a_token_that_the_model_lacks_is_refused(tmp_path, tokenizer):
+    loaded = load(write(tmp_path / "rows.jsonl", [{"prompt": "1+1?", "answer": "2"}]), RAW, tokenizer, "math")
+    largest = max(loaded.prompts[0].token_ids)
+    loaded.check_ids(largest + 1, "models/tiny")
+    with pytest.raises(ConfigError, match=f"models/tiny: prompt rows/1 holds token {largest}, but the model has"):
+        loaded.check_ids(largest, "models/tiny")
 
 
 @pytest.mark.parametrize(

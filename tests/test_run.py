@@ -43,7 +43,8 @@ def test_a_report_that_cannot_be_written_is_no_reason_for_a_finished_run_to_fail
     finished.config, finished.folder, finished.is_writer = from_dict(Config, {}), tmp_path, True
     finished.console = Console(file=io.StringIO())
     finished.trainer = SimpleNamespace(policy=SimpleNamespace(hf_weights=lambda: iter(())))
-    monkeypatch.setattr(run, "save_hf", lambda weights, source, target: target.mkdir())
+    finished.checkpoints = SimpleNamespace(companions={"policy": {}})
+    monkeypatch.setattr(run, "save_hf", lambda weights, companions, target: target.mkdir())
     (tmp_path / "metrics.jsonl").write_text("no row\n")
     finished._finish({"eval/pass@1": 0.5})
     assert (tmp_path / "hf").is_dir() and '"eval/pass@1": 0.5' in (tmp_path / "summary.json").read_text()
@@ -75,5 +76,6 @@ def test_the_watchdog_hears_of_every_tensor_of_an_export(
     ended.config, ended.folder, ended.is_writer, ended.console = Config(), tmp_path, writes, Console(quiet=True)
     policy = SimpleNamespace(hf_weights=lambda: ((str(number), torch.zeros(1)) for number in range(3)))
     ended.trainer = SimpleNamespace(policy=policy)  # type: ignore[assignment]
+    ended.checkpoints = SimpleNamespace(companions={"policy": {}})  # type: ignore[assignment]
     ended._finish({})
     assert heard == ["export"] * 4

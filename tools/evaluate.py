@@ -24,7 +24,7 @@ def main() -> int:
     parser.add_argument(
         "--benchmarks",
         required=True,
-        type=lambda text: text.split(","),
+        type=lambda text: [name for name in text.split(",") if name],
         help=f"with commas: {', '.join(BENCHMARKS)}, or files of your own",
     )
     for item in fields(Settings):

@@ -48,7 +48,7 @@ class CheckpointWriter:
     def __init__(self, run: Path, config: Config, models: Models, groups: ParallelGroups) -> None:
         self.run, self.config, self.models, self.groups = run, config, models, groups
         # Read once: the folder may change, or go, while the run goes on with what was in it.
-        self._companions = {name: companions(Path(model.path), leave_out=(FORMAT,)) for name, model in models.items()}
+        self.companions = {name: companions(Path(model.path), leave_out=(FORMAT,)) for name, model in models.items()}
         self._group = sharded_files.background_group(TIMEOUT)
         self._thread: threading.Thread | None = None
         self._began = 0.0  # when the part of the write that goes on began
@@ -124,7 +124,7 @@ class CheckpointWriter:
         checkpoint_folder.clear_leftovers(self.run)
         for name in self.models:
             (folder / name).mkdir(parents=True)
-            write_companions(self._companions[name], folder / name, state["shapes"][name]["dtype"])
+            write_companions(self.companions[name], folder / name, state["shapes"][name]["dtype"])
         (folder / "rng").mkdir()
         (folder / "run.json").write_text(json.dumps(state))
 

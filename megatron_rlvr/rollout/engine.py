@@ -10,7 +10,7 @@ from typing import Protocol
 
 from torch import Tensor
 
-from megatron_rlvr.config import ConfigError
+from megatron_rlvr.config import ConfigError, rule
 from megatron_rlvr.seeds import stable_seed
 from megatron_rlvr.types import FinishReason
 
@@ -89,9 +89,10 @@ def request_seed(run_seed: int, step: int, attempt: int, prompt_id: str, sample_
 def stop_token_ids(model_path: str | Path) -> list[int]:
     """The tokens that end a response: those of generation_config.json, else of config.json, and the tokenizer's own.
 
-    Raises ConfigError when none is named: a response could then only end at its length limit.
+    Raises ConfigError when none of the model's tokens is named: a response could then only end at its length limit.
     """
     folder = Path(model_path)
+    vocab_size = _read(folder / "config.json").get("vocab_size", 0)
     named = _read(folder / "generation_config.json").get("eos_token_id")
     if named is None:
         named = _read(folder / "config.json").get("eos_token_id")
@@ -99,10 +100,17 @@ def stop_token_ids(model_path: str | Path) -> list[int]:
     token = _read(folder / "tokenizer_config.json").get("eos_token")
     text = token.get("content") if isinstance(token, dict) else token
     ids |= {item["id"] for item in _read(folder / "tokenizer.json").get("added_tokens", []) if item["content"] == text}
-    if not ids:
-        raise ConfigError(f"{folder} names no end token: set eos_token_id in its generation_config.json or config.json")
-    return sorted(ids)
+    known = sorted(token for token in ids if token < vocab_size)
+    rule(
+        bool(known),
+        f"{folder} names no end token below vocab_size={vocab_size}: set eos_token_id in its generation_config.json or "
+        f"config.json",
+    )
+    return known
 
 
 def _read(file: Path) -> dict:
-    return json.loads(file.read_text()) if file.exists() else {}
+    try:
+        return json.loads(file.read_text()) if file.exists() else {}
+    except ValueError as error:
+        raise ConfigError(f"{file} is not valid JSON: {error}") from error

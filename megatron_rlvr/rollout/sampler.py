@@ -18,6 +18,7 @@ from megatron_rlvr.architecture import Architecture
 from megatron_rlvr.rollout.engine import Request, Sample, stop_token_ids
 from megatron_rlvr.rollout.vllm_settings import (
     check_head_dim,
+    key_value_bytes,
     memory_settings,
     prompt_settings,
     read_sample,
@@ -66,7 +67,12 @@ class Sampler:
             enforce_eager=not platform.has_gpu(),  # compiling takes longer than a small evaluation
             seed=0,
             **prompt_settings(max_length, max_running),
-            **memory_settings(kv_cache_mib, gpu_memory_utilization, "--gpu-memory"),
+            **memory_settings(
+                kv_cache_mib,
+                gpu_memory_utilization,
+                key_value_bytes(architecture, tp, max_length, dtype),
+                ("--kv-cache-mib", "--gpu-memory"),
+            ),
         )
 
     def generate(self, requests: list[Request], ended: Callable[[int], Any] = lambda count: None) -> list[Sample]:

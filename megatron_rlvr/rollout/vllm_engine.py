@@ -25,6 +25,7 @@ from megatron_rlvr.distributed.reduce import broadcast_object
 from megatron_rlvr.rollout.engine import EngineNotReady, Request, Sample, stop_token_ids
 from megatron_rlvr.rollout.vllm_settings import (
     check_head_dim,
+    key_value_bytes,
     memory_settings,
     prompt_settings,
     read_sample,
@@ -57,7 +58,7 @@ class VllmEngine:
             platform.spare_vllm_small_compiles()
             with platform.private_shared_memory(job):
                 check_head_dim(architecture)
-                self._llm = _start(config, length, most_log_probs)
+                self._llm = _start(config, architecture, length, most_log_probs)
         self._model: Any = self._llm.apply_model(lambda model: model)[0]
         self._modules = dict(self._model.named_modules())
         self._can_sleep = self._llm.llm_engine.model_config.enable_sleep_mode
@@ -138,7 +139,7 @@ class VllmEngine:
             self._asleep -= set(asleep)
 
 
-def _start(config: Config, length: int, most_log_probs: int) -> Any:
+def _start(config: Config, architecture: Architecture, length: int, most_log_probs: int) -> Any:
     from vllm import LLM  # after the settings above, which vLLM reads while it is imported
     from vllm.platforms import current_platform
 
@@ -160,7 +161,10 @@ def _start(config: Config, length: int, most_log_probs: int) -> Any:
         seed=0,
         **prompt_settings(length, config.rollout.max_running),
         **memory_settings(
-            config.rollout.kv_cache_mib, config.rollout.gpu_memory_utilization, "rollout.gpu_memory_utilization"
+            config.rollout.kv_cache_mib,
+            config.rollout.gpu_memory_utilization,
+            key_value_bytes(architecture, config.rollout_tp, length, config.model.dtype),
+            ("rollout.kv_cache_mib", "rollout.gpu_memory_utilization"),
         ),
     )
 

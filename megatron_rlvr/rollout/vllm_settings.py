@@ -20,6 +20,7 @@ _SETTINGS = {
 }
 
 
+CPU_BLOCK = 128  # tokens; of vLLM's cache on a CPU
 TOKENS_AT_A_TIME = 8192  # of prompts, on a GPU; vLLM's own choice is twice that on a large one, and so are its buffers
 
 
@@ -41,21 +42,41 @@ def check_head_dim(architecture: Architecture) -> None:
     )
 
 
-def memory_settings(kv_cache_mib: int, gpu_memory_utilization: float, key: str) -> dict[str, Any]:
-    """vLLM's words for how much memory it may take; ``key`` sets the share of a GPU.
+def key_value_bytes(architecture: Architecture, tp: int, length: int, dtype: str) -> int:
+    """Of a rank's cache for one sequence of ``length`` tokens, which vLLM keeps in whole blocks on a CPU.
 
-    vLLM takes a share of the whole GPU, of which so much must be free when it starts (v1/worker/utils.py:716). Raises
-    ConfigError where it is not.
+    Of dtype auto, which vLLM may make half as wide as the folder says, it is the least there can be.
+    """
+    width = 4 if dtype == "float32" else 2
+    tokens = -(-length // CPU_BLOCK) * CPU_BLOCK
+    heads = max(1, architecture.num_kv_heads // tp)
+    return 2 * architecture.num_layers * heads * architecture.head_dim * width * tokens
+
+
+def memory_settings(
+    kv_cache_mib: int, gpu_memory_utilization: float, longest: int, keys: tuple[str, str]
+) -> dict[str, Any]:
+    """vLLM's words for how much memory it may take; ``keys`` set a CPU's cache and the share of a GPU.
+
+    ``longest``: bytes that one sequence may need of a CPU's cache. vLLM takes a share of the whole GPU, of which so
+    much must be free when it starts (v1/worker/utils.py:716). Raises ConfigError where it is not, and for a cache that
+    cannot hold a single sequence.
     """
     if platform.has_gpu():
         platform.give_back_cached_memory()
         free = platform.free_share()
         rule(
             gpu_memory_utilization <= free,
-            f"{key}={gpu_memory_utilization:g} is the engine's share of the GPU, but only {free:.3f} is free beside "
-            f"what is there already: set less, or make room",
+            f"{keys[1]}={gpu_memory_utilization:g} is the engine's share of the GPU, but only {free:.3f} is free "
+            f"beside what is there already: set less, or make room",
         )
         return {"gpu_memory_utilization": gpu_memory_utilization}
+    least = -(-longest // 2**20)
+    rule(
+        kv_cache_mib >= least,
+        f"{keys[0]}={kv_cache_mib} MiB cannot hold the keys and values of one sequence of the greatest length: set at "
+        f"least {least}, or allow shorter sequences",
+    )
     return {"kv_cache_memory_bytes": kv_cache_mib << 20}
 
 

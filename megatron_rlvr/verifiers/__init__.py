@@ -56,6 +56,12 @@ def names() -> list[str]:
     return sorted(module.name for module in pkgutil.iter_modules(__path__) if module.name not in _MACHINERY)
 
 
+def own_files(name: str) -> list[Path]:
+    """The user's own files that the verifier called ``name`` is made of."""
+    parts = [part for _, part in combination.terms(name)] or [name]
+    return [Path(part) for part in parts if part.endswith(".py")]
+
+
 def load(name: str) -> Verifier:
     """The verifier called ``name``, the one in the Python file at that path, or a sum: "0.9*math + 0.1*format".
 

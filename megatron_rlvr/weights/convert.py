@@ -16,8 +16,7 @@ from megatron_rlvr.config import rule
 from megatron_rlvr.distributed.groups import ParallelGroups
 from megatron_rlvr.weights import mapping
 from megatron_rlvr.weights.gather import global_parameters
-from megatron_rlvr.weights.megatron_folder import FORMAT
-from megatron_rlvr.weights.partial_folder import copy_companions, readable
+from megatron_rlvr.weights.partial_folder import readable, write_companions
 from megatron_rlvr.weights.sources import open_source
 
 SHARD_BYTES = 4 << 30
@@ -61,19 +60,22 @@ def _fill_head(parameter: nn.Parameter, value: Tensor, name: str, path: str | Pa
 
 
 def save_hf(
-    weights: Iterator[tuple[str, Tensor]], source: str | Path, destination: str | Path, shard_bytes: int = SHARD_BYTES
+    weights: Iterator[tuple[str, Tensor]],
+    companions: dict[str, bytes],
+    destination: str | Path,
+    shard_bytes: int = SHARD_BYTES,
 ) -> None:
-    """Write (name, whole tensor) with the config and tokenizer of ``source`` as a folder that transformers loads.
+    """Write (name, whole tensor) with a model's ``companions`` (partial_folder.py) as a folder for transformers.
 
     One process writes; at most ``shard_bytes`` of tensors are held at a time. The folder is written beside
     ``destination`` and renamed when complete, replacing an earlier one: a reader never sees half of it.
     """
-    source, destination = Path(source), Path(destination)
+    destination = Path(destination)
     partial = destination.with_name(destination.name + ".partial")
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
     dtype = _write_shards(weights, partial, shard_bytes)
-    copy_companions(source, partial, dtype, leave_out=(FORMAT,))
+    write_companions(companions, partial, dtype)
     if destination.exists():
         shutil.rmtree(destination)
     partial.rename(destination)

@@ -75,7 +75,7 @@ def import_hf(
     architecture = Architecture.from_folder(hf, key="--hf")
     for name, size in {"tp": tp, "pp": pp}.items():
         rule(size >= 1, f"--{name} must be at least 1, not {size}: it is a number of ranks")
-    architecture.check_layout(tp, pp, 1)
+    architecture.check_layout(tp, pp, 1, key="--")
     with Checkpoint(hf) as source:
         source.check_model(architecture)
         files = _files(_items(source, architecture, tp, pp))

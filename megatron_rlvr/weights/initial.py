@@ -11,7 +11,7 @@ from safetensors.torch import save_file
 
 from megatron_rlvr.architecture import Architecture
 from megatron_rlvr.weights.mapping import hf_shapes
-from megatron_rlvr.weights.partial_folder import readable
+from megatron_rlvr.weights.partial_folder import companions, readable, write_companions
 
 STD = 0.02  # of the matrices, where config.json gives no initializer_range
 
@@ -27,9 +27,7 @@ def write_initial(source: str | Path, target: str | Path, seed: int) -> None:
     partial = target.with_name(target.name + ".partial")
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
-    for file in source.iterdir():
-        if file.suffix in {".json", ".txt", ".jinja", ".model"} and not file.name.endswith(".index.json"):
-            shutil.copyfile(file, partial / file.name)
+    write_companions(companions(source), partial, "float32")
     std = json.loads((source / "config.json").read_text()).get("initializer_range", STD)
     generator = torch.Generator().manual_seed(seed)
     weights = {}

@@ -55,7 +55,7 @@ class PartialFolder:
         unfinished.rename(self.path / name)
 
     def copy_companions(self, source: Path, dtype: str, leave_out: tuple[str, ...] = ()) -> None:
-        """``copy_companions`` into this folder. Raises ConfigError for a full disk too."""
+        """The ``companions`` of ``source`` into this folder. Raises ConfigError for a full disk too."""
         contents = companions(source, leave_out)
         with self._room_for(self.path / "config.json"):
             write_companions(contents, self.path, dtype)
@@ -114,8 +114,3 @@ def write_companions(contents: dict[str, bytes], folder: Path, dtype: str) -> No
     for name, content in (contents | {"config.json": json.dumps(config, indent=2).encode()}).items():
         (folder / name).parent.mkdir(exist_ok=True)
         (folder / name).write_bytes(content)
-
-
-def copy_companions(source: Path, folder: Path, dtype: str, leave_out: tuple[str, ...] = ()) -> None:
-    """``write_companions`` of a folder's ``companions``."""
-    write_companions(companions(source, leave_out), folder, dtype)

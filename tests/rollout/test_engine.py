@@ -36,12 +36,20 @@ def test_stop_tokens_come_from_every_place_that_names_them(tmp_path):
     def write(name, tree):
         (tmp_path / name).write_text(json.dumps(tree))
 
-    with pytest.raises(ConfigError, match="names no end token: set eos_token_id"):
+    with pytest.raises(ConfigError, match="names no end token .*: set eos_token_id"):
         stop_token_ids(tmp_path)
-    write("config.json", {"eos_token_id": 7})
+    write("config.json", {"eos_token_id": 7, "vocab_size": 10})
     assert stop_token_ids(tmp_path) == [7]
     write("generation_config.json", {"eos_token_id": [5, 9]})
     assert stop_token_ids(tmp_path) == [5, 9]
     write("tokenizer_config.json", {"eos_token": {"content": "<end>"}})
     write("tokenizer.json", {"added_tokens": [{"id": 2, "content": "<end>"}, {"id": 3, "content": "<other>"}]})
     assert stop_token_ids(tmp_path) == [2, 5, 9]
+    write("config.json", {"vocab_size": 6})
+    assert stop_token_ids(tmp_path) == [2, 5]  # what the model cannot say ends nothing
+    write("config.json", {"vocab_size": 2})
+    with pytest.raises(ConfigError, match="names no end token below vocab_size=2"):
+        stop_token_ids(tmp_path)
+    (tmp_path / "generation_config.json").write_text('{"eos_token_id": ')
+    with pytest.raises(ConfigError, match=r"generation_config.json is not valid JSON"):
+        stop_token_ids(tmp_path)

@@ -11,6 +11,7 @@ from safetensors.torch import load_file, save_file
 
 from megatron_rlvr.config import ConfigError
 from megatron_rlvr.weights.convert import save_hf
+from megatron_rlvr.weights.partial_folder import companions
 from megatron_rlvr.weights.sources import Checkpoint
 from tests.weights.tiny_models import save_model, weights_of
 
@@ -32,7 +33,7 @@ def test_saved_folder_loads_in_transformers(saved, tmp_path, shard_bytes, shards
     target.mkdir(parents=True)
     (target / "left-over").write_text("of an earlier run")
     weights = weights_of(model)
-    save_hf(iter(weights.items()), source, target, shard_bytes)
+    save_hf(iter(weights.items()), companions(source), target, shard_bytes)
     assert not (target / "left-over").exists()
     assert not target.with_name("hf.partial").exists()
     assert (target / "tokenizer_config.json").exists()
@@ -48,7 +49,7 @@ def test_saved_folder_loads_in_transformers(saved, tmp_path, shard_bytes, shards
 def test_saved_dtype_is_in_the_config(saved, tmp_path):
     source, model = saved
     halves = {name: tensor.bfloat16() for name, tensor in weights_of(model).items()}
-    save_hf(iter(halves.items()), source, tmp_path / "hf")
+    save_hf(iter(halves.items()), companions(source), tmp_path / "hf")
     assert json.loads((tmp_path / "hf" / "config.json").read_text())["dtype"] == "bfloat16"
     assert {tensor.dtype for tensor in load_file(tmp_path / "hf" / "model.safetensors").values()} == {torch.bfloat16}
 
