@@ -39,8 +39,10 @@ class ModelConfig:
     random_init: bool = False  # take the shape from config.json and draw the weights from `seed`
     dtype: Literal["float32", "bfloat16"] = "bfloat16"
     recompute: Literal["none", "selective", "full"] = "none"  # activations recomputed in the backward pass
-    # fused: a few rows of logits at a time, made again in the backward; auto: where all would take more than 1 GiB
-    logits: Literal["auto", "materialised", "fused"] = "auto"
+    # fused: a few rows of logits at a time, made again in the backward; auto: where all would take more than 1 GiB.
+    # fused_float32: and of a bfloat16 model they stay the float32 sums of its products. bfloat16 knows a logit near 25
+    # to 0.06, so after a small update ratios, clips and gates of the next are rounding; on-policy it matters little.
+    logits: Literal["auto", "materialised", "fused", "fused_float32"] = "auto"
     dropout: float = 0.0
 
 

@@ -3,11 +3,12 @@
 Forward and backward over the same random logits: ours (log-prob, exact entropy and kept mass, with gradients of all
 three), plain PyTorch over whole logits (the same three; with one rank), megatron-core's cross-entropy, plain and fused,
 which give the log-prob alone, with --peers slime's, verl's and NeMo-RL's log-prob and entropy, and a copy of the
-logits. Then from hidden states [tokens, --hidden] and the output layer's weight: ours without logits, beside the four
-matrix products that it cannot do without. One JSON line each: median seconds per pass of the slowest rank (of CPU time,
-or until a GPU is done), rounds interleaved; peak memory beside the inputs in bytes, and in bytes per logits element
-(gradients included, save where they are written over the logits or into a buffer that is there); collectives in forward
-and backward. Ratios come last, with the share of a copy's bytes per second that ours reaches.
+logits. Then from hidden states [tokens, --hidden] and the output layer's weight: ours without logits, also with float32
+blocks of them, beside the four matrix products that it cannot do without. One JSON line each: median seconds per pass
+of the slowest rank (of CPU time, or until a GPU is done), rounds interleaved; peak memory beside the inputs in bytes,
+and in bytes per logits element (gradients included, save where they are written over the logits or into a buffer that
+is there); collectives in forward and backward. Ratios come last, with the share of a copy's bytes per second that ours
+reaches.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ import json
 import sys
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -149,7 +151,7 @@ def with_logits(options: argparse.Namespace, groups: Any, like: Any) -> dict[str
 
 
 def without_logits(groups: Any, weight: Any) -> dict[str, Run]:
-    """Both add the weight's gradient to the same fp32 buffer, as training does."""
+    """All add the weight's gradient to the same fp32 buffer, as training does."""
     import torch
 
     from megatron_rlvr.distributed.vocab_linear import linear_token_statistics
@@ -157,8 +159,8 @@ def without_logits(groups: Any, weight: Any) -> dict[str, Run]:
     weight.requires_grad_()
     weight.main_grad = torch.zeros_like(weight, dtype=torch.float32)
 
-    def linear(hidden, targets):
-        found = linear_token_statistics(hidden, weight, targets, group=groups.tp, min_p=0.02)
+    def linear(hidden, targets, logits_dtype=None):
+        found = linear_token_statistics(hidden, weight, targets, group=groups.tp, logits_dtype=logits_dtype, min_p=0.02)
         return (found.log_prob + 0.1 * found.entropy + 0.1 * found.log_kept_mass).sum()
 
     class FourProducts(torch.autograd.Function):
@@ -174,7 +176,11 @@ def without_logits(groups: Any, weight: Any) -> dict[str, Run]:
             weight.main_grad.add_(gradient.t() @ hidden)
             return gradient @ weight
 
-    return {"linear": linear, "products": lambda hidden, targets: FourProducts.apply(hidden)}
+    return {
+        "linear": linear,
+        "linear_float32": partial(linear, logits_dtype=torch.float32),
+        "products": lambda hidden, targets: FourProducts.apply(hidden),
+    }
 
 
 def measure(run: Run, source: Any, targets: Any, elements: int, of_memory: bool) -> dict[str, Any]:

@@ -38,6 +38,7 @@ def linear_token_statistics(
     *,
     group: ProcessGroup | None = None,
     sequence_parallel: bool = False,
+    logits_dtype: torch.dtype | None = None,
     vocab_size: int | None = None,
     temperature: float = 1.0,
     min_p: float | None = None,
@@ -53,6 +54,10 @@ def linear_token_statistics(
     of ``weight`` is summed in fp32: in its ``main_grad`` (Megatron's gradient buffer) where it has one, and then
     ``weight.grad`` stays as it is; else it comes back in the dtype of the weight.
 
+    ``logits_dtype`` is that of the blocks of logits, by default the weight's. Float32 keeps what the products of bf16
+    sum to, where bf16 would round a logit near 25 to a multiple of 0.125; the gradient of the logits is rounded to the
+    dtype of the weight either way.
+
     Collectives: forward 1 for each block of rows and 1 more in all, one more per block with ``tau`` and with ``top``;
     backward 1, the sum of the hidden states' gradient. Sequence parallelism adds one that gathers the hidden states to
     each, and takes a reduce-scatter for that sum. Raises ValueError when the shapes do not fit, ConfigError for an
@@ -64,7 +69,9 @@ def linear_token_statistics(
     options = StatisticsOptions(temperature, min_p, tau, threshold_temperature, top)
     shard = Shard.of(weight.shape[0], vocab_size, group)
     tokens = Tokens.of(targets, old_top, vocab_passes.maths(weight.dtype))
-    return TokenStatistics(*_LinearTokenStatistics.apply(hidden, weight, tokens, shard, options, sequence_parallel))
+    dtype = logits_dtype or weight.dtype
+    found = _LinearTokenStatistics.apply(hidden, weight, tokens, shard, options, sequence_parallel, dtype)
+    return TokenStatistics(*found)
 
 
 class _LinearTokenStatistics(torch.autograd.Function):
@@ -77,15 +84,17 @@ class _LinearTokenStatistics(torch.autograd.Function):
         shard: Shard,
         options: StatisticsOptions,
         sequence_parallel: bool,
+        logits_dtype: torch.dtype,
     ) -> tuple[Tensor | None, ...]:
         whole = _whole(hidden, shard, sequence_parallel)
         measured = [
             vocab_formulas.measure(logits, tokens.rows(rows), shard, options)
-            for rows, logits in _blocks(whole, weight.detach(), shard, len(tokens.targets))
+            for rows, logits in _blocks(whole, weight.detach(), shard, len(tokens.targets), logits_dtype)
         ]
         values, state = vocab_formulas.derive(Measured.join(measured), tokens, shard, options)
         ctx.save_for_backward(hidden, weight, *state, *tokens)
-        ctx.shard, ctx.options, ctx.sequence_parallel = shard, options, sequence_parallel
+        ctx.shard, ctx.options = shard, options
+        ctx.sequence_parallel, ctx.logits_dtype = sequence_parallel, logits_dtype
         mark_detached(ctx, values)
         return values
 
@@ -100,7 +109,7 @@ class _LinearTokenStatistics(torch.autograd.Function):
         weight_gradient = torch.zeros_like(weight, dtype=maths) if main_grad is None else main_grad
         hidden_gradient = torch.zeros_like(whole)
         height, width = tile(len(tokens.targets), shard.real)
-        buffer = whole.new_empty(height * width)
+        buffer = whole.new_empty(height * width, dtype=ctx.logits_dtype)
         for rows in even_parts(len(tokens.targets), height):
             of_rows = tuple(None if gradient is None else gradient[rows] for gradient in upstream)
             state_of_rows = vocab_formulas.State(*(vector[rows] for vector in state))
@@ -108,19 +117,20 @@ class _LinearTokenStatistics(torch.autograd.Function):
             for columns in even_parts(shard.real, width):
                 part, own = weight.detach()[columns], shard.part(columns)
                 logits = buffer[: len(total) * len(part)].view(len(total), len(part))
-                torch.mm(whole[rows], part.t(), out=logits)
+                _multiply(whole[rows], part, logits)
                 vocab_formulas.overwrite_with_gradient(
                     logits, tokens.rows(rows), state_of_rows, of_rows, own, ctx.options
                 )
-                _add_product(total, logits, part)
-                _add_product(weight_gradient[columns], logits.t(), whole[rows])
+                gradient = logits.to(part.dtype)
+                _add_product(total, gradient, part)
+                _add_product(weight_gradient[columns], gradient.t(), whole[rows])
             hidden_gradient[rows] = total
         if ctx.sequence_parallel:
             hidden_gradient = sum_scatter(hidden_gradient, shard.group)
         else:
             hidden_gradient = all_sum(hidden_gradient, shard.group)
         returned = weight_gradient.to(weight.dtype) if main_grad is None else None
-        return hidden_gradient, returned, None, None, None, None
+        return hidden_gradient, returned, None, None, None, None, None
 
 
 def _whole(hidden: Tensor, shard: Shard, sequence_parallel: bool) -> Tensor:
@@ -130,17 +140,33 @@ def _whole(hidden: Tensor, shard: Shard, sequence_parallel: bool) -> Tensor:
     return all_gather_flat(hidden.detach().contiguous().flatten(), shard.group).view(-1, hidden.shape[1])
 
 
-def _blocks(hidden: Tensor, weight: Tensor, shard: Shard, tokens: int) -> Iterator[tuple[slice, Tensor]]:
+def _blocks(
+    hidden: Tensor, weight: Tensor, shard: Shard, tokens: int, dtype: torch.dtype
+) -> Iterator[tuple[slice, Tensor]]:
     """(rows, their logits of the real columns), at least once; the next block overwrites the one before.
 
     Rows are counted by the whole shard, padding too, for every rank has to make the same blocks.
     """
     block = min(max(1, tokens), max(LEAST_ROWS, platform.logits_block_elements() // max(1, len(weight))))
     real = weight[: shard.real]
-    buffer = hidden.new_empty(block, shard.real)
+    buffer = hidden.new_empty(block, shard.real, dtype=dtype)
     for start in range(0, max(1, tokens), block):
         rows = slice(start, min(start + block, tokens))
-        yield rows, torch.mm(hidden[rows], real.t(), out=buffer[: rows.stop - rows.start])
+        logits = buffer[: rows.stop - rows.start]
+        _multiply(hidden[rows], real, logits)
+        yield rows, logits
+
+
+def _multiply(hidden: Tensor, weight: Tensor, logits: Tensor) -> None:
+    """logits = hidden @ weight.T, summed and kept in the dtype of ``logits``, which may be wider than theirs."""
+    if logits.dtype == hidden.dtype:
+        torch.mm(hidden, weight.t(), out=logits)
+    elif hidden.is_cuda:
+        torch.mm(hidden, weight.t(), out_dtype=logits.dtype, out=logits)
+    else:  # a CPU's product has the dtype of its factors, which are widened a few at a time
+        hidden = hidden.to(logits.dtype)
+        for columns in even_parts(len(weight), PRODUCT_ROWS):
+            torch.mm(hidden, weight[columns].to(logits.dtype).t(), out=logits[:, columns])
 
 
 def tile(tokens: int, columns: int) -> tuple[int, int]:

@@ -189,7 +189,7 @@ def _build_chunk(
 def fuses_logits(config: Config, architecture: Architecture) -> bool:
     """Whether statistics are taken from hidden states (distributed/vocab_linear.py) instead of from logits."""
     if config.model.logits != "auto":
-        return config.model.logits == "fused"
+        return config.model.logits != "materialised"
     columns = architecture.padded_vocab(config.parallel.tp) // config.parallel.tp
     tokens = config.trainer.microbatch_tokens // config.parallel.cp
     return tokens * columns * DTYPES[config.model.dtype].itemsize > MATERIALISED_LIMIT

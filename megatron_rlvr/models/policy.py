@@ -47,6 +47,8 @@ class LanguageModel(ABC):
     groups: ParallelGroups
     path: str  # the Hugging Face folder
     chunks: list[GPTModel]
+    fused: bool
+    logits_dtype: torch.dtype | None
 
     @abstractmethod
     def forward(self, microbatches: list[Microbatch], consume: schedule.Consumer) -> list:
@@ -56,6 +58,7 @@ class LanguageModel(ABC):
         """This rank's chunks with the weights of ``config.model.path``; fused ones end in hidden states."""
         self.architecture, self.groups, self.path = architecture, groups, config.model.path
         self.fused, self.sequence_parallel = fuses_logits(config, architecture), config.parallel.sequence_parallel
+        self.logits_dtype = torch.float32 if config.model.logits == "fused_float32" else None
         chunks = build_chunks(config, architecture, groups)
         load_hf(chunks, architecture, groups, config.model.path)
         if self.fused:
@@ -76,8 +79,8 @@ class LanguageModel(ABC):
         vocab_size = self.architecture.vocab_size
         shared = {"group": self.groups.tp, "vocab_size": vocab_size, "old_top": old_top, **vars(options)}
         if self.fused:
-            weight, parallel = output_weight(self.chunks[-1]), self.sequence_parallel
-            found = linear_token_statistics(output, weight, targets, sequence_parallel=parallel, **shared)
+            shared |= {"sequence_parallel": self.sequence_parallel, "logits_dtype": self.logits_dtype}
+            found = linear_token_statistics(output, output_weight(self.chunks[-1]), targets, **shared)
         else:  # the matrix product that made the logits does not need them again
             found = token_statistics(output, targets, overwrite=True, **shared)
         return gather_statistics(found, micro.num_tokens, cp)

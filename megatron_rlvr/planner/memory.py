@@ -189,18 +189,19 @@ def head_bytes(config: Config, architecture: Architecture, device: Device) -> in
     tp, size, tokens, h = config.parallel.tp, itemsize(config), microbatch(config), architecture.hidden_size
     columns = architecture.padded_vocab(tp) // tp
     hidden_gradient = tokens * h * size * (2 if sequence_cut(config) > 1 else 1)  # and the gathered hidden states
-    if logits_form(config, architecture) == "fused":
-        block = LOGITS_BLOCK[device.is_cpu]
-        forward = min(tokens, max(LEAST_ROWS, block // columns)) * columns * size
+    if (form := logits_form(config, architecture)) != "materialised":
+        block, width = LOGITS_BLOCK[device.is_cpu], 4 if form == "fused_float32" else size
+        forward = min(tokens, max(LEAST_ROWS, block // columns)) * columns * width
         height = min(tokens, max(math.isqrt(block), block // columns))  # of a tile, whose hidden gradient is fp32
         products = 2 * PRODUCT_ROWS * h * size if size == 2 else 0
-        backward = height * min(columns, block // height) * size + height * h * 4 + products
+        copied = size if width > size else 0  # a tile's gradient, for the products with it
+        backward = height * min(columns, block // height) * (width + copied) + height * h * 4 + products
         return max(forward, backward) + hidden_gradient
     return tokens * columns * size + hidden_gradient + columns * h * size  # the last: its weight's gradient
 
 
 def logits_form(config: Config, architecture: Architecture) -> str:
-    """materialised or fused, as models/build.py chooses."""
+    """materialised, fused or fused_float32, as models/build.py chooses."""
     if config.model.logits != "auto":
         return config.model.logits
     columns = architecture.padded_vocab(config.parallel.tp) // config.parallel.tp

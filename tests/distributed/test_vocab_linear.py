@@ -43,7 +43,9 @@ def make_layer(seed: int, tokens: int, vocab: int, padded: int, options: Statist
     return Layer(hidden, old_hidden, weight, case, block)
 
 
-def on_this_rank(layer: Layer, dtype: torch.dtype, sequence_parallel: bool) -> dict[str, Any]:
+def on_this_rank(
+    layer: Layer, dtype: torch.dtype, sequence_parallel: bool, logits_dtype: torch.dtype | None = None
+) -> dict[str, Any]:
     """Values and gradients; the padding of the vocabulary would win every maximum, that of the tokens is NaN."""
     size, rank = dist.get_world_size(), dist.get_rank()
     case, rows = layer.case, layer.case.padded // size
@@ -53,6 +55,7 @@ def on_this_rank(layer: Layer, dtype: torch.dtype, sequence_parallel: bool) -> d
         "group": dist.group.WORLD if size > 1 else None,
         "vocab_size": len(layer.weight),
         "sequence_parallel": sequence_parallel,
+        "logits_dtype": logits_dtype,
         **vars(case.options),
     }
 
@@ -139,6 +142,35 @@ def test_any_shape(world_size: int, sequence_parallel: bool) -> None:
 
 def test_fp32() -> None:
     check([make_layer(3, 20, 37, 40, StatisticsOptions(min_p=0.1), 5, 6)], torch.float32, 2, True, 2e-5)
+
+
+@pytest.mark.parametrize(("world_size", "sequence_parallel"), [(1, False), (2, False), (2, True)])
+def test_float32_logits_of_a_bf16_layer(world_size: int, sequence_parallel: bool, monkeypatch) -> None:
+    """Statistics as exact as in fp32, of what bf16 can hold; bf16 logits near 25 lose five digits more."""
+    monkeypatch.setattr(vocab_linear, "PRODUCT_ROWS", 7)  # several pieces of the widened weight
+    layer = make_layer(9, 20, 37, 40, StatisticsOptions(min_p=0.1), 5, 6)
+    rounded = {"hidden": (4 * layer.hidden).bfloat16().double(), "old_hidden": layer.old_hidden.bfloat16().double()}
+    weight = (2 * layer.weight).bfloat16().double()
+    case = layer.case._replace(logits=rounded["hidden"] @ weight.t(), old=rounded["old_hidden"] @ weight.t())
+    layer = layer._replace(**rounded, weight=weight, case=case)
+    assert case.logits.amax() > 20
+    wanted = expected(layer)
+
+    def work():
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(vocab_linear, "LEAST_ROWS", 1)
+            patch.setattr(platform, "logits_block_elements", lambda: 6 * 40 // dist.get_world_size())
+            return [on_this_rank(layer, torch.bfloat16, sequence_parallel, wide) for wide in (torch.float32, None)]
+
+    ranks = run_ranks(world_size, work, timeout=120)
+    exact = wanted["values"]["log_prob"]
+    for wide, narrow in ranks:
+        for name, value in wide["values"].items():
+            torch.testing.assert_close(value.double(), wanted["values"][name].double(), rtol=2e-5, atol=2e-5)
+        least, most = (float((each["values"]["log_prob"] - exact).abs().max()) for each in (wide, narrow))
+        assert most > 1000 * least, (least, most)
+    whole = torch.cat([wide["weight"] for wide, _ in ranks]).double()
+    assert (whole - wanted["weight"]).norm() < 1e-2 * wanted["weight"].norm()
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -14,6 +14,7 @@ from transformers import AutoModelForCausalLM
 
 from megatron_rlvr.distributed.groups import ParallelGroups
 from megatron_rlvr.models.attention import PackedSequences
+from megatron_rlvr.models.build import output_weight
 from megatron_rlvr.models.policy import Policy
 from megatron_rlvr.models.schedule import model_inputs
 from megatron_rlvr.types import Batch
@@ -57,6 +58,28 @@ def test_packed_logits_equal_transformers(cases: dict[str, Case]) -> None:
             ]
         assert max(gaps) < LOGITS, case.name
         print(f"\n{case.name}: logits {max(gaps):.1e}")
+
+
+def _head(policy: Policy, case: Case) -> tuple[float, float]:
+    """Largest log-prob's distance from that of fp64 logits of the same hidden states, and the largest logit."""
+    batch = _batch(policy, case)
+    (hidden,) = policy.forward(batch.microbatches(), lambda output, micro: output.double())
+    logits = (hidden.view(batch.num_tokens, -1) @ output_weight(policy.chunks[-1]).double().t())[:, :VOCAB]
+    exact = (logits / OPTIONS.temperature).log_softmax(1).gather(1, batch.target_ids[:, None])[:, 0]
+    found = policy.fill_log_probs(batch, OPTIONS).log_prob
+    return float((found - exact).abs()[batch.loss_mask].max()), float(logits.max())
+
+
+def test_a_bf16_policy_with_float32_logits_is_as_exact_as_its_hidden_states(cases: dict[str, Case]) -> None:
+    case = cases["qwen2-untied"]
+
+    def work() -> list[tuple[float, float]]:
+        with megatron(Layout()) as ranks:
+            models = [{"dtype": "bfloat16", "logits": logits} for logits in ("fused", "fused_float32")]
+            return [_head(make_policy(case.folder, Layout(), ranks, model=model), case) for model in models]
+
+    ((rounded, largest), (wide, _)), *_ = run_ranks(1, work, timeout=60)
+    assert largest > 4 and wide < 1e-5 and rounded > 200 * wide
 
 
 def _change_one(policy: Policy, case: Case) -> dict[str, bool]:

@@ -32,7 +32,10 @@ def test_the_planner_knows_the_sizes_of_what_it_does_not_import(gpu: bool, monke
     products = 2 * vocab_linear.PRODUCT_ROWS * h * 2
     held = height * width * 2 + height * h * 4 + products
     hidden = tokens * h * 2 * (2 if config.parallel.sequence_parallel else 1)
-    assert memory.head_bytes(config, model, DEVICES["h100" if gpu else "cpu"]) == held + hidden
+    device = DEVICES["h100" if gpu else "cpu"]
+    assert memory.head_bytes(config, model, device) == held + hidden
+    config.model.logits = "fused_float32"  # four bytes a logit, and two of a tile's gradient
+    assert memory.head_bytes(config, model, device) == held + hidden + 4 * height * width
 
 
 def test_a_small_share_of_the_engine_is_less_than_a_weight_sync() -> None:

@@ -37,6 +37,7 @@ def test_a_folders_own_config_comes_first(tmp_path: Path) -> None:
     folder = tmp_path / "Qwen2.5-32B"
     folder.mkdir()
     tree = {"model_type": "qwen2", "num_attention_heads": 4, "hidden_size": 64, "num_hidden_layers": 2}
+    tree["num_key_value_heads"] = 2
     tree |= {"intermediate_size": 96, "vocab_size": 211, "max_position_embeddings": 256}
     (folder / "config.json").write_text(json.dumps(tree))
     architecture, source = find_architecture(Config(), str(folder), "model.path")

@@ -29,11 +29,11 @@ def run(tool: str, **options: object) -> list[dict]:
 def test_token_statistics() -> None:
     *rows, ratios = run("bench_token_statistics", tokens=6, vocab=64, hidden=8, tp=2, rounds=1)
     found = {row["implementation"]: row for row in rows}
-    assert set(found) == {"ours", "megatron", "megatron_fused", "copy", "linear", "products"}
+    assert set(found) == {"ours", "megatron", "megatron_fused", "copy", "linear", "linear_float32", "products"}
     assert found["ours"]["collectives"] == [2, 0] and found["megatron"]["collectives"] == [3, 0]
     assert found["linear"]["collectives"] == [2, 1] and found["products"]["collectives"] == [0, 0]
     assert all(row["tokens"] == 6 and row["tp"] == 2 and row["seconds"] >= 0 for row in rows)
-    others = {"ours / megatron", "ours / megatron_fused", "ours / copy", "linear / products"}
+    others = {"ours / megatron", "ours / megatron_fused", "ours / copy", "linear / products", "linear / linear_float32"}
     assert set(ratios) == others | {"ours, share of a copy's rate"}
     assert ratios["ours, share of a copy's rate"] == pytest.approx(2 / ratios["ours / copy"], abs=1e-3)
 
