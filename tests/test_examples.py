@@ -22,7 +22,7 @@ NEEDED = {
     "model": {"path": "model"},
     "data": {"path": "data.jsonl"},
     "rollout": {"max_response_length": 8192},
-    "trainer": {"microbatch_tokens": 16384},
+    "trainer": {"microbatch_tokens": 16384, "updates_per_rollout": 2},
 }
 
 

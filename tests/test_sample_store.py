@@ -92,8 +92,11 @@ def test_what_was_right_is_still_so_when_it_is_read(tmp_path: Path) -> None:
 
 
 def test_samples_of_other_problems_by_the_same_name_are_refused(tmp_path: Path):
-    SampleStore(tmp_path, {"seed": 0}, {"aime24": "a"})
+    SampleStore(tmp_path, {"seed": 0}, {"aime24": "z"})
+    store = SampleStore(tmp_path, {"seed": 0}, {"aime24": "a"})  # nothing was sampled: a verifier may be mended
     SampleStore(tmp_path, {"seed": 0}, {"mine": "b"})  # another benchmark joins
+    for name in ("aime24", "mine"):
+        store.append(name, [stored(1)])
     for name, digest in {"aime24": "b", "mine": "c"}.items():
         with pytest.raises(ConfigError, match=f"other problems by the name of {name}, whose file, answers or verifier"):
             SampleStore(tmp_path, {"seed": 0}, {name: digest})
