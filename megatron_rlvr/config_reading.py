@@ -6,9 +6,11 @@ Every mistake is a ConfigError that names the key, the rule, the value and the w
 from __future__ import annotations
 
 import difflib
+import math
 import os
 import types
 import typing
+from contextlib import suppress
 from dataclasses import MISSING, fields, is_dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -182,15 +184,13 @@ def _convert_union(arguments: tuple, value: Any, name: str) -> Any:
 
 
 def _convert_scalar(hint: Any, value: Any, name: str) -> Any:
-    if hint is float and isinstance(value, str):  # YAML 1.1 reads 1e-6 as text
-        try:
-            return float(value)
-        except ValueError:
-            pass
+    if hint is float and isinstance(value, int | str) and not isinstance(value, bool):
+        with suppress(ValueError):  # YAML 1.1 reads 1e-6 as text
+            value = float(value)
+    if hint is float and isinstance(value, float):
+        rule(math.isfinite(value), f"{name} must be a number with an end, not {value}")
     if hint is str and value is None:  # `key=` on the command line, `key:` in the file
         return ""
-    if hint is float and isinstance(value, int) and not isinstance(value, bool):
-        return float(value)
     if not isinstance(value, hint) or (hint is int and isinstance(value, bool)):
         quoted = f": write it in quotes that YAML sees, {name}='\"{value}\"'" if hint is str else ""
         raise ConfigError(f"{name} must be of type {hint.__name__}, not {value!r}{quoted}")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from operator import attrgetter
 from typing import TYPE_CHECKING
 
@@ -110,7 +109,13 @@ def _check_ranges(config: Config) -> None:
             f"measure perplexities by, the engine takes less than 0.01 as 0.01, and refuses more than 2",
         )
     hang = config.run.hang_timeout
-    rule(0 < hang < math.inf, f"run.hang_timeout must be above 0 seconds and have an end, not {hang}")
+    rule(hang > 0, f"run.hang_timeout must be above 0 seconds, not {hang}")
+    port = config.run.port
+    rule(0 <= port < 2**16, f"run.port must be in 0..65535, not {port}: it is a TCP port, or 0 for a free one")
+    rule(
+        bool(config.run.dir) or (config.name not in ("", ".", "..") and "/" not in config.name),
+        f"name={config.name!r} is no name for a folder in runs/: give a plain one, or set run.dir",
+    )
     rule(0 <= config.model.dropout < 1, f"model.dropout must be in [0, 1), not {config.model.dropout}")
     utilization = config.rollout.gpu_memory_utilization
     rule(
@@ -120,7 +125,7 @@ def _check_ranges(config: Config) -> None:
 
 
 def _check_optimizer(section: str, optimizer: OptimizerConfig) -> None:
-    rule(0 < optimizer.lr < math.inf, f"{section}.lr must be above 0, not {optimizer.lr}")
+    rule(optimizer.lr > 0, f"{section}.lr must be above 0, not {optimizer.lr}")
     rule(
         len(optimizer.betas) == 2 and all(0 <= beta < 1 for beta in optimizer.betas),
         f"{section}.betas must hold two numbers in [0, 1), not {optimizer.betas}: each is what a mean keeps per update",
@@ -168,6 +173,8 @@ def _check_algorithm(algorithm: AlgorithmConfig) -> None:
 
 def _check_reward(config: Config) -> None:
     rule(config.reward.deadline > 0, f"reward.deadline must be above 0 seconds, not {config.reward.deadline:g}")
+    share = config.reward.max_error_share
+    rule(0 <= share <= 1, f"reward.max_error_share must be in [0, 1], not {share:g}: it is a share of the responses")
     names = {term.rpartition("*")[2].strip() for term in config.verifier.split("+")}
     rule(
         config.reward.scale == "verifier" or "dapo" not in names,

@@ -15,7 +15,7 @@ from contextlib import suppress
 from typing import Any, NamedTuple
 
 from megatron_rlvr.benchmarks import Benchmark, flag, source
-from megatron_rlvr.config import SourceConfig
+from megatron_rlvr.config import SourceConfig, rule
 from megatron_rlvr.prompt_files import read_rows, source_name
 from megatron_rlvr.prompt_rows import RowError, find_field, read_question
 from megatron_rlvr.verifiers.answer_forms import squeeze
@@ -130,14 +130,19 @@ def questions(data: SourceConfig, key: str) -> Iterator[Row]:
 
 
 def index_benchmarks(benchmarks: Sequence[Benchmark], folder: str, n: int) -> tuple[Index, dict[str, str]]:
-    """Every problem of the benchmarks, and the texts of those that may be shown by their ids NAME/ROW."""
-    index, texts = Index(n), {}
+    """Every problem of the benchmarks, and the texts of those that may be shown by their ids NAME/ROW.
+
+    Raises ConfigError: what ``questions`` raises, and a benchmark without a problem, which would find nothing.
+    """
+    index = Index(n)
+    texts: dict[str, str] = {}
     for benchmark in benchmarks:
-        for number, _, question in questions(source(benchmark, folder), flag(benchmark, "benchmark_field")):
-            if question is not None:
-                index.add(f"{benchmark.name}/{number}", question)
-                if benchmark.shown:
-                    texts[f"{benchmark.name}/{number}"] = question
+        rows = questions(source(benchmark, folder), flag(benchmark, "benchmark_field"))
+        problems = {f"{benchmark.name}/{row.number}": row.question for row in rows if row.question is not None}
+        rule(bool(problems), f"{benchmark.title}: there is no problem in it to look for")
+        for problem, question in problems.items():
+            index.add(problem, question)
+        texts |= problems if benchmark.shown else {}
     return index, texts
 
 

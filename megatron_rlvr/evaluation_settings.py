@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -53,7 +54,7 @@ class Settings:
         )
         rule(0 < self.gpu_memory <= 1, f"gpu_memory must be in (0, 1], not {self.gpu_memory}")
         rule(0 <= self.max_error_share <= 1, f"max_error_share must be in [0, 1], not {self.max_error_share}")
-        rule(self.deadline > 0, f"deadline must be above 0, not {self.deadline}")
+        rule(0 < self.deadline < math.inf, f"deadline must be above 0 and have an end, not {self.deadline}")
 
     def data_config(self) -> DataConfig:
         """How prompts are read: whatever their length. Raises ConfigError."""

@@ -12,13 +12,17 @@ from megatron_rlvr.config_reading import ConfigError
 
 @contextmanager
 def loading(what: str, file: Path) -> Iterator[None]:
-    """Around the import of ``file``. Raises ConfigError: whatever it raises, with ``what`` it is, file and line.
+    """Around the import of ``file``, or the making of its class. Raises ConfigError.
+
+    It is the file's own, or whatever the file raises, with ``what`` it is, file and line.
 
     with loading("verifier 'a.py'", Path("a.py")): ...
     -> ConfigError: verifier 'a.py' cannot be loaded: a.py, line 3: ModuleNotFoundError: No module named 'sympi'. ...
     """
     try:
         yield
+    except ConfigError:
+        raise
     except Exception as error:  # the file's own code runs here, and may raise anything
         if isinstance(error, SyntaxError):  # which may be of a file that this one imports
             place, line, said = error.filename or str(file), error.lineno, error.msg

@@ -6,6 +6,7 @@ verify_file(Path("samples.jsonl"), Path("verified.jsonl"), "math", workers=8, de
 from __future__ import annotations
 
 import json
+import math
 from collections import Counter
 from collections.abc import Callable, Iterator
 from itertools import islice
@@ -37,7 +38,7 @@ def verify_file(
     """
     rule(source.is_file(), f"{source}: there is no such file")
     rule(workers >= 1, f"--workers must be at least 1, not {workers}")
-    rule(deadline > 0, f"--deadline must be above 0 seconds, not {deadline:g}")
+    rule(0 < deadline < math.inf, f"--deadline must be above 0 seconds and have an end, not {deadline:g}")
     read_answer = load(verifier).read_answer
     total = sum(1 for number, row in _rows(source) if _item(source, number, row, read_answer))
     rule(total > 0, f"{source} holds no row")

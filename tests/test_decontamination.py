@@ -112,8 +112,15 @@ def test_the_tool_reports_every_match_and_writes_the_rest(tmp_path: Path) -> Non
         wrong = run(str(tmp_path / "own_clean.jsonl"), *own, *flags)
         assert wrong.returncode == 2 and wrong.stderr.strip().endswith(says)
     assert run(str(tmp_path / "own_clean.jsonl"), *own, "--benchmark-field", "b", "--prompt-field", "t").returncode == 0
-    wrong = run(str(tmp_path / "none.jsonl"), *asked)
-    assert wrong.returncode == 2 and "none.jsonl: there is no such file" in wrong.stderr
+    (tmp_path / "empty.jsonl").write_text("")
+    for arguments, says in (
+        ([str(tmp_path / "none.jsonl"), *asked], "none.jsonl: there is no such file"),
+        ([str(clean), *asked, "--benchmarks", str(tmp_path / "empty.jsonl")], "there is no problem in it to look for"),
+        ([str(clean), *asked, "--clean", str(tmp_path / "nowhere/clean.jsonl")], "nowhere, where clean.jsonl is to be"),
+        ([str(clean), *asked, "--share", "50"], "--share in (0, 1]"),
+    ):
+        wrong = run(*arguments)
+        assert wrong.returncode == 2 and says in wrong.stderr, wrong.stderr
 
 
 def test_clean_rows_of_parquet_may_hold_dates(tmp_path: Path) -> None:

@@ -29,6 +29,11 @@ def main() -> int:
     asked = parser.parse_args()
     if asked.clean and len(asked.train) > 1:
         parser.error("--clean takes one TRAIN: the rows of several need not have the same fields")
+    if asked.ngram < 1 or not 0 < asked.share <= 1:
+        parser.error("--ngram must be at least 1, and --share in (0, 1]")
+    for file in filter(None, (asked.report, asked.clean)):
+        if not Path(file).absolute().parent.is_dir():  # said before a search of minutes
+            parser.error(f"{Path(file).absolute().parent}, where {Path(file).name} is to be written, is no folder")
     try:
         names = asked.benchmarks.split(",")
         benchmarks = [find(name, prompt_field=asked.benchmark_field) for name in names]

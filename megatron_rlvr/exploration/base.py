@@ -26,7 +26,7 @@ import importlib
 import importlib.util
 import pkgutil
 from abc import ABC, abstractmethod
-from dataclasses import dataclass
+from dataclasses import dataclass, is_dataclass
 from pathlib import Path
 from typing import Any
 
@@ -347,7 +347,7 @@ def filled(name: str, options: dict[str, Any]) -> dict[str, Any]:
 
     filled("high_entropy", {"share": 0.1}) == {"share": 0.1, "scope": "update"}
     """
-    return to_dict(from_dict(_module(name).Config, options, path=f"exploration.{name}"))
+    return to_dict(_options(_module(name), name, options))
 
 
 def all_filled(settings: dict[str, dict]) -> dict[str, dict]:
@@ -364,7 +364,19 @@ def _build_one(name: str, options: dict, run: Config | None) -> Exploration:
         f"exploration/{name}.py must hold one subclass of Exploration, not {len(methods)}: the file is the method",
     )
     (method,) = methods
-    return method(name, from_dict(module.Config, options, path=f"exploration.{name}"), run)
+    config = _options(module, name, options)
+    with loading(f"exploration method {name!r}", Path(module.__file__)):
+        return method(name, config, run)
+
+
+def _options(module: Any, name: str, options: dict) -> Any:
+    """The method's Config with these options. Raises ConfigError, also for a ValueError of its __post_init__."""
+    try:
+        return from_dict(module.Config, options, path=f"exploration.{name}")
+    except ConfigError:
+        raise
+    except ValueError as error:
+        raise ConfigError(f"exploration.{name}: {error}") from error
 
 
 def _module(name: str) -> Any:
@@ -380,7 +392,7 @@ def _module(name: str) -> Any:
     with loading(f"exploration method {name!r}", Path(spec.origin)):
         module = importlib.import_module(full_name)
     rule(
-        hasattr(module, "Config"),
+        is_dataclass(getattr(module, "Config", None)),
         f"exploration/{name}.py has no dataclass named Config: it holds the method's options, if any",
     )
     return module

@@ -119,6 +119,18 @@ def test_the_readmes_method_works_as_it_stands_there(methods_folder, tmp_path_fa
             "'louder' cannot be loaded: .*louder.py, line 2: ModuleNotFoundError",
         ),
         ("class Config\n", "method 'louder' cannot be loaded: .*louder.py, line 1: SyntaxError"),
+        (METHOD.format(order=10).replace("@dataclass\n", ""), "louder.py has no dataclass named Config"),
+        (
+            METHOD.format(order=10) + "\n    def __init__(self, name):\n        pass\n",
+            "method 'louder' cannot be loaded: .*louder.py: TypeError: .*__init__",
+        ),
+        (
+            METHOD.format(order=10).replace(
+                "factor: float = 2.0",
+                "factor: float = 2.0\n    def __post_init__(self):\n        raise ValueError('too loud')",
+            ),
+            "exploration.louder: too loud",
+        ),
     ],
 )
 def test_a_file_that_is_no_method_is_refused(methods_folder, code, message):
