@@ -158,7 +158,9 @@ def _fitting(
     for placed, ids in zip(rows, _tokenise([placed.row.text for placed in rows], tokenizer), strict=True):
         if not placed.row.mark and ids[:1] != start:
             ids = start + ids
-        if len(ids) > data.max_prompt_length:
+        if not ids:
+            drops.append(placed.drop("no prompt", "no token of it is in the tokenizer's vocabulary"))
+        elif len(ids) > data.max_prompt_length:
             reason = f"longer than data.max_prompt_length={data.max_prompt_length} tokens"
             drops.append(placed.drop(reason, f"{len(ids)} tokens"))
         else:

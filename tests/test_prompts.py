@@ -260,6 +260,14 @@ def test_a_solution_is_boxed_unless_the_field_was_named(tmp_path, tokenizer):
     assert [prompt.answer for prompt in named.prompts] == ["37", "1"]
 
 
+def test_a_prompt_that_comes_to_no_token_is_none(tmp_path):
+    ones = PreTrainedTokenizerFast(tokenizer_object=Tokenizer(models.BPE(vocab={"1": 0}, merges=[])))
+    rows = [{"prompt": "11", "answer": "1"}, {"prompt": "two", "answer": "2"}]
+    loaded = load(write(tmp_path / "rows.jsonl", rows), RAW, ones, "math")
+    assert [prompt.token_ids for prompt in loaded.prompts] == [(0, 0)]
+    assert [(drop.row, drop.reason) for drop in loaded.drops] == [(2, "no prompt")]
+
+
 def test_a_token_that_the_model_lacks_is_refused(tmp_path, tokenizer):
     loaded = load(write(tmp_path / "rows.jsonl", [{"prompt": "1+1?", "answer": "2"}]), RAW, tokenizer, "math")
     largest = max(loaded.prompts[0].token_ids)

@@ -82,7 +82,7 @@ class SimHash(Exploration):
         return {"counts": counts, "codes_of": self._codes_of()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        if state["codes_of"] != self._codes_of():
+        if state.get("codes_of") != self._codes_of():  # an earlier version did not say
             log.warning("exploration.sim_hash counts from 0: the checkpoint's codes are those of other options or seed")
             return
         self.counts = Counter({int(code): count for code, count in state["counts"].items()})
