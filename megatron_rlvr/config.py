@@ -178,7 +178,7 @@ class TrainerConfig:
     num_steps: int = 100  # rollouts; each is followed by `updates_per_rollout` optimizer updates
     updates_per_rollout: int = 1  # 1: on-policy
     microbatch_tokens: int = 8192  # packed tokens per microbatch, prompt and response
-    eval_every: int = 0  # steps; 0: never
+    eval_every: int = 0  # steps; 0: only at the end
     eval_responses: int = 16  # per held-out prompt
     eval_temperature: float | None = None  # of held-out responses and their perplexities; null: rollout.temperature
     save_every: int = 0  # steps; 0: only at the end

@@ -18,7 +18,7 @@ from megatron_rlvr.benchmarks import Benchmark, digest, find, read
 from megatron_rlvr.config import rule
 from megatron_rlvr.evaluation import Estimate, figures, mean
 from megatron_rlvr.evaluation_critic import EvaluationCritic
-from megatron_rlvr.evaluation_models import find_critic, find_model, hugging_face, identity
+from megatron_rlvr.evaluation_models import differences, find_critic, find_model, hugging_face, identity
 from megatron_rlvr.evaluation_sampling import Job, sample
 from megatron_rlvr.evaluation_settings import Settings
 from megatron_rlvr.records import finite
@@ -43,6 +43,8 @@ def evaluate(settings: Settings, console: Console) -> dict[str, Any]:
     rule(twice is None, f"two benchmarks are called {twice}, and their samples share a file: rename one, or drop it")
     critic = find_critic(settings.critic, model) if settings.critic else None
     tokenizer = load_tokenizer(model)
+    for line in differences(settings):
+        console.print(line, highlight=False, soft_wrap=True, markup=False)
     problems = [(item, _problems(item, settings, model, tokenizer, console)) for item in benchmarks]
     sampled = settings.identity() | {"model": identity(model), "critic": identity(critic) if critic else None}
     sampled["end_tokens"] = stop_token_ids(model)
@@ -85,7 +87,7 @@ def _problems(benchmark: Benchmark, settings: Settings, model: Path, tokenizer: 
     prompts = read(benchmark, settings.data, settings.data_config(), tokenizer)
     prompts.check_ids(Architecture.from_folder(model).vocab_size, model)
     for line in prompts.report:
-        console.print(line, highlight=False, soft_wrap=True)
+        console.print(line, highlight=False, soft_wrap=True, markup=False)
     return prompts.prompts
 
 

@@ -11,9 +11,12 @@ import json
 from pathlib import Path
 from typing import Any
 
+import yaml
+
 from megatron_rlvr.architecture import Architecture
 from megatron_rlvr.checkpoint_folder import checkpoints, step_of
 from megatron_rlvr.config import rule
+from megatron_rlvr.evaluation_settings import Settings
 from megatron_rlvr.weights.convert_export import export_megatron
 from megatron_rlvr.weights.megatron_folder import is_megatron_folder, model_folder
 from megatron_rlvr.weights.partial_folder import fingerprint
@@ -39,7 +42,32 @@ def find_model(name: str) -> Path:
     architecture = Architecture.from_folder(found)
     with open_source(found, architecture) as source:
         source.check_model(architecture)
+        rule(
+            not source.value_head(),
+            f"{found} holds a critic, which says nothing: name its run's policy, or give it as --critic",
+        )
     return found
+
+
+def differences(settings: Settings) -> list[str]:
+    """What a run trained with and its evaluation does not, a line each; none for a folder that is no part of a run."""
+    folder = Path(settings.model).resolve()
+    homes = (folder, *folder.parents[:3])  # the run itself, its hf/, its checkpoints/step_N and their policy/
+    written = ("config.yaml", "metrics.jsonl")
+    run = next((home for home in homes if all((home / name).is_file() for name in written)), None)
+    if run is None:
+        return []
+    trained = yaml.safe_load((run / "config.yaml").read_text())  # as it is: an earlier version may have written it
+    longest = trained["rollout"]["max_response_length"]
+    keys = [
+        ("data.template", trained["data"]["template"], "--template", settings.template),
+        ("rollout.max_response_length", longest, "--max-tokens", settings.max_tokens),
+    ]
+    return [
+        f"note: the run trained with {key}={there}, and this evaluation takes {flag} {here}"
+        for key, there, flag, here in keys
+        if here != there
+    ]
 
 
 def _refuse_outdated(run: Path) -> None:

@@ -104,7 +104,11 @@ def _hub(source: str) -> Iterator[dict[str, Any]]:
     )
     try:
         rows = load_dataset(f"{owner}/{name}", subset or None, split=split or "train")
-    except (OSError, ValueError) as error:  # no network, no such data set, subset or split, no permission
+    except (
+        OSError,
+        RuntimeError,
+        ValueError,
+    ) as error:  # no network, no such name, no permission, a script
         raise ConfigError(
             f"{source} cannot be loaded from the hub: {error}; without a network give the path of a local copy"
         ) from error

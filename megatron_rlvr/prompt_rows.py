@@ -6,6 +6,7 @@ RowReader(SourceConfig("gsm8k.jsonl"), data, tokenizer, read_answer)({"question"
 
 from __future__ import annotations
 
+import json
 import random
 import re
 from collections.abc import Callable
@@ -13,7 +14,7 @@ from typing import Any, NamedTuple
 
 from jinja2 import TemplateError
 
-from megatron_rlvr.config import DataConfig, SourceConfig, rule
+from megatron_rlvr.config import ConfigError, DataConfig, SourceConfig, rule
 from megatron_rlvr.seeds import stable_seed
 from megatron_rlvr.templates import INSIDE_CHAT, R1_ZERO, turn_mark, unwrap, wrap
 
@@ -176,9 +177,17 @@ def _answer(row: dict[str, Any], field: str, is_named: bool, read_answer: Callab
     if field == "solution" and not is_named and not (isinstance(value, str) and _BOX.search(value)):
         raise RowError(field, "no answer", r"a solution without \boxed")
     try:
-        return read_answer(plain(value))
+        answer = read_answer(plain(value))
     except ValueError as error:
         raise RowError(field, "not an answer for this verifier", str(error)[:200]) from error
+    try:
+        json.dumps(answer)
+    except (TypeError, ValueError) as error:  # the verifier's own fault, not the row's
+        raise ConfigError(
+            f"the verifier's read_answer returned {answer!r:.80}, which is not JSON ({error}): it must return text, "
+            f"numbers, lists or dicts"
+        ) from error
+    return answer
 
 
 def plain(value: Any) -> Any:

@@ -123,7 +123,7 @@ class Run:
 
     def _say(self, line: str) -> None:
         if self.is_writer:
-            self.console.print(line, highlight=False, soft_wrap=True)
+            self.console.print(line, highlight=False, soft_wrap=True, markup=False)
 
     def _save(self, step: int) -> None:
         watchdog.beat("save")
@@ -166,9 +166,9 @@ class Run:
         (self.folder / "summary.json").write_text(
             json.dumps({"steps": self.config.trainer.num_steps, **final}, indent=1)
         )
-        self.console.print(f"model   {target}", highlight=False)
+        self.console.print(f"model   {target}", highlight=False, markup=False)
         with _may_fail("the report"):
-            self.console.print(f"report  {build_report(self.folder)}", highlight=False)
+            self.console.print(f"report  {build_report(self.folder)}", highlight=False, markup=False)
 
 
 def _heard_of(weights: Iterator[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:

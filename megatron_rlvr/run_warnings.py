@@ -160,28 +160,30 @@ def reward_hacking(rows: Sequence[dict]) -> RunWarning | None:
 
 
 def truncation(rows: Sequence[dict]) -> RunWarning | None:
-    """A third of the responses meets the length limit, more than at first."""
+    """Half of the responses meet the length limit, or a third, more than at first."""
     share = trend(rows, "rollout/truncated_share")
     return _warn(
         share,
-        (share.recent > 0.3) & (share.recent > share.first + 0.1),
+        (share.recent > 0.5) | ((share.recent > 0.3) & (share.recent > share.first + 0.1)),
         "Responses are cut off",
         "{first:.1%} met the length limit at first, {last:.1%} {when}",
         "A cut answer is judged wrong whatever it was about to say: raise rollout.max_response_length, or use "
         "exploration.overlong.",
+        from_start=True,
     )
 
 
 def log_prob_gap(rows: Sequence[dict]) -> RunWarning | None:
-    """The engine's log-probs and the policy's move apart."""
+    """The engine's log-probs and the policy's are far apart, or move apart."""
     gap = trend(rows, "rollout/log_prob_gap_mean")
     return _warn(
         gap,
-        (gap.recent > 3 * gap.first) & (gap.recent > 0.005),
-        "Growing log-prob gap",
+        (gap.recent > 0.1) | ((gap.recent > 3 * gap.first) & (gap.recent > 0.005)),
+        "Log-prob gap",
         "{first:.1e} nats per token between policy and engine at first, {last:.1e} {when}",
         "The samples come from another policy than the one that learns from them. "
         "exploration.rollout_correction weighs them; fp32 or the same kernels close the gap.",
+        from_start=True,
     )
 
 

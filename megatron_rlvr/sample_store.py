@@ -73,6 +73,8 @@ class SampleStore:
         except (ValueError, TypeError) as error:
             raise ConfigError(f"{written} is damaged, so what its samples are of is not known: {way_out}") from error
         there = earlier.get("problems", {})
+        if not any(file.stat().st_size for file in (folder / "samples").iterdir()):  # a first try that was mended
+            earlier = settings
         for name, value in settings.items():
             rule(
                 earlier.get(name) == value,
@@ -80,7 +82,7 @@ class SampleStore:
             )
         for name, digest in problems.items():
             rule(
-                there.get(name, digest) == digest or not self._path(name).exists(),
+                there.get(name, digest) == digest or not self._path(name).exists(),  # else nothing of it is there
                 f"{folder} holds samples of other problems by the name of {name}, whose file, answers or verifier have "
                 f"changed since: {way_out}",
             )

@@ -53,7 +53,7 @@ def test_the_report(compare: ModuleType, tmp_path: Path) -> None:
     for method, seed, entropy in (("grpo", 0, 0.5), ("grpo", 1, 0.7), ("lp_reg", 0, 0.9)):
         write_run(tmp_path / f"{method}-{seed}", 25, entropy)
         result = {"method": method, "seed": seed, "steps": 25, "seconds": 1}
-        path = compare.result_path(method, seed)
+        path = compare.result_path(method, seed, 25)
         path.write_text(json.dumps(result | compare.summary(tmp_path / f"{method}-{seed}")))
     assert compare.report(25) == 0
     text = compare.README.read_text()

@@ -118,6 +118,7 @@ def test_the_tool_reports_every_match_and_writes_the_rest(tmp_path: Path) -> Non
         ([str(clean), *asked, "--benchmarks", str(tmp_path / "empty.jsonl")], "there is no problem in it to look for"),
         ([str(clean), *asked, "--clean", str(tmp_path / "nowhere/clean.jsonl")], "nowhere, where clean.jsonl is to be"),
         ([str(clean), *asked, "--share", "50"], "--share in (0, 1]"),
+        ([str(clean), *asked, "--clean", str(clean)], "--clean must be another file than TRAIN"),
     ):
         wrong = run(*arguments)
         assert wrong.returncode == 2 and says in wrong.stderr, wrong.stderr

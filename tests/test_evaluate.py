@@ -5,6 +5,8 @@ from __future__ import annotations
 import io
 import json
 import random
+import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import ClassVar
 
@@ -16,7 +18,7 @@ from safetensors.torch import load_file
 from megatron_rlvr import benchmarks, evaluate, evaluation_sampling
 from megatron_rlvr.benchmarks import Benchmark
 from megatron_rlvr.config import ConfigError
-from megatron_rlvr.evaluation_models import find_model
+from megatron_rlvr.evaluation_models import differences, find_model
 from megatron_rlvr.evaluation_settings import Settings
 from megatron_rlvr.rollout.engine import Request, Sample
 from megatron_rlvr.run_folder import hold
@@ -208,6 +210,23 @@ def test_a_critics_heads_on_each_benchmark(ready: Settings, model: Path, tmp_pat
     ready.critic = str(model)
     with pytest.raises(ConfigError, match="is no critic: name a checkpoint of a PPO run"):
         evaluate.evaluate(ready, Console(quiet=True))
+    ready.model, ready.critic = str(tmp_path / "critic"), ""
+    with pytest.raises(ConfigError, match="critic holds a critic, which says nothing: name its run's policy"):
+        evaluate.evaluate(ready, Console(quiet=True))
+
+
+def test_what_a_run_trained_with_and_its_evaluation_does_not_is_said(ready: Settings, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(ready.model, run / "hf")
+    (run / "metrics.jsonl").write_text("")
+    (run / "config.yaml").write_text("data: {template: r1_zero}\nrollout: {max_response_length: 50}\n")
+    said = "note: the run trained with data.template=r1_zero, and this evaluation takes --template raw"
+    for place in (run, run / "hf", run / "checkpoints/step_3/policy"):
+        assert differences(replace(ready, model=str(place))) == [said]
+    assert differences(ready) == []
+    shown, ready.model = io.StringIO(), str(run)
+    evaluate.evaluate(ready, Console(file=shown, width=200))
+    assert said in shown.getvalue()
 
 
 def spread_by_hand(critic: Path, prompt_ids: list[int], response_ids: list[int]) -> torch.Tensor:

@@ -260,6 +260,13 @@ def test_a_solution_is_boxed_unless_the_field_was_named(tmp_path, tokenizer):
     assert [prompt.answer for prompt in named.prompts] == ["37", "1"]
 
 
+def test_an_answer_that_is_no_json_is_the_verifiers_fault(tmp_path, tokenizer):
+    (tmp_path / "sets.py").write_text("ISOLATED = True\nread_answer = set\nverify = None\n")
+    path = write(tmp_path / "rows.jsonl", [{"prompt": "1+1?", "answer": "2"}])
+    with pytest.raises(ConfigError, match=r"read_answer returned \{'2'\}, which is not JSON .*: it must return text"):
+        load(path, RAW, tokenizer, str(tmp_path / "sets.py"))
+
+
 def test_a_prompt_that_comes_to_no_token_is_none(tmp_path):
     ones = PreTrainedTokenizerFast(tokenizer_object=Tokenizer(models.BPE(vocab={"1": 0}, merges=[])))
     rows = [{"prompt": "11", "answer": "1"}, {"prompt": "two", "answer": "2"}]

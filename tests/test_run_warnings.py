@@ -84,6 +84,19 @@ def test_a_fault_is_found_where_it_begins(name, seed):
     assert found in warnings(rows)
 
 
+@pytest.mark.parametrize(
+    ("fault", "title"),
+    [
+        ({"rollout/truncated_share": 0.98}, "Responses are cut off"),
+        ({"rollout/log_prob_gap_mean": 2.0}, "Log-prob gap"),
+    ],
+)
+def test_what_is_wrong_from_the_first_step_on_is_told(fault, title):
+    rows = [row | fault for row in healthy()]
+    assert [(found.step, found.title) for found in warnings(rows)] == [(1, title)]
+    assert [found.title for found in warnings(rows[:12])] == [title]
+
+
 @pytest.mark.parametrize("seed", range(4))
 def test_a_healthy_run_raises_none(seed):
     assert warnings(healthy(seed)) == []

@@ -34,6 +34,8 @@ def main() -> int:
     for file in filter(None, (asked.report, asked.clean)):
         if not Path(file).absolute().parent.is_dir():  # said before a search of minutes
             parser.error(f"{Path(file).absolute().parent}, where {Path(file).name} is to be written, is no folder")
+    if asked.clean and Path(asked.clean).resolve() == Path(asked.train[0]).resolve():
+        parser.error("--clean must be another file than TRAIN, which it would replace")
     try:
         names = asked.benchmarks.split(",")
         benchmarks = [find(name, prompt_field=asked.benchmark_field) for name in names]
@@ -54,11 +56,11 @@ def main() -> int:
             for match in row.matches:
                 shown = {"text": row.question, "problem_text": texts[match.problem]} if match.problem in texts else {}
                 report.append({"row": row.row, **match._asdict(), **shown})
-    Path(asked.report).write_text(json.dumps(report, indent=1, ensure_ascii=False) + "\n")
+    Path(asked.report).write_text(json.dumps(report, indent=1, ensure_ascii=False) + "\n", "utf-8", "backslashreplace")
     if asked.clean:
         rows = [row.row for clean, _ in results.values() for row in clean if isinstance(row.row, dict)]
         lines = [json.dumps(row, ensure_ascii=False, default=str) + "\n" for row in rows]  # a date as text
-        Path(asked.clean).write_text("".join(lines))
+        Path(asked.clean).write_text("".join(lines), "utf-8", "backslashreplace")
     return 1 if report else 0
 
 

@@ -77,7 +77,7 @@ def run_all(options: argparse.Namespace) -> None:
     todo = [
         (method, seed)
         for seed, method in product(options.seeds, options.methods)
-        if not result_path(method, seed).exists()
+        if not result_path(method, seed, options.steps).exists()
     ]
     with ThreadPoolExecutor(options.jobs) as pool:
         for number, (method, seed, seconds) in enumerate(
@@ -86,8 +86,8 @@ def run_all(options: argparse.Namespace) -> None:
             print(f"{number}/{len(todo)}  {method} seed {seed}: {seconds:.0f} s", flush=True)
 
 
-def result_path(method: str, seed: int) -> Path:
-    return RESULTS / f"{method}-{seed}.json"
+def result_path(method: str, seed: int, steps: int) -> Path:
+    return RESULTS / f"{method}-{seed}-{steps}.json"
 
 
 def run_one(method: str, seed: int, steps: int) -> tuple[str, int, float]:
@@ -109,9 +109,9 @@ def run_one(method: str, seed: int, steps: int) -> tuple[str, int, float]:
     seconds = time.monotonic() - started
     RESULTS.mkdir(exist_ok=True)
     figures = {"method": method, "seed": seed, "steps": steps, "seconds": round(seconds), **summary(folder)}
-    unfinished = result_path(method, seed).with_suffix(".tmp")
+    unfinished = result_path(method, seed, steps).with_suffix(".tmp")
     unfinished.write_text(json.dumps(figures) + "\n")
-    unfinished.rename(result_path(method, seed))
+    unfinished.rename(result_path(method, seed, steps))
     return method, seed, seconds
 
 

@@ -240,7 +240,7 @@ def _checked(method: Exploration, hook: str, found: Any, like: Tensor, finite: b
     file = f"exploration/{method.name}.py"
     if not isinstance(found, Tensor) or found.shape != like.shape:
         what = list(found.shape) if isinstance(found, Tensor) else type(found).__name__
-        raise ValueError(f"{file}: {hook} must return a tensor of shape {list(like.shape)}, not {what}")
+        raise ValueError(f"{file}: {hook} must be a tensor of shape {list(like.shape)}, not {what}")
     if finite and not found.isfinite().all():
         raise ValueError(f"{file}: {hook} returned {found[~found.isfinite()][0]:g}: the policy would be destroyed")
     return found
@@ -314,8 +314,12 @@ class Composite(Exploration):
 
     def policy_loss(self, losses: Tensor, micro: Microbatch, current: TokenStatistics, meter: Meter) -> Tensor:
         for method in self.methods:
+            before = set(micro.extras)
             found = method.policy_loss(losses, micro, current, _Named(meter, method.name))
             losses = _checked(method, "policy_loss", found, losses)
+            for name in micro.extras.keys() - before:
+                _check_name(method.name, "what policy_loss keeps in extras", name)
+                _checked(method, f"policy_loss: extras[{name!r}]", micro.extras[name], micro.loss_mask)
         return losses
 
     def state_dict(self) -> dict[str, Any]:
@@ -382,7 +386,7 @@ def _options(module: Any, name: str, options: dict) -> Any:
 def _module(name: str) -> Any:
     known = method_names()
     if name not in known:
-        closest = difflib.get_close_matches(name, known, n=1, cutoff=0.0)[0]
+        closest = difflib.get_close_matches(str(name), known, n=1, cutoff=0.0)[0]  # YAML reads 1 and true as such
         raise ConfigError(
             f"unknown exploration method {name!r}; did you mean {closest!r}? There are: {', '.join(known)}"
         )

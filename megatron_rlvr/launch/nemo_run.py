@@ -64,7 +64,8 @@ def tasks(job: Job) -> list[Task]:
         overrides.append(f"model.path={megatron}")
     commands.append(("train", ["-m", "megatron_rlvr.train", job.config, *overrides], config.world_size))
     if job.evaluation:
-        wanted = ["--output", f"{folder}/evaluation", *job.evaluation]
+        asked = ["--template", config.data.template, "--max-tokens", str(config.rollout.max_response_length)]
+        wanted = ["--output", f"{folder}/evaluation", *asked, *job.evaluation]  # of one given twice the last counts
         commands.append(("evaluate", ["tools/evaluate.py", folder, *wanted], 1))
     commands.append(("report", ["tools/report.py", folder], 1))
     found: list[Task] = []

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from glob import escape
 
 from megatron_rlvr.pages.charts import Chart, is_number, matching
 
@@ -33,7 +34,7 @@ CHARTS = [
     Chart("Response length", "tokens, mean over the step's responses", "trend", {"tokens/response_mean": ""}),
     Chart(
         "Calibration",
-        "perplexity of right and wrong responses; as one, it has collapsed",
+        "perplexity of right and wrong responses; where both meet, calibration has collapsed",
         "smooth",
         {"rollout/perplexity_right": "right", "rollout/perplexity_wrong": "wrong"},
     ),
@@ -109,7 +110,7 @@ def charts_of(rows: Sequence[dict], methods: Iterable[str]) -> list[Chart]:
     sampling = [chart for chart in SAMPLING if any(row.get(name, 1) != 1 for name in chart.metrics for row in rows)]
     drawn = {name for chart in CHARTS for pattern in chart.metrics for name in matching(names, pattern)}
     own = [name for name in names if name.partition("/")[0] in set(methods) and name not in drawn]
-    return [*CHARTS, *sampling, *(Chart(_title(name), name, "trend", {name: ""}) for name in own)]
+    return [*CHARTS, *sampling, *(Chart(_title(name), name, "trend", {escape(name): ""}) for name in own)]
 
 
 def _title(metric: str) -> str:

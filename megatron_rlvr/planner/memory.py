@@ -264,7 +264,7 @@ def host_memory(config: Config, workload: Workload, device: Device, ranks: int) 
         Item(
             "sleeping engines' weights",
             2 * engine * ranks,
-            f"{ranks} ranks x {engine / GIB:.2f} GiB, pinned: each matrix is rounded up to a power of two",
+            f"at most 2 x {ranks} ranks x {engine / GIB:.2f} GiB, pinned: each matrix is rounded up to a power of two",
         ),
         Item("a checkpoint being written", copies * ranks, f"{ranks} ranks x their weights and optimizer state"),
     )

@@ -23,7 +23,7 @@ from megatron_rlvr.models.critic import Critic
 from megatron_rlvr.weights import convert_export, convert_import
 from megatron_rlvr.weights.convert_export import export_megatron
 from megatron_rlvr.weights.convert_import import import_hf
-from megatron_rlvr.weights.convert_verify import describe, differing_tensors
+from megatron_rlvr.weights.convert_verify import describe, differing_tensors, report
 from megatron_rlvr.weights.partial_folder import PartialFolder
 from megatron_rlvr.weights.sources import VALUE_HEAD
 from tests.ranks import run_ranks
@@ -204,6 +204,7 @@ def test_a_critics_head_travels_along(tmp_path: Path) -> None:
     assert found.keys() == head.keys() and all(found[leaf].equal(head[leaf]) for leaf in head)
     assert not differing_tensors(source, tmp_path / "megatron")
     assert not differing_tensors(tmp_path / "back", tmp_path / "megatron")
+    assert report(tmp_path / "back", tmp_path / "megatron", tensors_only=False) == 0  # a critic has no logits
 
 
 def head_of_a_critic(path: Path, heads: int) -> dict[str, torch.Tensor] | str:
