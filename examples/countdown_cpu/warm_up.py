@@ -31,6 +31,7 @@ from megatron_rlvr.packing import pack  # noqa: E402
 from megatron_rlvr.processes import free_port  # noqa: E402
 from megatron_rlvr.types import Batch, Microbatch, Prompt, Rollout, RolloutGroup, Update  # noqa: E402
 from megatron_rlvr.weights.convert import save_hf  # noqa: E402
+from megatron_rlvr.weights.partial_folder import companions  # noqa: E402
 
 UPDATES, PAIRS = 250, 64  # pairs of a puzzle and a right answer per update
 
@@ -45,7 +46,7 @@ def make_model(target: Path, puzzles: list[Puzzle], seed: int) -> float:
         groups = initialize_parallel(config)
         policy = Policy(config, Architecture.from_folder(start), groups)
         loss = _warm_up(policy, _draw_pairs(puzzles, seed))
-        save_hf(policy.hf_weights(), start, target)
+        save_hf(policy.hf_weights(), companions(start), target)
     process_groups.destroy()
     return loss
 
