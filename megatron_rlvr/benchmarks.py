@@ -111,6 +111,6 @@ def read(benchmark: Benchmark, folder: str, data: DataConfig, tokenizer: Any) ->
 def digest(benchmark: Benchmark, prompts: Sequence[Prompt]) -> str:
     """Of the problems as they are asked, their answers and who judges: what samples under one name must share."""
     rows = [[prompt.id, prompt.token_ids, prompt.answer] for prompt in prompts]
-    judges = [benchmark.verifier, *(file.read_text() for file in own_files(benchmark.verifier))]
-    text = json.dumps([judges, rows], default=str)
+    own = [file.read_text() for file in own_files(benchmark.verifier)]
+    text = json.dumps([benchmark.verifier, rows, *own], default=str)
     return hashlib.blake2b(text.encode(), digest_size=8).hexdigest()

@@ -39,13 +39,10 @@ def find_model(name: str) -> Path:
         (found / "config.json").exists(),
         f"{folder} is no Hugging Face folder (config.json), Megatron folder, checkpoint (policy/) or run (hf/)",
     )
-    architecture = Architecture.from_folder(found)
-    with open_source(found, architecture) as source:
-        source.check_model(architecture)
-        rule(
-            not source.value_head(),
-            f"{found} holds a critic, which says nothing: name its run's policy, or give it as --critic",
-        )
+    weights = "*.distcp" if is_megatron_folder(found) else "*.safetensors"
+    rule(any(found.glob(weights)), f"{found} holds no {weights}: give a folder with a model's weights")
+    is_critic = _has_value_head(found) if is_megatron_folder(found) else (found / VALUE_HEAD).exists()
+    rule(not is_critic, f"{found} holds a critic, which says nothing: name its run's policy, or give it as --critic")
     return found
 
 
@@ -58,9 +55,12 @@ def differences(settings: Settings) -> list[str]:
     if run is None:
         return []
     trained = yaml.safe_load((run / "config.yaml").read_text())  # as it is: an earlier version may have written it
-    longest = trained["rollout"]["max_response_length"]
+    if not isinstance(trained, dict) or not {"data", "rollout", "exploration"} <= trained.keys():
+        return []  # another program's
+    longest = (trained["rollout"] or {}).get("max_response_length", settings.max_tokens)
+    template = (trained["data"] or {}).get("template", settings.template)
     keys = [
-        ("data.template", trained["data"]["template"], "--template", settings.template),
+        ("data.template", template, "--template", settings.template),
         ("rollout.max_response_length", longest, "--max-tokens", settings.max_tokens),
     ]
     return [

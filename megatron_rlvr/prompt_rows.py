@@ -89,9 +89,10 @@ class RowReader:
             if row.get(field) not in (None, [], "", {}):
                 raise RowError(field, "asks about a picture", "the policy reads text alone")
         messages = _messages(row, prompt_field)
+        if messages[-1]["role"] != "user":
+            raise RowError(prompt_field, "ends with a message that is not the user's", "it may hold the answer")
         asked = _asked(messages)
-        is_named = bool(self.source.answer_field or self.data.answer_field)
-        answer, mark = _answer(row, answer_field, is_named, self.read_answer), turn_mark(asked)
+        answer, mark = _answer(row, answer_field, self.read_answer), turn_mark(asked)
         text = asked if mark else self._render(messages, asked)
         said = [item["content"].strip() for item in messages if item["content"] is not asked]
         return Row(prompt_field, "\n".join([*said, unwrap(asked.strip()).strip()]), text, answer, mark)
@@ -162,19 +163,16 @@ def _messages(row: dict[str, Any], field: str) -> list[dict[str, str]]:
     asked = [item["content"] for item in messages if item["role"] == "user"]
     if not asked or not asked[-1].strip():
         raise RowError(field, "no prompt", "no user message")
-    if messages[-1]["role"] != "user":
-        raise RowError(field, "ends with a message that is not the user's", "it may hold the answer")
     return messages
 
 
-def _answer(row: dict[str, Any], field: str, is_named: bool, read_answer: Callable) -> Any:
-    """What the verifier gets; a solution must box it, unless the user has named that field himself. Raises RowError."""
+def _answer(row: dict[str, Any], field: str, read_answer: Callable) -> Any:
     value = row if field in _TESTS else _get(row, field)
     if isinstance(value, list) and len(value) == 1:  # OlympiadBench's final_answer
         value = value[0]
     if value is _MISSING or value is None or value == "" or value != value:  # NaN: a float column's null
         raise RowError(field, "no answer", "")
-    if field == "solution" and not is_named and not (isinstance(value, str) and _BOX.search(value)):
+    if field.rpartition(".")[2] == "solution" and not (isinstance(value, str) and _BOX.search(value)):
         raise RowError(field, "no answer", r"a solution without \boxed")
     try:
         answer = read_answer(plain(value))

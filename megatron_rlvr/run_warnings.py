@@ -164,7 +164,7 @@ def truncation(rows: Sequence[dict]) -> RunWarning | None:
     share = trend(rows, "rollout/truncated_share")
     return _warn(
         share,
-        (share.recent > 0.5) | ((share.recent > 0.3) & (share.recent > share.first + 0.1)),
+        (share.recent > 0.5) | ((share.recent > 0.3) & (share.recent > share.first + 0.1) & (share.steps > WINDOW)),
         "Responses are cut off",
         "{first:.1%} met the length limit at first, {last:.1%} {when}",
         "A cut answer is judged wrong whatever it was about to say: raise rollout.max_response_length, or use "

@@ -219,11 +219,15 @@ def test_what_a_run_trained_with_and_its_evaluation_does_not_is_said(ready: Sett
     run = tmp_path / "run"
     shutil.copytree(ready.model, run / "hf")
     (run / "metrics.jsonl").write_text("")
-    (run / "config.yaml").write_text("data: {template: r1_zero}\nrollout: {max_response_length: 50}\n")
+    (run / "config.yaml").write_text("data: {template: r1_zero}\nrollout: {max_response_length: 50}\nexploration: {}\n")
     said = "note: the run trained with data.template=r1_zero, and this evaluation takes --template raw"
     for place in (run, run / "hf", run / "checkpoints/step_3/policy"):
         assert differences(replace(ready, model=str(place))) == [said]
     assert differences(ready) == []
+    for others in ("", "[1]", "data: {path: x}\n"):  # no config of a run
+        (run.parent / "config.yaml").write_text(others)
+        (run.parent / "metrics.jsonl").write_text("")
+        assert differences(replace(ready, model=str(run.parent / "other/hf"))) == []
     shown, ready.model = io.StringIO(), str(run)
     evaluate.evaluate(ready, Console(file=shown, width=200))
     assert said in shown.getvalue()

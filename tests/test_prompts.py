@@ -251,15 +251,6 @@ def test_a_row_that_the_chat_template_refuses_is_dropped_with_its_reason(tmp_pat
     assert loaded.drops == [Drop("chat.jsonl", 1, "problem", "refused by the chat template", "no system message")]
 
 
-def test_a_solution_is_boxed_unless_the_field_was_named(tmp_path, tokenizer):
-    path = write(
-        tmp_path / "rows.jsonl", [{"prompt": "30+7?", "solution": "37"}, {"prompt": "q", "solution": r"\boxed{1}"}]
-    )
-    assert [prompt.answer for prompt in load(path, RAW, tokenizer, "math").prompts] == ["1"]
-    named = load(path, replace(RAW, answer_field="solution"), tokenizer, "math")
-    assert [prompt.answer for prompt in named.prompts] == ["37", "1"]
-
-
 def test_an_answer_that_is_no_json_is_the_verifiers_fault(tmp_path, tokenizer):
     (tmp_path / "sets.py").write_text("ISOLATED = True\nread_answer = set\nverify = None\n")
     path = write(tmp_path / "rows.jsonl", [{"prompt": "1+1?", "answer": "2"}])

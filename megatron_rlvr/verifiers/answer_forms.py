@@ -31,7 +31,6 @@ _REWRITES = [
         (r"\\mathrm *\{ *([ie]) *\}", r"\1"),
         (r"\\(?:boldsymbol|bm) *\{([^{}]*)\}", r"\1"),
         (r"\\varnothing(?![a-zA-Z])", r"\\emptyset"),
-        (r"\\mathbb *\{? *R(?![a-zA-Z]) *\}?|ℝ", r"(-\\infty, \\infty)"),
         (r"\\begin *\{array\} *\{[clr| ]*\}", r"\\begin{matrix}"),
         (r"\\end *\{array\}", r"\\end{matrix}"),
         (_TEXT, r"\\text{"),

@@ -39,6 +39,7 @@ _NAME = re.compile(
     r"|\\angle [A-Z _0-9]+"
 )
 _MEMBER = re.compile(r"^\(?[a-zA-Z]\)? *\\in(?![a-zA-Z]) *")
+_REALS = re.compile(r"^(?:\\mathbb *(?:R|\{ *R *\})|ℝ)$")  # where they are the whole answer
 _RELATIONS = re.compile(r"[<>]|\\(?:leq?|geq?|lt|gt)(?![a-zA-Z])")
 _NEVER = re.compile(
     r"\\(?:neq|to|approx|sim|rightarrow|Rightarrow|implies|mapsto|longrightarrow|neg|lnot|land|iff|boxed)(?![a-zA-Z])"
@@ -113,8 +114,8 @@ def _equal(gold: str, given: str) -> bool:
         return True
     if _NEVER.search(forms.squeeze(given)) and not _NEVER.search(forms.squeeze(gold)):
         return False
-    gold = _MEMBER.sub("", gold)
-    given = _unnamed(gold, _MEMBER.sub("", given))
+    gold = _REALS.sub(r"(-\\infty, \\infty)", _MEMBER.sub("", gold))
+    given = _unnamed(gold, _REALS.sub(r"(-\\infty, \\infty)", _MEMBER.sub("", given)))
     golds = [gold] if forms.is_number(gold) else forms.parts(gold)  # 1,027 is one number
     if len(golds) == 1 and forms.is_number(given):
         return _one_equal(gold, given)  # and so is 12,345
