@@ -117,7 +117,12 @@ def from_dict(cls: type, tree: Any, path: str = "") -> Any:
     for item in fields(cls):
         has_default = item.default is not MISSING or item.default_factory is not MISSING
         rule(item.name in values or has_default, f"{path}.{item.name} has no default: set it".lstrip("."))
-    return cls(**values)
+    try:
+        return cls(**values)
+    except ConfigError:
+        raise
+    except ValueError as error:  # of a method's own __post_init__
+        raise ConfigError(f"{path}: {error}") from error
 
 
 def _closest(key: str, known: list[str], path: str) -> str:
@@ -188,7 +193,7 @@ def _convert_scalar(hint: Any, value: Any, name: str) -> Any:
         with suppress(ValueError):  # YAML 1.1 reads 1e-6 as text
             value = float(value)
     if hint is float and isinstance(value, float):
-        rule(math.isfinite(value), f"{name} must be a number with an end, not {value}")
+        rule(math.isfinite(value), f"{name} must be a finite number, not {value}")
     if hint is str and value is None:  # `key=` on the command line, `key:` in the file
         return ""
     if not isinstance(value, hint) or (hint is int and isinstance(value, bool)):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from operator import attrgetter
+from pathlib import PurePath
 from typing import TYPE_CHECKING
 
 from megatron_rlvr.config_reading import rule
@@ -112,8 +113,9 @@ def _check_ranges(config: Config) -> None:
     rule(hang > 0, f"run.hang_timeout must be above 0 seconds, not {hang}")
     port = config.run.port
     rule(0 <= port < 2**16, f"run.port must be in 0..65535, not {port}: it is a TCP port, or 0 for a free one")
+    parts = PurePath(config.name).parts
     rule(
-        bool(config.run.dir) or (config.name not in ("", ".", "..") and "/" not in config.name),
+        bool(config.run.dir) or (parts != () and ".." not in parts and parts[0] != "/"),
         f"name={config.name!r} is no name for a folder in runs/: give a plain one, or set run.dir",
     )
     rule(0 <= config.model.dropout < 1, f"model.dropout must be in [0, 1), not {config.model.dropout}")

@@ -14,7 +14,7 @@ from megatron_rlvr.config_reading import ConfigError
 def loading(what: str, file: Path) -> Iterator[None]:
     """Around the import of ``file``, or the making of its class. Raises ConfigError.
 
-    It is the file's own, or whatever the file raises, with ``what`` it is, file and line.
+    The file's own ConfigError as it is, any other exception as one that names ``what`` it is, file and line.
 
     with loading("verifier 'a.py'", Path("a.py")): ...
     -> ConfigError: verifier 'a.py' cannot be loaded: a.py, line 3: ModuleNotFoundError: No module named 'sympi'. ...

@@ -161,7 +161,7 @@ class Run:
                 pass
             return
         for name, value in final.items():  # before anything that can fail
-            self.console.print(f"{name} {value:.3f}", highlight=False)
+            self.console.print(f"{name} {value:.3f}", highlight=False, markup=False)
         save_hf(weights, self.checkpoints.companions["policy"], target)
         (self.folder / "summary.json").write_text(
             json.dumps({"steps": self.config.trainer.num_steps, **final}, indent=1)

@@ -215,6 +215,18 @@ def test_a_critics_heads_on_each_benchmark(ready: Settings, model: Path, tmp_pat
         evaluate.evaluate(ready, Console(quiet=True))
 
 
+def test_end_tokens_and_token_ids_are_the_models(ready: Settings, tmp_path: Path) -> None:
+    ready.model = str(shutil.copytree(ready.model, tmp_path / "copy"))
+    evaluate.evaluate(ready, Console(quiet=True))
+    (tmp_path / "copy/generation_config.json").write_text('{"eos_token_id": 3}')
+    with pytest.raises(ConfigError, match="holds samples with end_tokens="):
+        evaluate.evaluate(ready, Console(quiet=True))
+    config = json.loads((tmp_path / "copy/config.json").read_text())
+    (tmp_path / "copy/config.json").write_text(json.dumps(config | {"vocab_size": 5}))
+    with pytest.raises(ConfigError, match="prompt one/1 holds token .*, but the model has 5"):
+        evaluate.evaluate(ready, Console(quiet=True))
+
+
 def test_what_a_run_trained_with_and_its_evaluation_does_not_is_said(ready: Settings, tmp_path: Path) -> None:
     run = tmp_path / "run"
     shutil.copytree(ready.model, run / "hf")

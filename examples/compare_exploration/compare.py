@@ -138,10 +138,9 @@ def summary(folder: Path) -> dict[str, Any]:
 def report(steps: int) -> int:
     """The table into the README, the plots beside it. Returns the exit code."""
     by_method: dict[str, list[dict]] = defaultdict(list)
-    for path in sorted(RESULTS.glob("*.json")):
+    for path in sorted(RESULTS.glob(f"*-{steps}.json")):
         result = json.loads(path.read_text())
-        if result["steps"] == steps:
-            by_method[result["method"]].append(result)
+        by_method[result["method"]].append(result)
     if not by_method:
         print(f"there is no result of {steps} steps in {RESULTS}", file=sys.stderr)
         return 1

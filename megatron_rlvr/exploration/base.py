@@ -240,7 +240,7 @@ def _checked(method: Exploration, hook: str, found: Any, like: Tensor, finite: b
     file = f"exploration/{method.name}.py"
     if not isinstance(found, Tensor) or found.shape != like.shape:
         what = list(found.shape) if isinstance(found, Tensor) else type(found).__name__
-        raise ValueError(f"{file}: {hook} must be a tensor of shape {list(like.shape)}, not {what}")
+        raise ValueError(f"{file}: {hook} must return a tensor of shape {list(like.shape)}, not {what}")
     if finite and not found.isfinite().all():
         raise ValueError(f"{file}: {hook} returned {found[~found.isfinite()][0]:g}: the policy would be destroyed")
     return found
@@ -351,7 +351,7 @@ def filled(name: str, options: dict[str, Any]) -> dict[str, Any]:
 
     filled("high_entropy", {"share": 0.1}) == {"share": 0.1, "scope": "update"}
     """
-    return to_dict(_options(_module(name), name, options))
+    return to_dict(from_dict(_module(name).Config, options, path=f"exploration.{name}"))
 
 
 def all_filled(settings: dict[str, dict]) -> dict[str, dict]:
@@ -368,19 +368,9 @@ def _build_one(name: str, options: dict, run: Config | None) -> Exploration:
         f"exploration/{name}.py must hold one subclass of Exploration, not {len(methods)}: the file is the method",
     )
     (method,) = methods
-    config = _options(module, name, options)
+    config = from_dict(module.Config, options, path=f"exploration.{name}")
     with loading(f"exploration method {name!r}", Path(module.__file__)):
         return method(name, config, run)
-
-
-def _options(module: Any, name: str, options: dict) -> Any:
-    """The method's Config with these options. Raises ConfigError, also for a ValueError of its __post_init__."""
-    try:
-        return from_dict(module.Config, options, path=f"exploration.{name}")
-    except ConfigError:
-        raise
-    except ValueError as error:
-        raise ConfigError(f"exploration.{name}: {error}") from error
 
 
 def _module(name: str) -> Any:

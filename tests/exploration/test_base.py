@@ -309,12 +309,12 @@ def test_bad_options_name_the_option_and_the_rule(settings, message):
 @pytest.mark.parametrize(
     ("hook", "returned", "message"),
     [
-        ("shape_rewards", "batch.rewards.mean()", r"shape_rewards must be a tensor of shape \[2\], not \[\]"),
+        ("shape_rewards", "batch.rewards.mean()", r"shape_rewards must return a tensor of shape \[2\], not \[\]"),
         ("shape_rewards", "batch.rewards / 0", "shape_rewards returned nan"),
         ("shape_advantages", "batch.advantages[:, None]", r"of shape \[9\], not \[9, 1\]"),
         ("shape_raw_advantages", "None", "not NoneType"),
         ("shape_raw_advantages", "batch.advantages + float('inf')", "shape_raw_advantages returned inf"),
-        ("policy_loss", "losses[:, None]", r"policy_loss must be a tensor of shape \[9\], not \[9, 1\]"),
+        ("policy_loss", "losses[:, None]", r"policy_loss must return a tensor of shape \[9\], not \[9, 1\]"),
         (
             "policy_loss",
             "micro.extras.update({'lp_reg/selected': losses}) or losses",
@@ -323,7 +323,7 @@ def test_bad_options_name_the_option_and_the_rule(settings, message):
         (
             "policy_loss",
             "micro.extras.update({'louder/x': losses[0]}) or losses",
-            r"extras\['louder/x'\] must be a tensor",
+            r"extras\['louder/x'\] must return a tensor",
         ),
         ("annotate", "{'entropy': old.entropy}", "what annotate keeps must be called louder/..., not 'entropy'"),
         ("annotate", "{'louder/entropy': old.entropy[:2]}", r"annotate\['louder/entropy'\] must .* \[9\], not \[2\]"),

@@ -16,6 +16,8 @@ from tests.tiny import make_folder
 
 def test_initial_weights_depend_on_the_seed_alone(tmp_path: Path) -> None:
     source = make_folder(tmp_path / "source", family="qwen2")
+    (source / "additional_chat_templates").mkdir()
+    (source / "additional_chat_templates/tools.jinja").write_text("x")
     for name, seed in (("first", 1), ("again", 1), ("other", 2)):
         write_initial(source, tmp_path / name, seed)
     first, again, other = (load_file(tmp_path / name / "model.safetensors") for name in ("first", "again", "other"))
@@ -28,3 +30,4 @@ def test_initial_weights_depend_on_the_seed_alone(tmp_path: Path) -> None:
     assert all(bool((first[name] == 0).all()) for name in first if name.endswith(".bias"))
     first_config, config = (json.loads((folder / "config.json").read_text()) for folder in (tmp_path / "first", source))
     assert first_config == config
+    assert (tmp_path / "first/additional_chat_templates/tools.jinja").read_text() == "x"
