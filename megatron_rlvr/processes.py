@@ -6,6 +6,7 @@ import atexit
 import ctypes
 import gc
 import os
+import secrets
 import signal
 import socket
 import sys
@@ -26,10 +27,14 @@ def die_with_parent() -> None:
 
 
 def free_port() -> int:
-    """A TCP port of this machine that nobody listens on."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
+    """A TCP port of this machine that nobody listens on.
+
+    It is used seconds later, and one that the system gave could by then be the end of somebody's connection: those get
+    ports from 32768 on (Linux's ip_local_port_range), so this one lies below.
+    """
+    while port_in_use(port := 20000 + secrets.randbelow(12768)):  # no draw from the streams that a seed sets
+        pass
+    return port
 
 
 def port_in_use(port: int) -> bool:

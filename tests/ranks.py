@@ -13,7 +13,6 @@ import os
 import pickle
 import shutil
 import signal
-import socket
 import tempfile
 import time
 import traceback
@@ -25,6 +24,8 @@ from typing import Any, cast
 
 import torch
 import torch.distributed as dist
+
+from megatron_rlvr.processes import free_port
 
 _PR_SET_PDEATHSIG = 1  # <linux/prctl.h>
 
@@ -42,7 +43,7 @@ def run_ranks(world_size: int, fn: Callable[..., Any], *args: Any, timeout: floa
     """
     folder = Path(tempfile.mkdtemp(prefix="ranks-"))
     context = multiprocessing.get_context("fork")
-    deadline, port = time.monotonic() + timeout, _free_port()
+    deadline, port = time.monotonic() + timeout, free_port()
     processes, pipes = [], {}
     try:
         for rank in range(world_size):
@@ -152,9 +153,3 @@ def _kill_session(pid: int) -> None:
         # between fork and setsid there is no such session yet
         with contextlib.suppress(ProcessLookupError):
             os.kill(pid, signal.SIGKILL)
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]

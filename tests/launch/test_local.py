@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -25,6 +26,18 @@ ROOT = Path(__file__).parents[2]
 def ranks(body: str, count: int = 2) -> int:
     script = f"import os, sys, time\nrank = int(os.environ['RANK'])\n{body}"
     return run_ranks([sys.executable, "-c", script], count, port=0, extra={})
+
+
+def test_a_free_port_is_none_that_a_connection_gets_meanwhile(monkeypatch: pytest.MonkeyPatch) -> None:
+    lowest = int(Path("/proc/sys/net/ipv4/ip_local_port_range").read_text().split()[0])
+    assert all(1024 <= free_port() < lowest for _ in range(50))
+    with socket.socket() as held:
+        held.bind(("127.0.0.1", taken := free_port()))
+        held.listen()
+        other = free_port()
+        draws = iter([taken, other])
+        monkeypatch.setattr("secrets.randbelow", lambda count: next(draws) - 20000)
+        assert free_port() == other
 
 
 def test_every_rank_knows_its_place() -> None:
