@@ -59,6 +59,10 @@ def _check_kept(config: Config) -> None:
         f"trainer.keep_best={best} needs held-out figures of every checkpoint: set data.eval_path, and "
         f"trainer.eval_every (now {measure}) so that it divides trainer.save_every ({save})",
     )
+    rule(
+        measure == 0 or held_out,
+        f"trainer.eval_every={measure} has nothing to measure: set data.eval_path (or data.eval_sources), or 0",
+    )
 
 
 def _check_data(data: DataConfig) -> None:
@@ -139,6 +143,11 @@ def _check_optimizer(section: str, optimizer: OptimizerConfig) -> None:
     rule(
         optimizer.min_lr <= optimizer.lr,
         f"{section}.min_lr={optimizer.min_lr} must be at most {section}.lr={optimizer.lr}: the rate decays to it",
+    )
+    rule(
+        not optimizer.min_lr or optimizer.schedule != "constant",
+        f"{section}.min_lr={optimizer.min_lr} is where a rate ends that decays, and {section}.schedule=constant does "
+        f"not: drop one of them",
     )
 
 

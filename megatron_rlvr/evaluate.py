@@ -12,6 +12,7 @@ from typing import Any
 
 from rich.console import Console
 from rich.table import Column, Table
+from rich.text import Text
 
 from megatron_rlvr.architecture import Architecture
 from megatron_rlvr.benchmarks import Benchmark, digest, find, read
@@ -114,7 +115,7 @@ def _table(results: dict[str, dict[str, Any]]) -> Table:
     names = [name for name in rows[0] if name.startswith(shown)]
     table = Table(Column("benchmark", no_wrap=True), "problems", *names)
     for row in rows:
-        table.add_row(row["title"], str(row["problems"]), *(_cell(row[name]) for name in names))
+        table.add_row(Text(row["title"]), str(row["problems"]), *(_cell(row[name]) for name in names))
     if len(rows) > 1:
         means = [_mean([row[name]["value"] for row in rows]) if "@" in name else "" for name in names]
         table.add_row("mean", "", *means)

@@ -46,19 +46,20 @@ def check(config: Config) -> None:
             f"{name}: two of {', '.join(stems)} have one name, by which figures are called: rename a file",
         )
         if sources and data.strict:
-            _check_rows(config, sources)
+            _check_rows(config, sources, architecture.vocab_size)
     rule(
         not (config.run.port and port_in_use(config.run.port)),
         f"run.port={config.run.port} is in use: leave it 0 for a free one",
     )
 
 
-def _check_rows(config: Config, sources: list[SourceConfig]) -> None:
+def _check_rows(config: Config, sources: list[SourceConfig], vocab_size: int) -> None:
     """Read the data set once more than needed, for an error in seconds instead of one from every rank."""
     from megatron_rlvr.prompts import load_prompts
     from megatron_rlvr.tokenizer import load_tokenizer
 
-    load_prompts(sources, config.data, load_tokenizer(config.model.path), config.verifier)
+    prompts = load_prompts(sources, config.data, load_tokenizer(config.model.path), config.verifier)
+    prompts.check_ids(vocab_size, config.model.path)
 
 
 def _check_critic(config: Config, policy: Architecture, wanted: int) -> None:

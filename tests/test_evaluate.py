@@ -285,6 +285,16 @@ def test_a_file_of_ones_own_is_judged_by_the_verifier_that_is_named(ready: Setti
     assert evaluate.evaluate(ready, Console(quiet=True))["benchmarks"]["one"] | {"title": "one.jsonl"} == own
 
 
+def test_a_title_is_shown_as_it_is(ready: Settings, tmp_path: Path) -> None:
+    """A file's name is no markup: [bold] in it neither vanishes nor sets the rest in bold."""
+    named = tmp_path / "one[bold].jsonl"
+    named.write_bytes((tmp_path / "one.jsonl").read_bytes())
+    ready.benchmarks, ready.verifier = [str(named)], str(tmp_path / "equal.py")
+    shown = io.StringIO()
+    evaluate.evaluate(ready, Console(file=shown, width=300))
+    assert " one[bold].jsonl " in shown.getvalue()
+
+
 def test_a_sum_is_as_right_as_its_first_verifier(ready: Settings, tmp_path: Path) -> None:
     """Every response is well formed: the sum rewards each with 1 or 2."""
     (tmp_path / "formed.py").write_text(VERIFIER.replace("float(given == answer)", "1.0"))

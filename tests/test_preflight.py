@@ -8,6 +8,7 @@ import pytest
 
 from megatron_rlvr import preflight
 from megatron_rlvr.config import Config, ConfigError, from_dict
+from tests.integration.test_real_data import save_byte_tokenizer
 from tests.tiny import make_folder
 
 CDE = {"cde": {"critic": {}}}
@@ -53,6 +54,16 @@ def test_held_out_sources_are_there_and_told_apart_by_name(models: Path) -> None
         (models / "sub/data.jsonl").write_bytes((models / "data.jsonl").read_bytes())
         with pytest.raises(ConfigError, match=message):
             preflight.check(_config(models, "grpo", {}, {}, data=data | {"eval_sources": sources}))
+
+
+def test_strict_rows_hold_tokens_of_the_model(models: Path) -> None:
+    """The tokenizer knows 257 tokens, its model 211: a byte of "€" is number 224."""
+    save_byte_tokenizer(models / "policy")
+    (models / "accent.jsonl").write_text('{"prompt": "\u20ac", "answer": {"numbers": [1], "target": 1}}\n')
+    data = {"path": str(models / "accent.jsonl"), "max_prompt_length": 16, "template": "raw"}
+    preflight.check(_config(models, "grpo", {}, {}, data=data))
+    with pytest.raises(ConfigError, match="policy: prompt accent/1 holds token 2.., but the model has 211"):
+        preflight.check(_config(models, "grpo", {}, {}, data=data | {"strict": True}))
 
 
 @pytest.mark.parametrize(

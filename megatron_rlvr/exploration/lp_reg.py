@@ -95,7 +95,10 @@ class Config:
     replace_clipped: bool | None = None  # regularised tokens keep -A r instead of the clipped surrogate
 
     def __post_init__(self) -> None:
-        for option, value in PRESETS[self.preset].items():
+        preset = PRESETS[self.preset]
+        self.divergence = self.divergence or preset["divergence"]
+        bound = preset["k3_clamp"] if self.divergence == "k3_sampled" else 0.0
+        for option, value in (preset | {"k3_clamp": bound}).items():
             if getattr(self, option) is None:
                 setattr(self, option, value)
         self._check()
@@ -140,6 +143,10 @@ class Config:
         for option in ("threshold_temperature", "k3_clamp"):
             value = getattr(self, option)
             rule(value >= 0, f"{name}.{option} must be above 0 (or 0, see its comment), not {value}")
+        rule(
+            not self.k3_clamp or self.divergence == "k3_sampled",
+            f"{name}.k3_clamp={self.k3_clamp} bounds {name}.divergence=k3_sampled alone, and that is {self.divergence}",
+        )
 
 
 def fwd_kl_full(current: TokenStatistics, target: Tensor, clamp: float) -> tuple[Tensor, Tensor]:

@@ -250,6 +250,9 @@ def test_every_option_is_by_default_what_was_published():
     for name, given, options in DEFAULTS:
         assert filled(name, given) == options, name
     assert {name for name, _, _ in DEFAULTS} == set(method_names())
+    full = filled("lp_reg", {"preset": "released_code", "divergence": "fwd_kl_full"})
+    assert full == {"preset": "released_code"} | LP_REG | RELEASED | {"divergence": "fwd_kl_full", "k3_clamp": 0.0}
+    assert filled("lp_reg", full) == full  # as a run's config.yaml is read again
 
 
 @pytest.mark.parametrize(
@@ -279,6 +282,7 @@ def test_the_bounds_of_a_correction_are_by_default_what_was_published(form, boun
         ({"lp_reg": {"tau": 1.0}}, r"tau must be in \(0, 1\)"),
         ({"lp_reg": {"tau": 0.02, "kappa": 0.02}}, "two thresholds for one proxy"),
         ({"lp_reg": {"k3_clamp": -1}}, "k3_clamp must be above 0"),
+        ({"lp_reg": {"k3_clamp": 10}}, "k3_clamp=10.0 bounds .*divergence=k3_sampled alone, and that is fwd_kl_full"),
         ({"lp_reg": {"preset": "papre"}}, "exploration.lp_reg.preset must be one of 'paper', 'released_code'"),
         ({"lp_reg": {"gate": "open"}}, "exploration.lp_reg.gate must be one of 'kept', 'below_proxy'"),
         ({"cde": {"actor": {"kappa": 0}}}, "exploration.cde.actor.kappa must be above 0"),
