@@ -29,14 +29,14 @@ def main() -> int:
     columns = (MofNCompleteColumn(), BarColumn(), TimeRemainingColumn())
     try:
         with Progress(*columns, console=Console(stderr=True), auto_refresh=sys.stderr.isatty()) as bar:
-            task = bar.add_task("")
+            task = bar.add_task("", visible=False)  # nothing to show where the first row is refused
             counts = verify_file(
                 options.input,
                 options.output,
                 options.verifier,
                 workers=options.workers,
                 deadline=options.deadline,
-                progress=lambda done, total: bar.update(task, completed=done, total=total),
+                progress=lambda done, total: bar.update(task, completed=done, total=total, visible=True),
             )
     except (ConfigError, VerifierError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
