@@ -12,12 +12,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, get_args
 
-from megatron_rlvr.config import ConfigError, rule
+from megatron_rlvr.config import Config, ConfigError, rule
 
 Family = Literal["qwen2", "qwen3", "llama", "qwen3_moe"]
 
 # Megatron cuts the vocabulary evenly over the ranks; 128 columns a rank keep the matrix kernels aligned.
 VOCAB_MULTIPLE = 128
+MATERIALISED_LIMIT = 2**30  # bytes of one microbatch's logits; above it they are worth making twice to hold few
 
 
 @dataclass(frozen=True)
@@ -132,6 +133,20 @@ class Architecture:
         """Vocabulary rows in Megatron: the next multiple of 128 * tp; rows from vocab_size on are never a token."""
         multiple = VOCAB_MULTIPLE * tp
         return -(-self.vocab_size // multiple) * multiple
+
+    def logits_form(self, config: Config) -> str:
+        """``config.model.logits``, with what auto comes to: materialised, fused or fused_float32.
+
+        Fused ones are never held as a whole: distributed/vocab_linear.py takes statistics from hidden states.
+        """
+        if config.model.logits != "auto":
+            return config.model.logits
+        if config.model.dtype == "bfloat16" and config.learns_from_older:
+            return "fused_float32"
+        columns = self.padded_vocab(config.parallel.tp) // config.parallel.tp
+        itemsize = 4 if config.model.dtype == "float32" else 2
+        held = config.trainer.microbatch_tokens // config.parallel.cp * columns * itemsize
+        return "fused" if held > MATERIALISED_LIMIT else "materialised"
 
     @property
     def query_size(self) -> int:

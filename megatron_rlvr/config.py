@@ -39,9 +39,10 @@ class ModelConfig:
     random_init: bool = False  # take the shape from config.json and draw the weights from `seed`
     dtype: Literal["float32", "bfloat16"] = "bfloat16"
     recompute: Literal["none", "selective", "full"] = "none"  # activations recomputed in the backward pass
-    # fused: a few rows of logits at a time, made again in the backward; auto: where all would take more than 1 GiB.
+    # fused: a few rows of logits at a time, made again in the backward.
     # fused_float32: and of a bfloat16 model they stay the float32 sums of its products. bfloat16 knows a logit near 25
     # to 0.06, so after a small update ratios, clips and gates of the next are rounding; on-policy it matters little.
+    # auto: fused_float32 for a bfloat16 model with several updates per rollout, else fused where all take over 1 GiB.
     logits: Literal["auto", "materialised", "fused", "fused_float32"] = "auto"
     dropout: float = 0.0
 
@@ -121,6 +122,9 @@ class KlConfig:
     # From the sampled token: k1 is the log-ratio, k2 half its square, k3 never negative with k1's mean. In the loss, k1
     # has no gradient on average, k2 has that of KL(policy || reference), k3 that of KL(reference || policy).
     estimator: Literal["k1", "k2", "k3"] = "k3"
+    # k3 is cut off here, and with it its gradient, as in verl and NeMo-RL; 0: no bound. It grows like e^x: one token
+    # 12 nats below the reference is 163,000 of them, and would outweigh the rest of an update.
+    k3_clamp: float = 10.0
     # reward: of the old policy (by the rollout's log-probs where it has no pass of its own), per token (gae) or summed.
     # grpo divides by the group's spread: with equal rewards that of the KL alone, so there take grpo_no_std.
     where: Literal["loss", "reward"] = "loss"

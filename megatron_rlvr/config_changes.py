@@ -146,6 +146,8 @@ def describe(saved: Mapping[str, Any], now: Mapping[str, Any]) -> Changes:
             changes.free.append(change)
         elif key in repacking:
             changes.other.append(f"{change} ({REPACKED})")
+        elif key == "model.logits" and _float32_logits(before) != _float32_logits(after):
+            changes.other.append(f"{change} (bfloat16 moves log-probs by hundredths of a nat, float32 does not)")
         elif name in ROUNDING:
             masks = ", and so do dropout's masks" if name in DRAWS and after["model.dropout"] else ""
             changes.rounding.append(f"{change} (sums in another order: last bits differ{masks})")
@@ -173,6 +175,13 @@ def _misfits(before: Mapping[str, Any], after: Mapping[str, Any]) -> dict[str, s
     elif has_critic:
         reasons["algorithm.advantage"] = "the checkpoint holds no critic"
     return reasons
+
+
+def _float32_logits(settings: Mapping[str, Any]) -> bool:
+    """As Architecture.logits_form, of flat settings: whether the logits of a bfloat16 model are kept in float32."""
+    of_older = settings["trainer.updates_per_rollout"] > 1 or settings["model.dropout"] > 0
+    form = settings["model.logits"]
+    return settings["model.dtype"] == "bfloat16" and (form == "fused_float32" or (form == "auto" and of_older))
 
 
 def _by_microbatch(settings: Mapping[str, Any]) -> bool:

@@ -159,6 +159,10 @@ def _check_algorithm(algorithm: AlgorithmConfig) -> None:
         f"the policy away from the reference",
     )
     rule(
+        algorithm.kl.k3_clamp >= 0,
+        f"algorithm.kl.k3_clamp must be above 0 (or 0 for no bound), not {algorithm.kl.k3_clamp}",
+    )
+    rule(
         algorithm.loss == "ppo" or not algorithm.dual_clip,
         f"algorithm.dual_clip is a part of algorithm.loss=ppo and has no effect with {algorithm.loss}: "
         f"drop one of them",

@@ -179,9 +179,11 @@ KL_ESTIMATORS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {"k1": k1, "k2": 
 def kl_penalty(micro: Microbatch, log_prob: Tensor, settings: KlConfig, meter: Meter) -> Tensor:
     """[t] coefficient * KL(policy || reference), estimated from the sampled token; 0 outside the loss mask.
 
-    policy/ref_kl is the mean in nats. Gradients flow through ``log_prob``.
+    policy/ref_kl is the mean in nats, of k3 as it is cut off. Gradients flow through ``log_prob``.
     """
     distance = KL_ESTIMATORS[settings.estimator](log_prob, micro.ref_log_probs)
+    if settings.estimator == "k3" and settings.k3_clamp:
+        distance = distance.clamp(max=settings.k3_clamp)
     distance = torch.where(micro.loss_mask, distance, 0.0)
     meter.add("policy/ref_kl", distance.sum(), micro.loss_mask.sum())
     return settings.coefficient * distance

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import subprocess
 import sys
 from pathlib import Path
@@ -12,6 +13,7 @@ from megatron_rlvr.config import Config, SourceConfig, rule
 from megatron_rlvr.exploration.base import build as build_exploration
 from megatron_rlvr.processes import port_in_use
 from megatron_rlvr.prompt_files import is_hub, source_name, stem
+from megatron_rlvr.verifiers.combination import terms
 
 
 def prepare(config: Config) -> None:
@@ -32,6 +34,7 @@ def check(config: Config) -> None:
     architecture.check_engine_layout(config.rollout_tp)
     architecture.check_length(config.data.max_prompt_length + config.rollout.max_response_length)
     verifiers.check_host(config.verifier)
+    _check_scale(config)
     exploration = build_exploration(config.exploration, config)
     _check_critic(config, architecture, exploration.needs().value_heads)
     data = config.data
@@ -50,6 +53,16 @@ def check(config: Config) -> None:
     rule(
         not (config.run.port and port_in_use(config.run.port)),
         f"run.port={config.run.port} is in use: leave it 0 for a free one",
+    )
+
+
+def _check_scale(config: Config) -> None:
+    """Whether 0..1 is what reward.scale=signed maps: rewards of another sum would not lie in -1..+1."""
+    whole = sum(weight for weight, _ in terms(config.verifier))
+    rule(
+        config.reward.scale == "verifier" or whole == 0 or math.isclose(whole, 1),
+        f"reward.scale=signed maps rewards of 0..1 to -1..+1, and those of verifier={config.verifier!r} go to "
+        f"{whole:g}: choose weights that add up to 1",
     )
 
 

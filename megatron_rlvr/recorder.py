@@ -29,13 +29,15 @@ class FlightRecorder:
     """Follows ``count`` responses of each step, those that rollouts.jsonl takes if it holds as many; 0: none.
 
     Every rank calls every method. Columns, [n] each over the tokens of all chosen responses: log_prob,
-    rollout_log_prob, entropy, rank, kept, kept_mass, ratio, clipped, advantage, with a critic value and value_std, and
-    under its own name every [t] tensor that an exploration method keeps (lp_reg/selected, cde/bonus). log_prob to
-    kept_mass are the old policy's; ratio is the current one's over it, at the token's own update.
+    rollout_log_prob, entropy, rank, ratio, clipped, advantage, where a method has a threshold (Lp-Reg) kept and
+    kept_mass, with a critic value and value_std, and under its own name every [t] tensor that an exploration method
+    keeps (lp_reg/selected, cde/bonus). log_prob to rank and what is kept are the old policy's; ratio is the current
+    one's over it, at the token's own update.
     """
 
-    def __init__(self, count: int, groups: ParallelGroups) -> None:
-        self._count, self._groups = count, groups
+    def __init__(self, count: int, thresholded: bool, groups: ParallelGroups) -> None:
+        """``count`` responses of each step; ``thresholded``: whether some method has a kept set computed."""
+        self._count, self._thresholded, self._groups = count, thresholded, groups
         self._chosen: list[Recorded] = []
         self._columns: dict[str, Tensor] = {}  # name -> [n + 1], this rank's tokens at their places
         self._flags: set[str] = set()  # the columns that are true or false
@@ -55,14 +57,10 @@ class FlightRecorder:
 
     def old_policy(self, tokens: Microbatch, old: TokenStatistics) -> None:
         """The statistics of the policy that the ratio is taken against."""
-        self._keep(
-            tokens,
-            {
-                "rank": old.rank,
-                "kept": old.proxy_log_prob.isfinite(),
-                "kept_mass": old.log_kept_mass.exp(),
-            },
-        )
+        columns = {"rank": old.rank}
+        if self._thresholded:
+            columns |= {"kept": old.proxy_log_prob.isfinite(), "kept_mass": old.log_kept_mass.exp()}
+        self._keep(tokens, columns)
 
     def loss(self, micro: Microbatch, current: TokenStatistics, clipped: Tensor) -> None:
         """What the loss of a microbatch was made of; call it when the exploration methods have had their turn."""

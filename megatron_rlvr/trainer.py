@@ -78,7 +78,7 @@ class Trainer:
         self.prompt_position = 0  # prompts consumed so far
         self.policy_version = 0  # optimizer updates that the engine's weights have seen
         self.seconds: dict[str, float] = {}
-        self.recorder = FlightRecorder(config.logging.record_responses, self.groups)
+        self.recorder = FlightRecorder(config.logging.record_responses, needs.threshold is not None, self.groups)
         self.recording = Recording([], {})  # of the last step
         self.on_phase: Callable[[str], None] = lambda name: None  # told when a phase of the step begins
 

@@ -253,7 +253,7 @@ def lowest(t: Tokens, allowed: list[bool], share_of_all: float) -> list[int]:
 
 def kl(t: Tokens, losses: Tensor, reference_logits: Tensor, coefficient: float, estimator: str) -> Tensor:
     x = t.new - t.log_p(reference_logits)
-    value = {"k1": x, "k2": x**2 / 2, "k3": (-x).exp() + x - 1}[estimator]
+    value = {"k1": x, "k2": x**2 / 2, "k3": ((-x).exp() + x - 1).clamp(max=10)}[estimator]
     return losses + coefficient * value
 
 

@@ -61,6 +61,7 @@ def test_what_changes_nothing_or_last_bits_is_said(tree: dict[str, Any], line: s
         ({"exploration": {"lp_reg": {"rho": 0.2}}}, "exploration.lp_reg.rho: 0.01 -> 0.2"),
         ({"exploration": {"cde": {}}}, r"exploration.cde: \(absent\) -> on"),
         ({"algorithm": {"clip_high": 0.3}}, "algorithm.clip_high: 0.2 -> 0.3 .*the loss is another one"),
+        ({"model": {"logits": "fused_float32"}}, "model.logits: auto -> fused_float32 .*hundredths of a nat"),
     ],
 )
 def test_another_run_is_refused_unless_it_is_accepted(tree: dict[str, Any], message: str) -> None:
@@ -87,6 +88,15 @@ def test_what_the_checkpoint_has_no_tensors_for_is_refused_even_where_it_is_acce
         with pytest.raises(ConfigError, match="(?s)no run can go on.*set these back, or begin a new run") as error:
             check_resume(settings(old), settings(new), accepted)
         assert line in str(error.value) and "accept_changes" not in str(error.value)
+
+
+def test_logits_of_the_same_precision_differ_in_their_last_bits() -> None:
+    for same in ({"trainer": {"updates_per_rollout": 2}}, {"model": {"dropout": 0.1}}):
+        model = {"logits": "fused_float32"} | same.get("model", {})
+        (line,) = describe(settings(same), settings(same | {"model": model})).rounding
+        assert line.startswith("model.logits: auto -> fused_float32 (sums in another order")
+    (line,) = describe(settings(), settings({"model": {"logits": "fused"}})).rounding
+    assert line.startswith("model.logits: auto -> fused (sums in another order")
 
 
 def test_the_schedule_of_a_critic_counts_where_there_is_one() -> None:
@@ -290,7 +300,7 @@ KEYS = {
         "reward": "scale",
         "rollout": "prompts_per_step responses_per_prompt max_response_length temperature",
         "algorithm": "advantage whiten loss clip_low clip_high dual_clip reduction",
-        "algorithm.kl": "coefficient estimator where",
+        "algorithm.kl": "coefficient estimator k3_clamp where",
         "optimizer": "lr min_lr schedule warmup_steps weight_decay betas eps clip_grad",
         "critic": "path share share_of gamma lam value_clip warmup_steps",
         "critic.optimizer": "lr min_lr schedule warmup_steps weight_decay betas eps clip_grad",

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from megatron_rlvr import losses
+from megatron_rlvr.config import KlConfig
 from megatron_rlvr.metrics import Meter
 from megatron_rlvr.types import Microbatch, Update
 
@@ -157,6 +158,26 @@ def test_estimators_of_the_kl_by_enumeration():
     assert torch.allclose((p * losses.k3(log_p, log_q)).sum(), kl)
     assert torch.allclose(losses.k2(log_p, log_q), (log_p - log_q) ** 2 / 2)
     assert (losses.k3(log_p, log_q) >= 0).all()
+
+
+def test_the_clamp_of_k3_ends_its_gradient():
+    """k3 is 10 at a log-ratio of 2.6109: a token further below the reference costs that much, and is not pulled."""
+    gaps = torch.tensor([-5.0, 2.61, 2.612, 12.0], dtype=torch.float64)
+    old = torch.full_like(gaps, -20.0)
+    micro = _filled(old, torch.ones_like(gaps))
+    micro.ref_log_probs = old + gaps
+    by_hand, slopes = gaps.exp() - gaps - 1, 1 - gaps.exp()
+    assert by_hand[3] > 160_000
+    for clamp, beyond in ((10.0, by_hand > 10), (0.0, by_hand > math.inf)):
+        log_prob, meter = old.clone().requires_grad_(), Meter()
+        penalty = losses.kl_penalty(micro, log_prob, KlConfig(0.5, "k3", k3_clamp=clamp), meter)
+        expected = torch.where(beyond, 10.0, by_hand)
+        assert beyond.sum() in (0, 2) and torch.allclose(penalty, expected / 2)
+        (slope,) = torch.autograd.grad(penalty.sum(), log_prob)
+        assert torch.allclose(slope, torch.where(beyond, 0.0, slopes / 2))
+        assert meter.means()["policy/ref_kl"] == pytest.approx(expected.mean().item())
+    for estimator, value in (("k1", -gaps), ("k2", gaps**2 / 2)):
+        assert torch.allclose(losses.kl_penalty(micro, old, KlConfig(1.0, estimator), Meter()), value)
 
 
 def test_expected_gradients_of_the_estimators():

@@ -56,6 +56,14 @@ def test_held_out_sources_are_there_and_told_apart_by_name(models: Path) -> None
             preflight.check(_config(models, "grpo", {}, {}, data=data | {"eval_sources": sources}))
 
 
+def test_signed_rewards_of_a_sum_lie_between_minus_one_and_one(models: Path) -> None:
+    signed = {"reward": {"scale": "signed"}}
+    preflight.check(_config(models, "grpo", {}, {}, verifier="0.9*countdown + 0.1*format", **signed))
+    preflight.check(_config(models, "grpo", {}, {}, verifier="1.0*countdown + 1.0*format"))
+    with pytest.raises(ConfigError, match=r"1.0\*countdown \+ 1.0\*format' go to 2: choose weights that add up to 1"):
+        preflight.check(_config(models, "grpo", {}, {}, verifier="1.0*countdown + 1.0*format", **signed))
+
+
 def test_strict_rows_hold_tokens_of_the_model(models: Path) -> None:
     """The tokenizer knows 257 tokens, its model 211: a byte of "€" is number 224."""
     save_byte_tokenizer(models / "policy")

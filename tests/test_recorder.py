@@ -70,8 +70,8 @@ def step(
     return recorder.collect(batch), rollouts
 
 
-def one_rank(count: int, learns: bool = True) -> tuple[Recording, list[RolloutGroup]]:
-    return step(FlightRecorder(count, ParallelGroups.single()), ParallelGroups.single(), True, learns)
+def one_rank(count: int, learns: bool = True, thresholded: bool = True) -> tuple[Recording, list[RolloutGroup]]:
+    return step(FlightRecorder(count, thresholded, ParallelGroups.single()), ParallelGroups.single(), True, learns)
 
 
 def proxy(values: torch.Tensor, batch: Batch) -> torch.Tensor:
@@ -80,7 +80,7 @@ def proxy(values: torch.Tensor, batch: Batch) -> torch.Tensor:
 
 def on_rank(layout: dict[str, int], old_pass: bool, folder: str) -> dict[str, torch.Tensor]:
     groups = ParallelGroups.from_grid(**layout)
-    recorder = FlightRecorder(7, groups)
+    recorder = FlightRecorder(7, True, groups)
     for number in (1, 2):  # the second step must not see the first one's
         recording, _ = step(recorder, groups, old_pass)
         if groups.rank == 0:
@@ -128,6 +128,12 @@ def test_a_step_in_which_only_the_critic_learns_is_recorded_without_a_loss(tmp_p
     assert {"log_prob", "advantage", "value_std", "method/amount", "kept"} <= recording.columns.keys()
     assert not {"ratio", "clipped"} & recording.columns.keys()
     assert recording.columns["log_prob"].any()
+
+
+def test_without_a_threshold_nothing_is_kept_or_filtered() -> None:
+    """As in a run without Lp-Reg, or where its proxy is the engine's: "kept" would be true everywhere."""
+    columns = one_rank(3, thresholded=False)[0].columns
+    assert columns.keys() == one_rank(3)[0].columns.keys() - {"kept", "kept_mass"} and "rank" in columns
 
 
 def test_recording_nothing_leaves_no_trace(tmp_path):

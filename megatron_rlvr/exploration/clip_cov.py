@@ -89,7 +89,7 @@ class ClipCov(Exploration):
     def _lots(self, tokens: Microbatch) -> Tensor:
         """[t] a random number for each token, the same wherever its response is packed."""
         lengths = (tokens.cu_seqlens[1:] - tokens.cu_seqlens[:-1]).tolist()
-        seeds = [(self.run.seed, self.updates, response) for response in tokens.response_ids.tolist()]
+        seeds = [(self.run.seed % 2**32, self.updates, response) for response in tokens.response_ids.tolist()]
         rows = [numpy.random.default_rng(seed).random(length) for seed, length in zip(seeds, lengths, strict=True)]
         return torch.from_numpy(numpy.concatenate(rows)).to(tokens.loss_mask.device)
 

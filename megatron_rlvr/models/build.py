@@ -28,7 +28,6 @@ from megatron_rlvr.models.attention import PackedAttention, RMSNorm, rotary_freq
 
 log = logging.getLogger(__name__)
 
-MATERIALISED_LIMIT = 2**30  # bytes of one microbatch's logits; above it they are worth making twice to hold few
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
@@ -184,15 +183,6 @@ def _build_chunk(
             architecture.head_dim, architecture.rope_theta, architecture.rope_scaling, platform.device()
         )
     return chunk.to(platform.device())
-
-
-def fuses_logits(config: Config, architecture: Architecture) -> bool:
-    """Whether statistics are taken from hidden states (distributed/vocab_linear.py) instead of from logits."""
-    if config.model.logits != "auto":
-        return config.model.logits != "materialised"
-    columns = architecture.padded_vocab(config.parallel.tp) // config.parallel.tp
-    tokens = config.trainer.microbatch_tokens // config.parallel.cp
-    return tokens * columns * DTYPES[config.model.dtype].itemsize > MATERIALISED_LIMIT
 
 
 def leave_out_output_layer(chunk: GPTModel) -> None:

@@ -21,13 +21,7 @@ from megatron_rlvr.distributed.vocab import StatisticsOptions, TokenStatistics, 
 from megatron_rlvr.distributed.vocab_linear import linear_token_statistics
 from megatron_rlvr.metrics import Meter
 from megatron_rlvr.models import schedule
-from megatron_rlvr.models.build import (
-    build_chunks,
-    fuses_logits,
-    leave_out_output_layer,
-    output_weight,
-    without_output_layer,
-)
+from megatron_rlvr.models.build import build_chunks, leave_out_output_layer, output_weight, without_output_layer
 from megatron_rlvr.models.trainable import Trainable
 from megatron_rlvr.types import Batch, Microbatch, Update
 from megatron_rlvr.weights.convert import load_hf
@@ -57,8 +51,8 @@ class LanguageModel(ABC):
     def build(self, config: Config, architecture: Architecture, groups: ParallelGroups) -> list[GPTModel]:
         """This rank's chunks with the weights of ``config.model.path``; fused ones end in hidden states."""
         self.architecture, self.groups, self.path = architecture, groups, config.model.path
-        self.fused, self.sequence_parallel = fuses_logits(config, architecture), config.parallel.sequence_parallel
-        self.logits_dtype = torch.float32 if config.model.logits == "fused_float32" else None
+        self.sequence_parallel, form = config.parallel.sequence_parallel, architecture.logits_form(config)
+        self.fused, self.logits_dtype = form != "materialised", torch.float32 if form == "fused_float32" else None
         chunks = build_chunks(config, architecture, groups)
         load_hf(chunks, architecture, groups, config.model.path)
         if self.fused:

@@ -19,7 +19,6 @@ from megatron_rlvr.planner.devices import GIB, Device
 from megatron_rlvr.planner.workload import Parameters, Workload, stage_parameters, whole_parameters
 
 MIB = 2**20
-MATERIALISED_LIMIT = 2**30  # models/build.py: above it model.logits=auto fuses
 LOGITS_BLOCK = {True: 1 << 24, False: 1 << 26}  # platform.logits_block_elements, on a CPU and on a GPU
 LEAST_ROWS, PRODUCT_ROWS = 64, 2048  # distributed/vocab_linear.py
 TOKENS_AT_A_TIME = 8192  # rollout/vllm_settings.py
@@ -169,7 +168,7 @@ def _backward(config: Config, architecture: Architecture, device: Device, stage:
         head_bytes(config, architecture, device) if is_last and not heads else 0,
     )
     name = "activations" if not heads else "critic activations"
-    what = f"{'logits ' + logits_form(config, architecture) if is_last and not heads else 'gradients of a layer'}"
+    what = f"{'logits ' + architecture.logits_form(config) if is_last and not heads else 'gradients of a layer'}"
     return (
         Item(name, kept, f"{why}, {held} in flight x {tokens:,} tokens, recompute {config.model.recompute}"),
         Item("statistics and gradients in passing", gradients, f"{what}; the larger of head and layer"),
@@ -189,7 +188,7 @@ def head_bytes(config: Config, architecture: Architecture, device: Device) -> in
     tp, size, tokens, h = config.parallel.tp, itemsize(config), microbatch(config), architecture.hidden_size
     columns = architecture.padded_vocab(tp) // tp
     hidden_gradient = tokens * h * size * (2 if sequence_cut(config) > 1 else 1)  # and the gathered hidden states
-    if (form := logits_form(config, architecture)) != "materialised":
+    if (form := architecture.logits_form(config)) != "materialised":
         block, width = LOGITS_BLOCK[device.is_cpu], 4 if form == "fused_float32" else size
         forward = min(tokens, max(LEAST_ROWS, block // columns)) * columns * width
         height = min(tokens, max(math.isqrt(block), block // columns))  # of a tile, whose hidden gradient is fp32
@@ -198,18 +197,6 @@ def head_bytes(config: Config, architecture: Architecture, device: Device) -> in
         backward = height * min(columns, block // height) * (width + copied) + height * h * 4 + products
         return max(forward, backward) + hidden_gradient
     return tokens * columns * size + hidden_gradient + columns * h * size  # the last: its weight's gradient
-
-
-def logits_form(config: Config, architecture: Architecture) -> str:
-    """materialised, fused or fused_float32, as models/build.py chooses."""
-    if config.model.logits != "auto":
-        return config.model.logits
-    columns = architecture.padded_vocab(config.parallel.tp) // config.parallel.tp
-    return (
-        "fused"
-        if config.trainer.microbatch_tokens // config.parallel.cp * columns * itemsize(config) > MATERIALISED_LIMIT
-        else "materialised"
-    )
 
 
 def engine_items(config: Config, workload: Workload, device: Device) -> tuple[Item, ...]:

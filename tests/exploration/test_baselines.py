@@ -89,6 +89,9 @@ def test_clip_cov_draws_anew_each_update_and_goes_on_after_a_restart():
         whole.prepare_update(batch, batch.updates[0], ParallelGroups.single())
         third = batch.extras["clip_cov/left_out"]
     assert torch.equal(third, draws[2])
+    below_zero = build(options, Config(seed=-1))
+    below_zero.prepare_update(batch, batch.updates[0], ParallelGroups.single())
+    assert int(batch.extras["clip_cov/left_out"].sum()) == 3
 
 
 def test_each_update_keeps_its_own_selection():

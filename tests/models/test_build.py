@@ -10,7 +10,7 @@ from megatron.core.models.common.embeddings import rope_utils
 
 from megatron_rlvr import platform
 from megatron_rlvr.architecture import Architecture
-from megatron_rlvr.models.build import fuses_logits, transformer_config
+from megatron_rlvr.models.build import transformer_config
 from tests.tiny import make_config, make_folder
 
 
@@ -34,10 +34,15 @@ def test_logits_are_left_out_where_they_would_take_more_than_a_gib(
 ) -> None:
     large = replace(architecture, vocab_size=vocab)
     tree = {"model": {"dtype": dtype}, "parallel": {"tp": tp}, "trainer": {"microbatch_tokens": tokens}}
-    assert fuses_logits(make_config(Path("unused"), tree), large) == fused
+    form = "fused" if fused else "materialised"
+    assert large.logits_form(make_config(Path("unused"), tree)) == form
+    several, dropout = {"microbatch_tokens": tokens, "updates_per_rollout": 2}, {"dtype": dtype, "dropout": 0.1}
+    for section, settings in (("trainer", several), ("model", dropout)):
+        of_older = make_config(Path("unused"), tree | {section: settings})
+        assert large.logits_form(of_older) == ("fused_float32" if dtype == "bfloat16" else form)
     for logits in ("materialised", "fused", "fused_float32"):
         tree["model"]["logits"] = logits
-        assert fuses_logits(make_config(Path("unused"), tree), large) == (logits != "materialised")
+        assert large.logits_form(make_config(Path("unused"), tree)) == logits
 
 
 @pytest.mark.parametrize("transformer_engine", [False, True])
