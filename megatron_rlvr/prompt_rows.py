@@ -178,6 +178,11 @@ def _answer(row: dict[str, Any], field: str, read_answer: Callable) -> Any:
         answer = read_answer(plain(value))
     except ValueError as error:
         raise RowError(field, "not an answer for this verifier", str(error)[:200]) from error
+    except Exception as error:  # one of the user's own
+        raise ConfigError(
+            f"the verifier's read_answer({value!r:.80}) failed with {type(error).__name__}: {error}; it must raise "
+            f"ValueError for an answer that it cannot take"
+        ) from error
     try:
         json.dumps(answer)
     except (TypeError, ValueError) as error:  # the verifier's own fault, not the row's

@@ -85,6 +85,8 @@ def _item(path: Path, number: int, row: Any, read_answer: Callable[[Any], Any]) 
         return row["response"], read_answer(row["answer"])
     except ValueError as error:
         raise ConfigError(f"{at}: the verifier cannot take the answer: {str(error)[:200]}") from error
+    except Exception as error:  # of a verifier of the user's own
+        raise ConfigError(f"{at}: read_answer failed with {type(error).__name__}: {str(error)[:200]}") from error
 
 
 def _resume(source: Path, target: Path, verifier: str) -> Counter[str]:

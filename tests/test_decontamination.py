@@ -84,13 +84,14 @@ def test_the_tool_reports_every_match_and_writes_the_rest(tmp_path: Path) -> Non
     (tmp_path / "amc23.jsonl").write_text(json.dumps({"problem": PROBLEM, "answer": 1}) + "\n")
     rows = [{"prompt": "other", "answer": "1"}, {"prompt": PROBLEM.upper(), "answer": "1"}, {"prompt": None}]
     train, report, clean = tmp_path / "train.jsonl", tmp_path / "report.json", tmp_path / "clean.jsonl"
-    train.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    train.write_text("".join(json.dumps(row) + "\n" for row in rows) + "{oops\n")
     asked = ["--benchmarks", "amc23", "--data", str(tmp_path), "--report", str(report)]
     done = run(str(train), *asked, "--clean", str(clean))
     assert done.returncode == 1, done.stderr
     assert done.stdout.splitlines() == [
-        "train.jsonl: 1 of 3 rows hold benchmark problems",
+        "train.jsonl: 1 of 4 rows hold benchmark problems",
         "  amc23: 1 the same, 0 with 50% or more of the n-grams",
+        f"{clean}: rows that cannot be read and are left out: 1",
     ]
     (match,) = json.loads(report.read_text())
     assert match == {
@@ -118,7 +119,9 @@ def test_the_tool_reports_every_match_and_writes_the_rest(tmp_path: Path) -> Non
         ([str(clean), *asked, "--benchmarks", str(tmp_path / "empty.jsonl")], "there is no problem in it to look for"),
         ([str(clean), *asked, "--clean", str(tmp_path / "nowhere/clean.jsonl")], "nowhere, where clean.jsonl is to be"),
         ([str(clean), *asked, "--share", "50"], "--share in (0, 1]"),
-        ([str(clean), *asked, "--clean", str(clean)], "--clean must be another file than TRAIN"),
+        ([str(clean), *asked, "--clean", str(clean)], "must be different files: one would replace another"),
+        ([str(clean), *asked, "--report", str(clean)], "must be different files"),
+        ([str(clean), *asked, "--clean", str(report)], "must be different files"),
     ):
         wrong = run(*arguments)
         assert wrong.returncode == 2 and says in wrong.stderr, wrong.stderr

@@ -258,6 +258,13 @@ def test_an_answer_that_is_no_json_is_the_verifiers_fault(tmp_path, tokenizer):
         load(path, RAW, tokenizer, str(tmp_path / "sets.py"))
 
 
+def test_a_verifier_that_fails_on_an_answer_is_named(tmp_path, tokenizer):
+    (tmp_path / "own.py").write_text("ISOLATED = True\nread_answer = lambda value: value['gold']\nverify = None\n")
+    path = write(tmp_path / "rows.jsonl", [{"prompt": "1+1?", "answer": "two"}])
+    with pytest.raises(ConfigError, match=r"read_answer\('two'\) failed with TypeError: .*it must raise ValueError"):
+        load(path, RAW, tokenizer, str(tmp_path / "own.py"))
+
+
 def test_a_prompt_that_comes_to_no_token_is_none(tmp_path):
     ones = PreTrainedTokenizerFast(tokenizer_object=Tokenizer(models.BPE(vocab={"1": 0}, merges=[])))
     rows = [{"prompt": "11", "answer": "1"}, {"prompt": "two", "answer": "2"}]

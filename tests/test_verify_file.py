@@ -127,6 +127,13 @@ def test_a_bad_row_is_named_before_anything_is_scored(tmp_path, line, message):
     assert not target.exists()
 
 
+def test_a_verifier_of_ones_own_that_fails_on_an_answer_is_named(tmp_path):
+    (tmp_path / "own.py").write_text("ISOLATED = False\nread_answer = lambda value: value['gold']\nverify = None\n")
+    source = write(tmp_path / "in.jsonl", [{"response": "x", "answer": "text"}])
+    with pytest.raises(ConfigError, match=r"in.jsonl line 1: read_answer failed with TypeError: string indices"):
+        verify_file(source, tmp_path / "out.jsonl", str(tmp_path / "own.py"), workers=1, deadline=1.0)
+
+
 def test_the_command_says_what_is_wrong_in_one_line(tmp_path):
     source, empty = write(tmp_path / "in.jsonl", ROWS[:2]), write(tmp_path / "empty.jsonl", [])
     for arguments, message in (

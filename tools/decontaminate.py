@@ -34,8 +34,9 @@ def main() -> int:
     for file in filter(None, (asked.report, asked.clean)):
         if not Path(file).absolute().parent.is_dir():  # said before a search of minutes
             parser.error(f"{Path(file).absolute().parent}, where {Path(file).name} is to be written, is no folder")
-    if asked.clean and Path(asked.clean).resolve() == Path(asked.train[0]).resolve():
-        parser.error("--clean must be another file than TRAIN, which it would replace")
+    files = [Path(file).resolve() for file in (*asked.train, asked.report, asked.clean) if file]
+    if len(set(files)) < len(files):
+        parser.error("TRAIN, --report and --clean must be different files: one would replace another")
     try:
         names = asked.benchmarks.split(",")
         benchmarks = [find(name, prompt_field=asked.benchmark_field) for name in names]
@@ -58,7 +59,10 @@ def main() -> int:
                 report.append({"row": row.row, **match._asdict(), **shown})
     Path(asked.report).write_text(json.dumps(report, indent=1, ensure_ascii=False) + "\n", "utf-8", "backslashreplace")
     if asked.clean:
-        rows = [row.row for clean, _ in results.values() for row in clean if isinstance(row.row, dict)]
+        ((clean, _),) = results.values()
+        rows = [row.row for row in clean if isinstance(row.row, dict)]
+        if len(rows) < len(clean):
+            print(f"{asked.clean}: rows that cannot be read and are left out: {len(clean) - len(rows)}")
         lines = [json.dumps(row, ensure_ascii=False, default=str) + "\n" for row in rows]  # a date as text
         Path(asked.clean).write_text("".join(lines), "utf-8", "backslashreplace")
     return 1 if report else 0

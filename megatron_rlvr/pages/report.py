@@ -38,7 +38,10 @@ def build_report(run_dir: str | Path) -> Path:
     rollouts = newest_rows(run_dir / "rollouts.jsonl", NEWEST) if (run_dir / "rollouts.jsonl").exists() else []
     if records := some_records(run_dir):
         build_rollout_page(run_dir, records[-1].step)
-    config = yaml.safe_load(config_text) or {}
+    try:
+        config = yaml.safe_load(config_text) or {}
+    except yaml.YAMLError as error:
+        raise ValueError(f"{run_dir / 'config.yaml'} is no YAML: {error}") from error
     charted, drawn = [*rows, *word_rows(records)], charts_of(rows, config.get("exploration") or ())
     name = config.get("name") or run_dir.resolve().name
     found = [(name, warning) for warning in warnings(rows)]
@@ -72,7 +75,10 @@ def run_rows(run_dir: Path) -> list[dict]:
     rows = read_rows(source)
     if not rows:
         raise ValueError(f"{source} holds no step yet: the report can be built once the first one is logged")
-    summary = json.loads(_read(run_dir / "summary.json") or "{}")
+    try:
+        summary = json.loads(_read(run_dir / "summary.json") or "{}")
+    except ValueError as error:
+        raise ValueError(f"{run_dir / 'summary.json'} is no JSON: {error}") from error
     is_of_now = summary.get("steps") == rows[-1]["step"]  # and not of the run before it was given more steps
     final = {key: value for key, value in summary.items() if is_of_now and key.startswith("eval/")}
     return [*rows, {"step": rows[-1]["step"] + 1, **final}] if final else rows

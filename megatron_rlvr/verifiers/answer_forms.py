@@ -17,6 +17,10 @@ _LATEX = {
 }  # fmt: skip
 # Full-width forms lie at a fixed distance from ASCII. NFKC would also turn x² into x2.
 _CHARACTERS = {code: chr(code - 0xFEE0) for code in range(0xFF01, 0xFF5F)} | {ord(c): t for c, t in _LATEX.items()}
+# One argument of a TeX command: a group, a root, a symbol or a single character.
+_GROUP = r"\{(?:[^{}]|\{(?:[^{}]|\{(?:[^{}]|\{[^{}]*\})*\})*\})*\}"
+_ARGUMENT = rf" *({_GROUP}|\\sqrt *{_GROUP}|\\(?!frac|sqrt|text)[a-zA-Z]+(?![a-zA-Z])|[0-9a-zA-Z])"
+_FRACTION = re.compile(rf"\\frac(?![a-zA-Z]){_ARGUMENT}{_ARGUMENT}")
 _TEXT = r"\\(?:mbox|mathrm|textbf|mathbf|textrm|textit|mathit|operatorname|mathsf|textsf|text) *\{"
 _REWRITES = [
     (re.compile(pattern), replacement)
@@ -35,20 +39,18 @@ _REWRITES = [
         (r"\\end *\{array\}", r"\\end{matrix}"),
         (_TEXT, r"\\text{"),
         (r"\\(?:text|underline) *\{ *([-+0-9.,/]+) *\}", r"\1"),
+        (r"\\text\{ *([-+]?[0-9.,/]+) +([A-Za-z]+(?: [A-Za-z]+){0,3}) *\}", r"\1\\text{ \2}"),
         (r"\\geqslant|\\ge(?![a-zA-Z])", r"\\geq"),
         (r"\\leqslant|\\le(?![a-zA-Z])", r"\\leq"),
         (r"\\not *=|\\ne(?![a-zA-Z])", r"\\neq"),
-        (r"\^ *\{? *\\circ(?![a-zA-Z]) *\}?|\\degree(?![a-zA-Z])", r"^\\circ "),
+        (r"\^ *(?:\{ *\\circ *\}|\\circ(?![a-zA-Z]))|\\degree(?![a-zA-Z])", r"^\\circ "),
         (r"\*\*", "^"),
         (r"\{,\}|, *\\! *", ","),
         (r"\$ *, *\$", ", "),
         (r"(?<![\\])\$", ""),  # what $...$ sets off in the middle; \$ is a dollar
         (r"(?<=[0-9])(?:\\[,;:! ]|~| )(?=[0-9]{3}(?![0-9]))", ""),
         (r"(?<!\\)\\[,;:! ]|\\q?quad(?![a-zA-Z])|~", " "),
-        (r"\\frac *([0-9]) *([0-9])", r"\\frac{\1}{\2}"),
-        (r"\\frac *([0-9]) *\{", r"\\frac{\1}{"),
-        (r"\\frac *(\{[^{}]*\}) *([0-9a-zA-Z])", r"\\frac\1{\2}"),
-        (r"\\sqrt *([0-9a-zA-Z])", r"\\sqrt{\1}"),
+        (r"\\sqrt *((?:\[[^][]*\])?) *([0-9a-zA-Z]|\\[a-zA-Z]+(?![a-zA-Z]| *\{))", r"\\sqrt\1{\2}"),
         (r"([_^]) *\{ *([0-9a-zA-Z]) *\}", r"\1\2"),
         (r"\s+", " "),
     )
@@ -60,17 +62,21 @@ _POWER_OF_TEN = re.compile(
 )
 _RATIO = re.compile(rf"\\frac\{{(-?{_DECIMAL})\}}\{{(-?{_DECIMAL})\}}|({_DECIMAL})/({_DECIMAL})")
 _MIXED = re.compile(r"([0-9]+)\\frac\{([0-9]+)\}\{([0-9]+)\}")
+TRIGONOMETRIC = re.compile(r"\\(?:sin|cos|tan|cot|sec|csc)(?![a-zA-Z])")  # of an angle that has a unit of its own
 _WORDS = r"[A-Za-z]+(?:[ -][A-Za-z]+){0,3}"
 _POWER = r"(?:\^\{?-?[0-9]\}?)?"
 _TEXT_UNIT = re.compile(
     rf"(.+?)((?:(?:[ */]|\\cdot)*\\text\{{[ ]*[A-Za-z](?:[A-Za-z0-9 ./^-]|\{{-?[0-9]\}})*\}}{_POWER})+)\.?"
 )
-_PLAIN_UNIT = re.compile(rf"(-?[0-9.,/]*[0-9.](?:e[-+]?[0-9]+)?) ?({_WORDS}{_POWER}(?:/{_WORDS}{_POWER})?)\.?")
+_PLAIN_UNIT = re.compile(
+    rf"(-?[0-9.,/]*[0-9.](?:e[-+]?[0-9]+)?|.*(?:\}}|\\pi)(?= )) ?({_WORDS}{_POWER}(?:/{_WORDS}{_POWER})?)\.?"
+)
 # Written as plain letters, anything shorter than a word is a product of variables, unless it is one of these.
 _SYMBOLS = {"m", "s", "g", "kg", "h", "cm", "km", "mol", "N", "J", "W", "V", "C", "K", "L"}  # of m/s^2 and its like
 _SHORT_UNITS = {
     "cm", "mm", "km", "kg", "mg", "ml", "min", "sec", "deg", "ft", "in", "mph", "hr", "hrs", "rad", "mol", "day", "h",
-    "s",
+    "s", "lb", "lbs", "oz", "ton", "per", "of", "old", "man", "men", "boy", "kid", "dog", "cat", "cow", "pig", "hen",
+    "egg", "pie", "bag", "box", "jar", "cup", "pen", "toy", "hat", "car", "bus", "row", "way",
 }  # fmt: skip
 _UNITS = {
     "degree": "^\\circ", "degrees": "^\\circ", "deg": "^\\circ", "percent": "%", "dollar": "$", "dollars": "$",
@@ -113,7 +119,14 @@ def canonical(text: str) -> str:
     text = text.translate(_CHARACTERS)
     for pattern, replacement in _REWRITES:
         text = pattern.sub(replacement, text)
+    text = _FRACTION.sub(_braced, text)
     return text.strip().removesuffix(".").rstrip()
+
+
+def _braced(fraction: re.Match) -> str:
+    r"""\frac with braces around both of its arguments, and around those of the fractions in them."""
+    over, under = (_FRACTION.sub(_braced, text[1:-1] if text[0] == "{" else text) for text in fraction.groups())
+    return rf"\frac{{{over}}}{{{under}}}"
 
 
 def squeeze(text: str) -> str:
@@ -170,10 +183,11 @@ def _decimal(text: str) -> Fraction:
 def split_unit(text: str) -> tuple[str, str]:
     r"""(value, unit) of canonical text: 5\text{ cm} -> 5, cm; 90^\circ; \$36; 8\%; 34 apples. No unit is ""."""
     text = text.strip()
-    if text.startswith(r"\$"):
-        return text[2:].strip(), "$"
+    for sign in (r"\$", "€", "£"):
+        if text.startswith(sign):
+            return split_unit(text[len(sign) :])[0], sign[-1]  # of $15 per hour the amount
     for mark, unit in ((r"\%", "%"), ("%", "%"), (r"^\circ", "^\\circ"), (r"\$", "$")):
-        if text.endswith(mark) and len(text) > len(mark):
+        if text.endswith(mark) and len(text) > len(mark) and not (mark == r"^\circ" and TRIGONOMETRIC.search(text)):
             return text[: -len(mark)].strip(), unit
     if match := _TEXT_UNIT.fullmatch(text) or _PLAIN_UNIT.fullmatch(text):
         words = re.findall(r"[A-Za-z]+", match[2].replace(r"\text", "").replace(r"\cdot", ""))

@@ -24,7 +24,7 @@ check_host = sandbox.check_host
 
 _DEADLINE = 10.0  # seconds of CPU time, outside of a pool
 _LONGEST = 200_000  # characters of a program
-_FENCE = re.compile(r"^ *```([a-zA-Z0-9+]*)[ ]*\r?\n(.*?)^ *```", re.DOTALL | re.MULTILINE)
+_FENCE = re.compile(r"^( *)```([a-zA-Z0-9+]*)[ ]*\r?\n(.*?)^ *```", re.DOTALL | re.MULTILINE)
 
 _FUTURE = re.compile(r"^from __future__ import [\w, ]+$", re.MULTILINE)
 
@@ -44,12 +44,14 @@ def read_answer(value: Any) -> dict[str, str]:
         value = {"test_list": [value] if isinstance(value, str) else value}
     if not isinstance(value, dict) or not ("test" in value or "test_list" in value):
         raise ValueError(f"must be tests: asserts, or a mapping with test and entry_point, not {str(value)[:80]!r}")
-    lines = [*(value.get("test_imports") or []), *(value.get("test_list") or []), value.get("test", "")]
-    texts = [value.get("prompt", ""), value.get("entry_point", ""), *lines]
+    lists = [value.get(name) or [] for name in ("test_imports", "test_list")]  # null where other rows of a file have it
+    imports, asserts = ([part] if isinstance(part, str) else part for part in lists)
+    lines = [*imports, *asserts, value.get("test") or ""]
+    texts = [value.get("prompt") or "", value.get("entry_point") or "", *lines]
     if not all(isinstance(text, str) for text in texts) or not any(line.strip() for line in lines):
         raise ValueError("holds no tests")
     answer = {"prompt": texts[0], "tests": "\n".join(lines), "entry_point": texts[1]}
-    if "test" not in value or not answer["entry_point"]:
+    if not value.get("test") or not answer["entry_point"]:
         answer["prompt"] = ""  # MBPP's and MBPP+'s is prose
     try:
         tree = ast.parse(answer["tests"])
@@ -93,8 +95,16 @@ def verify(response: str, answer: dict[str, str]) -> Verdict:
 def program(response: str) -> str:
     """Of the fenced blocks behind the thinking the last Python one: others may show output. Without any, all text."""
     text = after_thinking(response)
-    blocks = _FENCE.findall(text)
+    blocks = [(mark, _outdent(block, indent)) for indent, mark, block in _FENCE.findall(text)]
     for marks in ({"python", "py", "python3"}, {""}):
         if marked := [block for mark, block in blocks if mark.lower() in marks]:
             return marked[-1]
     return blocks[-1][1] if blocks else "" if "```" in text else text
+
+
+def _outdent(block: str, indent: str) -> str:
+    """The lines of a block as far in as its fence is, in an item of a list, without that."""
+    lines = block.split("\n")
+    if not all(line.startswith(indent) or not line.strip() for line in lines):
+        return block
+    return "\n".join(line.removeprefix(indent) for line in lines)

@@ -16,7 +16,8 @@ ISOLATED = False  # text alone
 
 _LONGEST = 4000  # characters of an answer
 _CLAIM = re.compile(
-    r"\b([A-Z][\w'-]*)\W{1,4}(?:is|=|:|->|→)?\W{0,4}(not\s+)?(?:an?\s+)?\W{0,2}(knight|knave)\b(?!s)", re.IGNORECASE
+    r"\b([A-Z][\w'-]*)\W{1,4}(?:is|must\s+be|=|:|->|→)?\W{0,4}(not\s+)?(?:(?:an?|the)\s+)?\W{0,2}(knight|knave)\b(?!s)",
+    re.IGNORECASE,
 )
 
 

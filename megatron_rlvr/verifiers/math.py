@@ -56,6 +56,7 @@ _TOWER = re.compile(
 )
 _ENVIRONMENT = re.compile(r"\\(?:begin|end)\{[a-z]*matrix\}|\\[a-zA-Z]+")
 _DECIMAL = re.compile(r"([0-9]+)\.([0-9]+)")
+_DEGREES = re.compile(r"([0-9]+(?:\.[0-9]+)?) *\^\\circ(?![a-zA-Z])")
 _PROSE = re.compile(r"[A-Za-z]{4,}")
 
 
@@ -120,8 +121,13 @@ def _equal(gold: str, given: str) -> bool:
     if len(golds) == 1 and forms.is_number(given):
         return _one_equal(gold, given)  # and so is 12,345
     said = forms.parts(given)
-    if r"\cup" in gold and len(golds) == 1 and _are_ranges(said) and not re.search(r"\band\b", given):
-        return _unordered(_pieces(gold), said)
+    joined = [set(re.findall(r"\b(?:and|or)\b", text)) for text in (gold, given)]
+    if _are_ranges(golds) and _are_ranges(said) and all(joined) and joined[0] != joined[1]:
+        return False
+    for union, ranges, text in ((golds, said, given), (said, golds, gold)):
+        if len(union) == 1 and r"\cup" in union[0] and _are_ranges(ranges) and not re.search(r"\band\b", text):
+            pieces = _pieces(union[0])
+            return _unordered(pieces, said) if union is golds else _unordered(golds, pieces)
     return _unordered(_spread(golds), _spread(said))
 
 
@@ -281,7 +287,12 @@ def _symbolic(gold: str, given: str) -> bool:
 
 
 def _same_value(expected: Any, said: Any) -> bool:
-    """By math-verify; two constants by their values before, because it rounds: 10^{-20} and 10^{-21} are one to it."""
+    """By math-verify; two constants by their values before, because it rounds: 10^{-20} and 10^{-21} are one to it.
+
+    An i that is the only symbol is the imaginary unit.
+    """
+    if isinstance(expected, sympy.Expr) and {str(name) for name in expected.free_symbols | said.free_symbols} == {"i"}:
+        expected, said = (side.subs(sympy.Symbol("i"), sympy.I) for side in (expected, said))
     if isinstance(expected, sympy.Expr) and not (expected.free_symbols | said.free_symbols):
         value, difference = abs(sympy.N(expected, 30)), abs(sympy.N(expected - said, 30))
         if value.is_finite and difference.is_finite and difference > 1e-15 * value:
@@ -310,6 +321,8 @@ def _parse(text: str) -> Any:
     exact = forms.number(text)
     if exact is not None:
         return sympy.Rational(exact.numerator, exact.denominator)
+    if forms.TRIGONOMETRIC.search(text):
+        text = _DEGREES.sub(r"(\\frac{\1 \\pi}{180})", text)
     latex = _DECIMAL.sub(lambda match: rf"\frac{{{match[1]}{match[2]}}}{{1{'0' * len(match[2])}}}", text)
     try:
         return latex2sympy(latex, normalization_config=None, conversion_config=_GRAMMAR)

@@ -150,6 +150,9 @@ def test_what_passes_and_what_does_not():
     assert judge(f"```Python\n{DEF}```\nOutput:\n```\n4\n```") == (1.0, "ok")
     assert judge(f"```\n{DEF}```\nRun it:\n```bash\npython f.py\n```") == (1.0, "ok")
     assert judge(f"```py3\n{DEF}```") == (1.0, "ok")
+    listed = "".join(f"   {line}\n" for line in ["```python", *DEF.splitlines(), "```"])
+    assert judge(f"1. Write it:\n\n{listed}2. Run it.") == (1.0, "ok")  # the item of a list
+    assert judge(f"  ```python\n{DEF}  ```") == (1.0, "ok")
     assert judge(f"open('mine', 'w').write('4')\n{DEF}") == (1.0, "ok")  # its own folder
     assert judge("def g(x): return 4") == (0.0, "ok")
     for response in ("", "  ", "```python\ndef f(x): return 4", "<think>" + DEF, "#" * 300_000):
@@ -187,6 +190,10 @@ def test_tests_of_data_rows():
     plus = {"prompt": "Double it.", "test_list": asserts[:1], "test": asserts[1]}  # MBPP+: prose, and no entry point
     assert code.read_answer(plus) == expected | {"tests": "\n".join(asserts)}
     assert code.verify(DEF, code.read_answer(plus | {"test_list": []})).reward == 1.0
+    null = {"test": None, "prompt": None, "entry_point": None, "test_imports": None, "test_list": asserts}
+    assert code.read_answer(null) == expected | {"tests": "assert f(1) == 2\nassert f(2) == 4\n"}
+    of_text = code.read_answer({"test_imports": "import math", "test_list": "assert f(2) == math.sqrt(16)"})
+    assert code.verify(DEF, of_text).reward == 1.0
     for value in ("", [], {}, 3, None, {"test_list": []}, "no tests here", {"test": 3}, "{not json", "return 1"):
         with pytest.raises(ValueError):
             code.read_answer(value)
