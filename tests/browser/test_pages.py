@@ -98,7 +98,7 @@ def test_the_tokens_of_a_step(browser, runs):
     )
     for label, name in {"log-prob": "log_prob", "entropy": "entropy", "ratio": "ratio"}.items():
         assert float(facts[label]) == pytest.approx(float(record.columns[name][1]), rel=1e-4)
-    assert facts["kept by the proxy"] in ("yes", "no") and "selected by Lp-Reg" in facts
+    assert facts["kept"] in ("yes", "no") and "selected by Lp-Reg" in facts
     choose(browser, "verdict", "wrong")
     wrong = sum(row["right"] is False for row in record.responses)
     assert len(browser.shown("article")) == wrong
