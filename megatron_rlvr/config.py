@@ -122,12 +122,12 @@ class KlConfig:
     # From the sampled token: k1 is the log-ratio, k2 half its square, k3 never negative with k1's mean. In the loss, k1
     # has no gradient on average, k2 has that of KL(policy || reference), k3 that of KL(reference || policy).
     estimator: Literal["k1", "k2", "k3"] = "k3"
-    # k3 is cut off here, and with it its gradient, as in verl and NeMo-RL; 0: no bound. It grows like e^x: one token
-    # 12 nats below the reference is 163,000 of them, and would outweigh the rest of an update.
-    k3_clamp: float = 10.0
     # reward: of the old policy (by the rollout's log-probs where it has no pass of its own), per token (gae) or summed.
     # grpo divides by the group's spread: with equal rewards that of the KL alone, so there take grpo_no_std.
     where: Literal["loss", "reward"] = "loss"
+    # k3 is cut off here, and with it its gradient, as in verl and NeMo-RL; 0: no bound. It grows like e^x: one token
+    # 12 nats below the reference is 163,000 of them, and would outweigh the rest of an update.
+    k3_clamp: float = 10.0
 
 
 @dataclass
