@@ -125,8 +125,8 @@ class KlConfig:
     # reward: of the old policy (by the rollout's log-probs where it has no pass of its own), per token (gae) or summed.
     # grpo divides by the group's spread: with equal rewards that of the KL alone, so there take grpo_no_std.
     where: Literal["loss", "reward"] = "loss"
-    # k3 is cut off here, and with it its gradient, as in verl and NeMo-RL; 0: no bound. It grows like e^x: one token
-    # 12 nats below the reference is 163,000 of them, and would outweigh the rest of an update.
+    # k3 is cut off here, and with it its gradient, as in verl and NeMo-RL; 0: no bound. It grows like e^x: of one token
+    # 12 nats below the reference it is 163,000, which outweighs the rest of an update.
     k3_clamp: float = 10.0
 
 

@@ -124,10 +124,10 @@ def _equal(gold: str, given: str) -> bool:
     joined = [set(re.findall(r"\b(?:and|or)\b", text)) for text in (gold, given)]
     if _are_ranges(golds) and _are_ranges(said) and all(joined) and joined[0] != joined[1]:
         return False
-    for union, ranges, text in ((golds, said, given), (said, golds, gold)):
-        if len(union) == 1 and r"\cup" in union[0] and _are_ranges(ranges) and not re.search(r"\band\b", text):
-            pieces = _pieces(union[0])
-            return _unordered(pieces, said) if union is golds else _unordered(golds, pieces)
+    if len(golds) == 1 and _are_ranges(said) and "and" not in joined[1]:
+        golds = _pieces(gold)  # of a union, which ranges joined by "or" are too
+    elif len(said) == 1 and _are_ranges(golds) and "and" not in joined[0]:
+        said = _pieces(given)
     return _unordered(_spread(golds), _spread(said))
 
 
