@@ -15,6 +15,8 @@ def rollout_metrics(groups: list[RolloutGroup]) -> dict[str, float]:
     """reward/*, tokens/*, verifier/* and rollout/*, over every response of the step.
 
     Rewards are as the verifier gives them; reward/right_share is of all responses, judged or not.
+    reward/always_right_share and never_right_share are of prompts: all of their judged responses are right, or none.
+    There a group has nothing to compare, and its advantages are 0 unless a method shapes the rewards.
     rollout/perplexity_right and _wrong are means over responses of exp(-mean_t ln p(o_t)), as sampled;
     rollout/calibration_gap is wrong less right (CDE, arXiv 2509.09675v1, Fig 9). Each is left out where there is no
     such response.
@@ -32,8 +34,16 @@ def rollout_metrics(groups: list[RolloutGroup]) -> dict[str, float]:
         "tokens/response_max": float(lengths.max()),
         "rollout/truncated_share": sum(rollout.finish_reason == "length" for rollout in rollouts) / len(rollouts),
         **{f"verifier/{status}_share": count / len(rollouts) for status, count in statuses.items()},
+        **_one_kind(groups),
         **_calibration(scored),
     }
+
+
+def _one_kind(groups: list[RolloutGroup]) -> dict[str, float]:
+    kinds = [{is_right(rollout.verdict) for rollout in group.rollouts} - {None} for group in groups]
+    judged = [kind for kind in kinds if kind]
+    shares = {"always": [kind == {True} for kind in judged], "never": [kind == {False} for kind in judged]}
+    return {f"reward/{name}_right_share": sum(of) / len(of) for name, of in shares.items() if of}
 
 
 def _calibration(scored: list[Rollout]) -> dict[str, float]:

@@ -48,7 +48,16 @@ def test_right_is_what_the_verdict_says_whatever_the_reward():
     assert figures["rollout/perplexity_wrong"] == pytest.approx(math.exp(2.0))
 
 
+def test_prompts_whose_judged_responses_are_all_right_or_all_wrong():
+    right, wrong, failed = rollout([-1.0], 1.0), rollout([-1.0], 0.0), rollout([-1.0], 0.0, "timeout")
+    figures = rollout_metrics(
+        [group(right, right), group(right, failed), group(wrong, wrong), group(right, wrong), group(failed, failed)]
+    )
+    assert figures["reward/always_right_share"] == 0.5 and figures["reward/never_right_share"] == 0.25
+
+
 def test_what_there_is_nothing_of_is_left_out():
     figures = rollout_metrics([group(rollout([-1.0], 1.0))])
     assert "rollout/perplexity_wrong" not in figures and "rollout/calibration_gap" not in figures
-    assert math.isnan(rollout_metrics([group(rollout([-1.0], 0.0, "error"))])["reward/mean"])
+    failed = rollout_metrics([group(rollout([-1.0], 0.0, "error"))])
+    assert math.isnan(failed["reward/mean"]) and "reward/never_right_share" not in failed

@@ -22,6 +22,13 @@ PHASES = {
 
 CHARTS = [
     Chart("Reward", "the verifier's, mean over the step's responses", "trend", {"reward/mean": ""}),
+    Chart(
+        "Prompts of one kind",
+        "share whose responses are all right, or all wrong: they tell GRPO nothing",
+        "smooth",
+        {"reward/always_right_share": "all right", "reward/never_right_share": "all wrong"},
+        percent=True,
+    ),
     Chart("Held-out prompts", "share solved", "points", {"eval/pass@*": ""}, percent=True),
     Chart("Held-out sources", "pass@1 of each", "points", {"eval/*/pass@1": "*"}, percent=True),
     Chart("Entropy", "of the policy, nats per token", "trend", {"policy/entropy": ""}),

@@ -39,6 +39,7 @@ def step_row(step: int, **more) -> dict:
     row |= {"lp_reg/survive_share": 0.3, "lp_reg/kept_mass": 0.97, "lp_reg/delta": 0.02, "policy/ratio_max": 1.5}
     row |= {"cde/bonus": 0.1, "cde/critic_bonus": 0.01, "cde/omega": 1.0, "policy/kl": 1e-3, "policy/ref_kl": 0.02}
     row |= {"rollout/perplexity_right": 1.5, "rollout/perplexity_wrong": 3.0, "rollout/calibration_gap": 1.5}
+    row |= {"reward/always_right_share": 0.1, "reward/never_right_share": 0.6}
     row |= {"memory/rank_most_gib": 3.0, "memory/rank_least_gib": 2.5}
     row |= {"time/verify": 0.05, "time/log_probs": 0.1, "time/train": 0.3, "time/sync": 0.02}
     return row | more
