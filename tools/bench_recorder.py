@@ -76,7 +76,7 @@ def training(folder: Path, steps: int) -> dict[str, Any]:
     architecture = Architecture.from_folder(config.model.path)
     policy, method = Policy(config, architecture, groups), build(config.exploration, config)
     statistics = method.needs().statistics(config.rollout.temperature)
-    recorder, writer = FlightRecorder(config.logging.record_responses, groups), TokenWriter(folder, str)
+    recorder, writer = FlightRecorder(config.logging.record_responses, True, groups), TokenWriter(folder, str)
     calls: list[float] = []
     for owner, name in CALLS:
         setattr(owner, name, timed(getattr(owner, name), calls))
@@ -171,7 +171,7 @@ def largest_record(folder: Path, tokens: int) -> dict[str, Any]:
     batch.old_log_probs = batch.entropy = batch.advantages = values
     batch.values = values[:, None].expand(-1, 4)
     batch.extras = {name: values for name in EXTRAS}
-    recorder, writer = FlightRecorder(RESPONSES, ParallelGroups.single()), TokenWriter(folder, str)
+    recorder, writer = FlightRecorder(RESPONSES, True, ParallelGroups.single()), TokenWriter(folder, str)
     started = time.perf_counter()
     recorder.start(batch, groups)
     recorder.old_policy(batch, TokenStatistics(*[values] * 7))
