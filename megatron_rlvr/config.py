@@ -198,7 +198,8 @@ class RunConfig:
     accept_changes: bool = False  # resume although the config has changed in a way that makes it another run
     overwrite: bool = False  # replace an earlier run in the same folder
     port: int = 0  # where the ranks of one machine meet; 0: a free one
-    # seconds that one phase of a step may take; then every rank writes its stacks to RUN/logs/hang and the run ends
+    # seconds that a rank may give no sign of life (a response or a verdict that is done, a microbatch, the step's next
+    # phase), also while it waits for others; then every rank writes its stacks to RUN/logs/hang and the run ends
     hang_timeout: float = 1800.0
 
     @property
@@ -260,6 +261,31 @@ class Config:
     @property
     def world_size(self) -> int:
         return self.parallel.tp * self.parallel.cp * self.parallel.pp * self.parallel.dp
+
+    @property
+    def longest(self) -> int:
+        """Tokens of the longest sequence there can be, prompt and response."""
+        return self.data.max_prompt_length + self.rollout.max_response_length
+
+    @property
+    def responses_per_step(self) -> int:
+        return self.rollout.prompts_per_step * self.rollout.responses_per_prompt
+
+    @property
+    def responses_per_rank(self) -> int:
+        """Of an update on the data-parallel rank that has most."""
+        return -(-self.responses_per_step // self.trainer.updates_per_rollout // self.parallel.dp)
+
+    @property
+    def microbatch_multiple(self) -> int:
+        """What divides an update's number of microbatches: stages that interleave take turns."""
+        return self.parallel.pp if self.parallel.vpp > 1 else 1
+
+    @property
+    def most_microbatches(self) -> int:
+        """Of an update on one data-parallel rank: as many as its responses fill where all are of full length."""
+        count = -(-self.responses_per_rank // max(1, self.trainer.microbatch_tokens // self.longest))
+        return count + -count % self.microbatch_multiple
 
 
 def load_config(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -> Config:

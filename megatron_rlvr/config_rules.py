@@ -200,19 +200,17 @@ def _check_batch(config: Config) -> None:
         f"trainer.updates_per_rollout={updates} must divide rollout.prompts_per_step={rollout.prompts_per_step}: "
         f"each update takes whole groups",
     )
-    responses = rollout.prompts_per_step // updates * rollout.responses_per_prompt
-    interleaved = config.parallel.pp if config.parallel.vpp > 1 else 1
+    responses, interleaved = config.responses_per_step // updates, config.microbatch_multiple
     rule(
         responses % (dp * interleaved) == 0,
         f"an update has {responses} responses, which parallel.dp={dp}"
         + (f" x parallel.pp={interleaved} (stages of parallel.vpp interleave)" if interleaved > 1 else "")
         + " must divide: every data-parallel rank runs the same number of microbatches",
     )
-    longest = config.data.max_prompt_length + rollout.max_response_length
     rule(
-        config.trainer.microbatch_tokens >= longest,
+        config.trainer.microbatch_tokens >= config.longest,
         f"trainer.microbatch_tokens={config.trainer.microbatch_tokens} must hold the longest response with its prompt: "
-        f"data.max_prompt_length + rollout.max_response_length = {longest}",
+        f"data.max_prompt_length + rollout.max_response_length = {config.longest}",
     )
 
 
@@ -229,8 +227,7 @@ def _check_critic(config: Config) -> None:
         f"critic.share={critic.share} of critic.num_heads={critic.num_heads} head(s) adds up to less than the whole "
         f"batch, so that some of it would teach no head: raise one of them",
     )
-    responses = config.rollout.prompts_per_step * config.rollout.responses_per_prompt
-    responses //= config.trainer.updates_per_rollout
+    responses = config.responses_per_step // config.trainer.updates_per_rollout
     rule(
         critic.share_of == "tokens" or critic.share * responses >= 1,
         f"critic.share={critic.share} of an update's {responses} responses is less than one, which leaves a head "
@@ -249,10 +246,8 @@ def _check_critic(config: Config) -> None:
 def batch_table(config: Config) -> list[tuple[str, str, str]]:
     """(what, value, how it comes about): what each batch size means, printed once at the start of a run."""
     rollout, trainer, parallel = config.rollout, config.trainer, config.parallel
-    responses = rollout.prompts_per_step * rollout.responses_per_prompt
-    longest = config.data.max_prompt_length + rollout.max_response_length
+    responses = config.responses_per_step
     per_update = responses // trainer.updates_per_rollout
-    most = max(1, -(-per_update // parallel.dp) // max(1, trainer.microbatch_tokens // longest))
     replicas = config.world_size // config.rollout_tp
     return [
         ("ranks", f"{config.world_size}", f"tp {parallel.tp} x cp {parallel.cp} x pp {parallel.pp} x dp {parallel.dp}"),
@@ -261,12 +256,16 @@ def batch_table(config: Config) -> list[tuple[str, str, str]]:
         ("responses per step", f"{responses}", f"prompts x {rollout.responses_per_prompt} responses each"),
         (
             "tokens per step",
-            f"<= {responses * longest}",
+            f"<= {responses * config.longest}",
             f"responses x (prompt <= {config.data.max_prompt_length} + response <= {rollout.max_response_length})",
         ),
         ("updates per step", f"{trainer.updates_per_rollout}", "trainer.updates_per_rollout, each over whole groups"),
         ("responses per update", f"{per_update}", f"over {parallel.dp} data-parallel rank(s)"),
-        ("microbatches per update and rank", f"<= {most}", f"packed to {trainer.microbatch_tokens} tokens each"),
+        (
+            "microbatches per update and rank",
+            f"<= {config.most_microbatches}",
+            f"packed to {trainer.microbatch_tokens} tokens each",
+        ),
         (
             "steps",
             f"{trainer.num_steps}",

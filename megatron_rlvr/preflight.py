@@ -32,7 +32,7 @@ def check(config: Config) -> None:
     architecture.check_trains()
     architecture.check_layout(config.parallel.tp, config.parallel.pp, config.parallel.vpp, config.parallel.cp)
     architecture.check_engine_layout(config.rollout_tp)
-    architecture.check_length(config.data.max_prompt_length + config.rollout.max_response_length)
+    architecture.check_length(config.longest)
     verifiers.check_host(config.verifier)
     _check_scale(config)
     exploration = build_exploration(config.exploration, config)
@@ -88,7 +88,7 @@ def _check_critic(config: Config, policy: Architecture, wanted: int) -> None:
         critic = Architecture.from_folder(config.critic.path, key="critic.path")
         critic.check_trains("critic.path")
         critic.check_layout(config.parallel.tp, config.parallel.pp, config.parallel.vpp, config.parallel.cp)
-        critic.check_length(config.data.max_prompt_length + config.rollout.max_response_length)
+        critic.check_length(config.longest)
         rule(
             critic.vocab_size == policy.vocab_size,
             f"critic.path={config.critic.path} has {critic.vocab_size} tokens, the policy {policy.vocab_size}: the "

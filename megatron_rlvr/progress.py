@@ -16,6 +16,7 @@ from rich.table import Table
 from rich.text import Text
 
 SECONDS_BETWEEN_LINES = 10.0
+SECONDS_BETWEEN_PICTURES = 0.2  # of one phase
 WINDOW = 20  # steps: of the reward's mean, and of the pace that the time left is reckoned from
 SPARKS = "▁▂▃▄▅▆▇█"
 
@@ -24,7 +25,7 @@ class Progress:
     """Step and phase, reward with its mean of 20 steps, entropy, tokens per second, memory, time left, last warning.
 
     with Progress(total=300, mode=config.logging.progress, start=120) as progress:
-        progress.phase("generate")
+        progress.phase("generate", "12/64")
         progress.step({"reward/mean": 0.21, "policy/entropy": 0.6, "tokens/per_second": 1800.0}, warning="")
 
     ``mode`` auto takes the bar, a live view that has the rewards as a sparkline too, where standard output is a
@@ -47,6 +48,7 @@ class Progress:
         self._rewards: deque[float] = deque(maxlen=WINDOW)
         self._ends = deque([time.monotonic()], maxlen=WINDOW + 1)  # when each step ended
         self._printed: float | None = None  # when the last line was
+        self._drawn = 0.0  # when the last picture was
         self._summary, self._memory, self._warning, self._phase = "", "", "", "starting"
         self._live: Live | None = None
 
@@ -64,9 +66,11 @@ class Progress:
         if self._live:
             self._live.stop()
 
-    def phase(self, name: str) -> None:
-        """Say what the step is doing now; only the bar shows it."""
-        self._redraw(name)
+    def phase(self, name: str, done: str = "") -> None:
+        """Say what the step is doing now, and how much of that is done; only the bar shows it."""
+        if done and time.monotonic() - self._drawn < SECONDS_BETWEEN_PICTURES:
+            return
+        self._redraw(f"{name} {done}".rstrip())
 
     def step(self, metrics: Mapping[str, Any], warning: str = "") -> None:
         """One step is done, with these metrics; ``warning``: the newest of the run, empty for none."""
@@ -87,7 +91,7 @@ class Progress:
             )
 
     def _redraw(self, phase: str) -> None:
-        self._phase = phase
+        self._phase, self._drawn = phase, time.monotonic()
         if self._live:
             self._live.update(self._view(), refresh=True)
 

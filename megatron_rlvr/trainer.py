@@ -80,7 +80,8 @@ class Trainer:
         self.seconds: dict[str, float] = {}
         self.recorder = FlightRecorder(config.logging.record_responses, needs.threshold is not None, self.groups)
         self.recording = Recording([], {})  # of the last step
-        self.on_phase: Callable[[str], None] = lambda name: None  # told when a phase of the step begins
+        # Told when a phase of the step begins, and where it takes long, how much of it is done.
+        self.on_phase: Callable[..., None] = lambda *said: None
 
     def _load_prompts(self, sources: list[SourceConfig]) -> PromptSet:
         prompts = load_prompts(sources, self.config.data, self.tokenizer, self.config.verifier)
@@ -156,18 +157,18 @@ class Trainer:
                 policy_version=self.policy_version,
                 temperature=self.config.rollout.temperature,
                 exploration=self.exploration,
+                on_phase=self.on_phase,
             )
             for phase, seconds in collected.seconds.items():
                 self.seconds[phase] = self.seconds.get(phase, 0.0) + seconds
             return collected.groups
 
-        self.on_phase("generate")
         wanted, max_error_share = self.config.rollout.prompts_per_step, self.config.reward.max_error_share
         return sample(wanted, collect, self.exploration.keep_group, max_error_share)
 
     def pack(self, groups: list[RolloutGroup], updates: int) -> Batch:
         """This data-parallel rank's share of the groups, in so many updates, on its device."""
-        parallel, scale = self.config.parallel, self.config.reward.scale
+        scale = self.config.reward.scale
         rewards = [
             [
                 verifiers.reward_of(item.verdict, scale) if verifiers.is_scored(item.verdict) else None
@@ -182,7 +183,7 @@ class Trainer:
             microbatch_tokens=self.config.trainer.microbatch_tokens,
             dp_rank=self.groups.dp_rank,
             dp_size=self.groups.dp_size,
-            microbatch_multiple=parallel.pp if parallel.vpp > 1 else 1,
+            microbatch_multiple=self.config.microbatch_multiple,
         )
         return batch.to(platform.device())
 
@@ -238,6 +239,7 @@ class Trainer:
             attempt=0,
             policy_version=self.policy_version,
             temperature=settings.eval_temperature or self.config.rollout.temperature,
+            on_phase=lambda name, *done: self.on_phase(f"evaluation: {name}", *done),
         ).groups
         verdicts = [rollout.verdict for group in groups for rollout in group.rollouts]
         verifiers.check_error_share(verdicts, self.config.reward.max_error_share)
@@ -257,7 +259,7 @@ class Trainer:
         Data-parallel ranks (and stages, where they interleave) get equally many: a remainder of prompts is left out.
         """
         assert self.critic is not None
-        groups = groups[: len(groups) - len(groups) % (self.groups.dp_size * self.groups.pp_size)]
+        groups = groups[: len(groups) - len(groups) % (self.groups.dp_size * self.config.microbatch_multiple)]
         if not groups:
             return {}
         batch, meter = self.pack(groups, updates=1), Meter()

@@ -1,14 +1,15 @@
 """A run that stands still ends itself, and every rank leaves the stack of what it was doing.
 
-Each rank calls ``beat`` at the beginning of every phase. One that is silent for longer than ``run.hang_timeout``
-writes its stacks to RUN/logs/hang/rank_R.txt and raises a flag beside them; the others, who wait for it in some
-collective, see the flag within a second and write theirs. Then all of them end. Files rather than messages: whatever
-carries messages between ranks may be what hangs.
+Each rank calls ``beat`` at the beginning of every phase, and ``alive`` with every response, verdict and microbatch of
+it. One that is silent for longer than ``run.hang_timeout`` writes its stacks to RUN/logs/hang/rank_R.txt and raises a
+flag beside them; the others, who wait for it in some collective, see the flag within a second and write theirs. Then
+all of them end. Files rather than messages: whatever carries messages between ranks may be what hangs.
 """
 
 from __future__ import annotations
 
 import faulthandler
+import math
 import os
 import sys
 import threading
@@ -40,6 +41,12 @@ def beat(phase: str) -> None:
         _watchdog.beat(phase)
 
 
+def alive() -> None:
+    """This rank gets on with its phase; does nothing where nobody watches."""
+    if _watchdog is not None:
+        _watchdog.beat(_watchdog.phase)
+
+
 def clear(folder: Path) -> None:
     """Put the stacks of an earlier hang aside: call it before any rank watches."""
     if folder.exists() and any(folder.iterdir()):
@@ -52,10 +59,14 @@ class Watchdog(threading.Thread):
     def __init__(self, folder: Path, rank: int, ranks: int, seconds: float, terminal: IO[str]) -> None:
         super().__init__(name="watchdog", daemon=True)
         self.folder, self.rank, self.ranks, self.seconds, self.terminal = folder, rank, ranks, seconds, terminal
+        self.armed = -math.inf  # when the timer was set
         self.beat("start")
 
     def beat(self, phase: str) -> None:
         self.phase, self.at = phase, time.monotonic()
+        if self.at - self.armed < POLL:  # setting the timer starts a thread: too slow for each of a thousand verdicts
+            return
+        self.armed = self.at
         # Code that hangs without giving up Python's lock keeps this thread from running, but not a timer in C.
         faulthandler.dump_traceback_later(self.seconds + 2 * GRACE, exit=True)
 

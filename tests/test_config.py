@@ -191,6 +191,12 @@ def test_the_table_says_what_the_batch_sizes_come_to(tmp_path):
     assert table["ranks"] == "8" and table["engine replicas"] == "4"
     assert table["responses per step"] == "256" and table["responses per update"] == "64"
     assert table["microbatches per update and rank"] == "<= 8"  # 16 responses, two of 2048 tokens in each
+    config.rollout.responses_per_prompt = 9  # 18 responses
+    assert config.most_microbatches == 9
+    config.rollout.prompts_per_step, config.rollout.responses_per_prompt = 4, 20  # 5 on each rank
+    assert config.most_microbatches == 3
+    config.parallel.pp, config.parallel.vpp = 2, 2
+    assert config.most_microbatches == 4  # stages interleave
     assert isinstance(config, Config)
 
 

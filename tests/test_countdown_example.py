@@ -123,7 +123,7 @@ def test_config_fits_the_model_and_the_puzzles(
     for tp, pp in ((1, 1), (2, 1), (2, 2)):
         architecture.check_layout(tp, pp, 1)
         architecture.check_engine_layout(tp)
-    architecture.check_length(config.data.max_prompt_length + config.rollout.max_response_length)
+    architecture.check_length(config.longest)
     everything = puzzles.all_puzzles()
     longest = max(len(answer) for puzzle in everything for answer in puzzle.answers)
     assert longest + 1 <= config.rollout.max_response_length  # and the end token

@@ -120,6 +120,19 @@ def test_the_bar_starts_no_thread_that_a_fork_would_inherit(clock):
         assert threading.active_count() == before
 
 
+def test_a_phase_shows_how_much_of_it_is_done_some_times_a_second(clock):
+    output = io.StringIO()
+    with Progress(3, "bar", console=Console(file=output, width=120, force_terminal=True)) as progress:
+        progress.phase("generate")
+        for done in range(1, 101):
+            clock.now += 0.01
+            progress.phase("generate", f"{done}/100")
+        progress.phase("verify")  # at once
+    shown = [done for done in range(1, 101) if f"generate {done}/100" in output.getvalue()]
+    assert shown in ([20, 40, 60, 80, 100], [21, 42, 63, 84])  # of a clock that adds up hundredths
+    assert "verify" in output.getvalue()
+
+
 def test_none_prints_nothing(clock):
     assert watch(clock, [100.0] * 3, total=3, mode="none") == ""
 

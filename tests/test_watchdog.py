@@ -72,13 +72,18 @@ def outputs(ranks: list[subprocess.Popen]) -> list[str]:
 
 
 class OneAnswers:
-    """An engine that never answers on rank 1."""
+    """An engine that never answers on rank 1; elsewhere a response takes so many ``seconds``."""
 
-    def __init__(self, answers: bool) -> None:
-        self.answers = answers
+    def __init__(self, answers: bool, seconds: float = 0.0) -> None:
+        self.answers, self.seconds = answers, seconds
 
-    def generate(self, requests: list) -> list[Sample]:
-        return [Sample([5, 1], [-0.5, -0.1], "stop") for _ in requests] if self.answers else stand_still()
+    def generate(self, requests: list, ended: Callable[[int], None]) -> list[Sample]:
+        if not self.answers:
+            stand_still()
+        for _ in requests:
+            time.sleep(self.seconds)
+            ended(1)
+        return [Sample([5, 1], [-0.5, -0.1], "stop") for _ in requests]
 
 
 def stand_still(*args: object) -> NoReturn:
@@ -86,19 +91,31 @@ def stand_still(*args: object) -> NoReturn:
         time.sleep(1)
 
 
-def collect(stops_in: str) -> None:
-    """Rollouts by the real collector and verifier pool; on rank 1 one of both stands still."""
+def collect(stops_in: str, seconds: float = 0.0) -> list[tuple[str, ...]]:
+    """Rollouts by the real collector and verifier pool; on rank 1 one of both stands still. What it told the view."""
     config = from_dict(Config, {"parallel": {"dp": RANKS}})
     groups = ParallelGroups.from_grid(dp=RANKS)
     stops = groups.rank == 1
     pool = VerifierPool("countdown", 1, deadline=10.0)
     if stops and stops_in == "verifiers":
         countdown.verify = stand_still
-    engine = OneAnswers(not (stops and stops_in == "engine"))
+    elif seconds:
+        verify = countdown.verify
+        countdown.verify = lambda *answer: time.sleep(seconds) or verify(*answer)
+    engine, told = OneAnswers(not (stops and stops_in == "engine"), seconds), []
     tokenizer = SimpleNamespace(decode=lambda ids: "1+2")
     prompts = [Prompt(str(row), "", (1,), "countdown", {"numbers": [1, 2], "target": 3}) for row in range(4)]
     collector = RolloutCollector(config, cast("Engine", engine), tokenizer, pool, groups)
-    collector.collect(prompts, 2, step=1, attempt=0, policy_version=0, temperature=1.0)
+    collector.collect(
+        prompts, 2, step=1, attempt=0, policy_version=0, temperature=1.0, on_phase=lambda *said: told.append(said)
+    )
+    return told
+
+
+def collect_slowly(stops_in: str) -> None:
+    counts = ["1/4", "2/4", "3/4", "4/4"]  # of this rank's two prompts with two responses each
+    expected = [(phase, *done) for phase in ("generate", "verify") for done in [(), *((count,) for count in counts)]]
+    assert collect(stops_in, seconds=0.7) == [*expected, ("gather",)]
 
 
 def reduce(stops_in: str) -> None:
@@ -131,6 +148,13 @@ def test_a_rank_that_stands_still_ends_all(tmp_path: Path, work, stops_in: str, 
     said = "".join((tmp_path / f"terminal_{rank}").read_text() for rank in range(RANKS))
     assert "s without a sign of life in phase" in said and str(tmp_path / "hang") in said
     assert said.count("error on rank") == 1 and "did not even write" not in said
+
+
+def test_responses_and_verdicts_that_keep_coming_are_no_hang(tmp_path: Path) -> None:
+    """Each phase takes 2.8 s, and no rank may be silent for more than 2."""
+    run_ranks(RANKS, watched, tmp_path, collect_slowly, "nowhere", timeout=60)
+    assert not (tmp_path / "hang").exists()
+    assert [(tmp_path / f"terminal_{rank}").read_text() for rank in range(RANKS)] == ["", ""]
 
 
 def test_a_rank_that_does_not_run_at_all_is_named(tmp_path: Path) -> None:

@@ -90,7 +90,7 @@ def build(folder: str, options: argparse.Namespace) -> tuple[dict[str, Any], Any
             self.statistics = self.exploration.needs().statistics(config.rollout.temperature)
             self.states, self.old_policy_pass = "", config.trainer.updates_per_rollout > 1
             self.critic = Critic(config, groups) if config.has_critic else None
-            self.reference, self.recorder, self.on_phase = None, FlightRecorder(0, groups), lambda name: None
+            self.reference, self.recorder, self.on_phase = None, FlightRecorder(0, False, groups), lambda *said: None
 
         def rollout(self, step: int) -> Sampled:
             return Sampled(responses, responses, generations=1)

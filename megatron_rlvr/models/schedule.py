@@ -17,7 +17,7 @@ from megatron.core.pipeline_parallel import get_forward_backward_func
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
-from megatron_rlvr import platform
+from megatron_rlvr import platform, watchdog
 from megatron_rlvr.distributed.context import stretch
 from megatron_rlvr.distributed.groups import group_size
 from megatron_rlvr.models.attention import PackedSequences
@@ -76,6 +76,7 @@ def _run(
 
 def _forward_step(consume: Consumer, cp: ProcessGroup | None, forward_only: bool) -> Callable:
     def step(data: Iterator[Microbatch], model: torch.nn.Module) -> tuple[Tensor, Callable]:
+        watchdog.alive()
         micro = next(data)
         inputs, packed = model_inputs(micro, _sequence_multiple(model), cp)
         output = model(input_ids=inputs[0], position_ids=inputs[1], attention_mask=None, packed_seq_params=packed)

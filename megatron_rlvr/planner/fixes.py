@@ -12,7 +12,7 @@ from itertools import combinations
 from typing import Any
 
 from megatron_rlvr.config import Config
-from megatron_rlvr.planner.memory import fullest, longest, predict
+from megatron_rlvr.planner.memory import fullest, predict
 from megatron_rlvr.planner.problems import Machine, problems
 from megatron_rlvr.planner.times import Lengths, phases
 from megatron_rlvr.planner.workload import Workload
@@ -104,7 +104,7 @@ def _memory(config: Config, workload: Workload, machine: Machine) -> Iterator[Ch
     if config.model.recompute != "full":
         yield {"model.recompute": "full"}
     tokens = config.trainer.microbatch_tokens
-    while tokens // 2 >= longest(config):
+    while tokens // 2 >= config.longest:
         tokens //= 2
         yield {"trainer.microbatch_tokens": tokens}
     if not config.optimizer.distributed:
@@ -114,8 +114,8 @@ def _memory(config: Config, workload: Workload, machine: Machine) -> Iterator[Ch
 def _batch(config: Config, workload: Workload, machine: Machine) -> Iterator[Change]:
     """What the algorithm sees, hence last."""
     rollout = config.rollout
-    if config.trainer.microbatch_tokens < longest(config):
-        yield {"trainer.microbatch_tokens": longest(config)}
+    if config.trainer.microbatch_tokens < config.longest:
+        yield {"trainer.microbatch_tokens": config.longest}
     yield from (
         {"trainer.updates_per_rollout": count}
         for count in _near(_divisors(rollout.prompts_per_step), config.trainer.updates_per_rollout)

@@ -141,8 +141,7 @@ def training_items(config: Config, workload: Workload, device: Device, stage: in
 
 def _batch_item(config: Config, workload: Workload) -> Item:
     """The step's tokens of this data-parallel rank: 13 columns of ids, masks, log-probs and advantages."""
-    responses = config.rollout.prompts_per_step * config.rollout.responses_per_prompt
-    tokens = responses * longest(config) // config.parallel.dp
+    tokens = config.responses_per_step * config.longest // config.parallel.dp
     width = 76 + 12 * workload.old_top
     why = f"<= {tokens:,} tokens x {width} B" + (f", {workload.old_top} of the proxy's each" * bool(workload.old_top))
     return Item("batch", tokens * width, why)
@@ -151,7 +150,7 @@ def _batch_item(config: Config, workload: Workload) -> Item:
 def _backward(config: Config, architecture: Architecture, device: Device, stage: int, heads: int) -> tuple[Item, ...]:
     """Activations of what is in flight, and the larger of what the head's and a layer's backward add."""
     tokens, local = microbatch(config), device.is_cpu
-    held, cut = in_flight(config, microbatches(config), stage)
+    held, cut = in_flight(config, config.most_microbatches, stage)
     layers = held * architecture.num_layers // cut
     full = layer_bytes(config, architecture, tokens, local)
     if config.model.recompute == "full":
@@ -270,20 +269,7 @@ def kv_bytes_per_token(config: Config, workload: Workload) -> int:
     return 2 * model.num_layers * heads * model.head_dim * itemsize(config)
 
 
-def longest(config: Config) -> int:
-    """Tokens of the longest response with its prompt."""
-    return config.data.max_prompt_length + config.rollout.max_response_length
-
-
-def microbatches(config: Config) -> int:
-    """Of an update on one data-parallel rank, at most: as many as its responses of full length fill."""
-    responses = config.rollout.prompts_per_step * config.rollout.responses_per_prompt
-    share = -(-responses // config.trainer.updates_per_rollout // config.parallel.dp)
-    return max(1, -(-share // max(1, config.trainer.microbatch_tokens // longest(config))))
-
-
 def microbatch(config: Config) -> int:
     """Tokens of the fullest microbatch, or of a rank's stretch of it under context parallelism."""
-    responses = config.rollout.prompts_per_step * config.rollout.responses_per_prompt
-    share = -(-responses // config.trainer.updates_per_rollout // config.parallel.dp)
-    return -(-min(config.trainer.microbatch_tokens, share * longest(config)) // config.parallel.cp)
+    tokens = min(config.trainer.microbatch_tokens, config.responses_per_rank * config.longest)
+    return -(-tokens // config.parallel.cp)

@@ -77,7 +77,7 @@ class Plan:
             | {"training_peak": self.memory.training_peak, "generation_peak": self.memory.generation_peak},
             "memory_per_rank": self.machine.memory,
             "host_memory": [dataclasses.asdict(item) for item in self.host_memory],
-            "microbatches_per_update": memory.microbatches(self.config),
+            "microbatches_per_update": self.config.most_microbatches,
             "bubble": times.bubble(self.config),
             "sync_bytes": times.sync_bytes(self.config, self.workload),
             "lengths": dataclasses.asdict(self.lengths),

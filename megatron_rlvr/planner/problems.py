@@ -42,7 +42,7 @@ def _layout(config: Config, workload: Workload, machine: Machine) -> list[str]:
     checks = [
         lambda: model.check_layout(parallel.tp, parallel.pp, parallel.vpp, parallel.cp),
         lambda: model.check_engine_layout(config.rollout_tp),
-        lambda: model.check_length(memory.longest(config)),
+        lambda: model.check_length(config.longest),
     ]
     if workload.critic:
         critic = workload.critic
@@ -72,11 +72,11 @@ def _memory(config: Config, workload: Workload, machine: Machine) -> list[str]:
             f"generation is predicted to take {generation_peak / GIB:.1f} GiB of {total:.1f}: the engine's "
             f"share and what training keeps on the device (weights, gradients, optimizer) must fit together"
         )
-    kv, needed = memory.kv_cache(config, workload, device), memory.longest(config)
+    kv, needed = memory.kv_cache(config, workload, device), config.longest
     needed *= memory.kv_bytes_per_token(config, workload)
     if kv < needed:
         found.append(
             f"the engine's keys and values have {max(0, kv) / GIB:.2f} GiB, but one sequence of "
-            f"{memory.longest(config):,} tokens takes {needed / GIB:.2f}: vLLM refuses to start"
+            f"{config.longest:,} tokens takes {needed / GIB:.2f}: vLLM refuses to start"
         )
     return found

@@ -90,7 +90,7 @@ def _times(plan: Plan) -> str:
         f"{times.BANDWIDTH_SHARE:.0%} of its bandwidths"
     )
     lines.append(
-        f"  pipeline bubble {times.bubble(config):.1%}, {memory.microbatches(config)} microbatches per update and rank"
+        f"  pipeline bubble {times.bubble(config):.1%}, {config.most_microbatches} microbatches per update and rank"
     )
     lines.append(
         f"  whole run of {config.trainer.num_steps} steps: {plan.gpu_hours[1]:,.0f} GPU-hours expected "

@@ -11,7 +11,7 @@ from megatron_rlvr.architecture import Architecture
 from megatron_rlvr.config import Config
 from megatron_rlvr.planner.activations import itemsize
 from megatron_rlvr.planner.devices import Device
-from megatron_rlvr.planner.memory import engine_weights, kv_bytes_per_token, kv_cache, microbatches
+from megatron_rlvr.planner.memory import engine_weights, kv_bytes_per_token, kv_cache
 from megatron_rlvr.planner.workload import Workload, forward_flops, whole_parameters
 
 # Shares of the peak that are expected. With the communication below, which does not overlap, training on H100 comes to
@@ -50,12 +50,12 @@ def default_lengths(config: Config) -> Lengths:
 def bubble(config: Config) -> float:
     """Share of a pass in which a pipeline stage waits: (p - 1) / (v m + p - 1) (arXiv 2104.04473 Sec 2.2)."""
     pp, vpp = config.parallel.pp, config.parallel.vpp
-    return (pp - 1) / (vpp * microbatches(config) + pp - 1)
+    return (pp - 1) / (vpp * config.most_microbatches + pp - 1)
 
 
 def phases(config: Config, workload: Workload, device: Device, lengths: Lengths) -> list[PhaseTime]:
     """In the order of the step; without verifiers, which run beside generation."""
-    responses = config.rollout.prompts_per_step * config.rollout.responses_per_prompt
+    responses = config.responses_per_step
     tokens = responses * lengths.whole
 
     def one_pass(name: str, model: Architecture, forwards: int, why: str, output: bool = True) -> PhaseTime:
@@ -119,7 +119,7 @@ def generation(config: Config, workload: Workload, device: Device, lengths: Leng
     """
     tp = config.rollout_tp
     replicas = config.world_size // tp
-    responses = config.rollout.prompts_per_step * config.rollout.responses_per_prompt
+    responses = config.responses_per_step
     share = -(-responses // replicas)
     running = min(share, running_sequences(config, workload, device, lengths))
     context = lengths.prompt + lengths.response / 2

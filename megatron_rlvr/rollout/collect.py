@@ -50,20 +50,22 @@ class RolloutCollector:
         policy_version: int,
         temperature: float,
         exploration: Exploration | None = None,
+        on_phase: Callable[..., None] = lambda *said: None,
     ) -> Collected:
         """``responses`` samples of each prompt; they depend on (seed, step, attempt, prompt, sample) alone.
 
         A prompt that comes twice, where one epoch ends and the next begins, goes on counting its samples.
         ``exploration`` annotates the tokens of what is trained on, if it reads the engine's distribution.
+        ``on_phase`` is told which phase begins, and then with every response how many of this rank's share are done.
         """
         top = exploration.needs().rollout_top if exploration else 0
         started = time.perf_counter()
-        watchdog.beat("generate")
         mine_of = slice(self.replica, None, self.replicas)
         share, earlier = prompts[mine_of], earlier_appearances(prompts)[mine_of]
-        samples = iter(self.engine.generate(self._requests(share, earlier, responses, step, attempt, temperature, top)))
+        requests = self._requests(share, earlier, responses, step, attempt, temperature, top)
+        samples = iter(self.engine.generate(requests, _begun("generate", len(requests), on_phase)))
         sampled = time.perf_counter()
-        watchdog.beat("verify")
+        ended = _begun("verify", len(requests), on_phase)
         mine = []
         if self.speaks_for_replica:
             annotate = exploration.annotate_sample if exploration and top else None
@@ -71,9 +73,9 @@ class RolloutCollector:
                 RolloutGroup(prompt, self._rollouts(samples, responses, policy_version, annotate)) for prompt in share
             ]
             assert self.pool is not None
-            verifiers.score_groups(mine, self.pool)
+            verifiers.score_groups(mine, self.pool, ended)
         verified = time.perf_counter()
-        watchdog.beat("gather")
+        _begun("gather", 0, on_phase)
         shares = [part for part in reduce.gather_objects(mine, self.groups.world) if part]
         ordered = [shares[place % self.replicas][place // self.replicas] for place in range(len(prompts))]
         seconds = {
@@ -119,6 +121,21 @@ class RolloutCollector:
                 rollout.extras = annotate(sample.log_probs, sample.top_log_probs)
             rollouts.append(rollout)
         return rollouts
+
+
+def _begun(phase: str, responses: int, on_phase: Callable[..., None]) -> Callable[[int], None]:
+    """A phase over so many responses begins; what is returned tells the watchdog and ``on_phase`` how it gets on."""
+    watchdog.beat(phase)
+    on_phase(phase)
+    done = 0
+
+    def ended(count: int) -> None:
+        nonlocal done
+        done += count
+        watchdog.alive()
+        on_phase(phase, f"{done}/{responses}")
+
+    return ended
 
 
 def earlier_appearances(prompts: list[Prompt]) -> list[int]:

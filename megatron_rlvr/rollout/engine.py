@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 from torch import Tensor
 
@@ -56,8 +56,8 @@ class Engine(Protocol):
     tp_rank: int
     tp_size: int
 
-    def generate(self, requests: list[Request]) -> list[Sample]:
-        """One sample per request, in order. Raises EngineNotReady."""
+    def generate(self, requests: list[Request], ended: Callable[[int], Any] = ...) -> list[Sample]:
+        """One sample per request, in order; ``ended`` is told how many more have ended. Raises EngineNotReady."""
         ...
 
     def load_weights(self, weights: Iterable[tuple[str, Tensor]]) -> None:

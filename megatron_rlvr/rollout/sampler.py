@@ -6,18 +6,16 @@ samples = sampler.generate([Request(prompt_token_ids=[3, 11, 5], seed=7, max_tok
 
 from __future__ import annotations
 
-import io
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
-
-from tqdm import tqdm
 
 from megatron_rlvr import platform
 from megatron_rlvr.architecture import Architecture
 from megatron_rlvr.rollout.engine import Request, Sample, stop_token_ids
 from megatron_rlvr.rollout.vllm_settings import (
     check_head_dim,
+    counting_bar,
     key_value_bytes,
     memory_settings,
     prompt_settings,
@@ -79,23 +77,8 @@ class Sampler:
         """One sample per request, in order; ``ended`` is told how many more have ended, as they do."""
         prompts = [{"prompt_token_ids": request.prompt_token_ids} for request in requests]
         settings = [sampling(request, self._stop_ids, self._vocab_size) for request in requests]
-        outputs = self._llm.generate(prompts, settings, use_tqdm=_silent_bar(ended))
+        outputs = self._llm.generate(prompts, settings, use_tqdm=counting_bar(ended))
         return [read_sample(output.outputs[0], request.top) for output, request in zip(outputs, requests, strict=True)]
 
     def close(self) -> None:
         self._llm.llm_engine.engine_core.shutdown()
-
-
-def _silent_bar(ended: Callable[[int], Any]) -> type[tqdm]:
-    """What vLLM takes for its progress bar: it shows nothing and passes on the counts."""
-
-    class Bar(tqdm):
-        def __init__(self, *rows: Any, **options: Any) -> None:
-            # Without rows it counts responses, and vLLM reads its clock; with them it walks through the requests.
-            super().__init__(*rows, **options | {"file": io.StringIO(), "disable": bool(rows)})
-
-        def update(self, n: float | None = 1) -> bool | None:
-            ended(int(n or 0))
-            return super().update(n)
-
-    return Bar

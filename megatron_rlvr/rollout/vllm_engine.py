@@ -9,7 +9,7 @@ import logging
 import os
 import random
 import uuid
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -25,6 +25,7 @@ from megatron_rlvr.distributed.reduce import broadcast_object
 from megatron_rlvr.rollout.engine import EngineNotReady, Request, Sample, stop_token_ids
 from megatron_rlvr.rollout.vllm_settings import (
     check_head_dim,
+    counting_bar,
     key_value_bytes,
     memory_settings,
     prompt_settings,
@@ -45,8 +46,7 @@ class VllmEngine:
         """``most_log_probs``: the largest ``top`` that a request may ask for."""
         architecture = Architecture.from_folder(config.model.path)
         architecture.check_engine_layout(config.rollout_tp)
-        length = config.data.max_prompt_length + config.rollout.max_response_length
-        architecture.check_length(length)
+        architecture.check_length(config.longest)
         self.tp_size, self.tp_rank = config.rollout_tp, groups.rank % config.rollout_tp
         self.ready = False
         self._stop_ids = stop_token_ids(config.model.path)
@@ -58,13 +58,13 @@ class VllmEngine:
             platform.spare_vllm_small_compiles()
             with platform.private_shared_memory(job):
                 check_head_dim(architecture)
-                self._llm = _start(config, architecture, length, most_log_probs)
+                self._llm = _start(config, architecture, most_log_probs)
         self._model: Any = self._llm.apply_model(lambda model: model)[0]
         self._modules = dict(self._model.named_modules())
         self._can_sleep = self._llm.llm_engine.model_config.enable_sleep_mode
         self._asleep: set[str] = set()  # of WEIGHTS and CACHE, those that give their memory to the training phases
 
-    def generate(self, requests: list[Request]) -> list[Sample]:
+    def generate(self, requests: list[Request], ended: Callable[[int], Any] = lambda count: None) -> list[Sample]:
         """One sample per request, in order; collective within the replica. Raises EngineNotReady."""
         if not self.ready:
             raise EngineNotReady("the engine's weights are not proven to be the policy's: push them first")
@@ -74,7 +74,7 @@ class VllmEngine:
         with self._stream.entered(), _process_unchanged():
             if requests:
                 self._wake(WEIGHTS, CACHE)
-                outputs = self._llm.generate(prompts, settings, use_tqdm=False)
+                outputs = self._llm.generate(prompts, settings, use_tqdm=counting_bar(ended))
             self._sleep()  # also where there was nothing to do: a push leaves the weights awake
         return [read_sample(output.outputs[0], request.top) for output, request in zip(outputs, requests, strict=True)]
 
@@ -139,7 +139,7 @@ class VllmEngine:
             self._asleep -= set(asleep)
 
 
-def _start(config: Config, architecture: Architecture, length: int, most_log_probs: int) -> Any:
+def _start(config: Config, architecture: Architecture, most_log_probs: int) -> Any:
     from vllm import LLM  # after the settings above, which vLLM reads while it is imported
     from vllm.platforms import current_platform
 
@@ -149,7 +149,7 @@ def _start(config: Config, architecture: Architecture, length: int, most_log_pro
         dtype=config.model.dtype,
         tensor_parallel_size=config.rollout_tp,
         distributed_executor_backend="external_launcher",
-        max_model_len=length,
+        max_model_len=config.longest,
         max_num_seqs=config.rollout.max_running,
         # Of the distribution that is sampled from, temperature included, as the policy recomputes them.
         logprobs_mode="processed_logprobs",
@@ -159,11 +159,11 @@ def _start(config: Config, architecture: Architecture, length: int, most_log_pro
         enforce_eager=not platform.has_gpu(),  # compiling takes longer than a small run
         enable_sleep_mode=current_platform.is_sleep_mode_available(),
         seed=0,
-        **prompt_settings(length, config.rollout.max_running),
+        **prompt_settings(config.longest, config.rollout.max_running),
         **memory_settings(
             config.rollout.kv_cache_mib,
             config.rollout.gpu_memory_utilization,
-            key_value_bytes(architecture, config.rollout_tp, length, config.model.dtype),
+            key_value_bytes(architecture, config.rollout_tp, config.longest, config.model.dtype),
             ("rollout.kv_cache_mib", "rollout.gpu_memory_utilization"),
         ),
     )

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import io
 import os
+from collections.abc import Callable
 from typing import Any
+
+from tqdm import tqdm
 
 from megatron_rlvr import platform
 from megatron_rlvr.architecture import Architecture
@@ -106,6 +110,23 @@ def sampling(request: Request, stop_ids: list[int], vocab_size: int) -> Any:
         detokenize=False,
         skip_clone=True,  # made for this one request: vLLM need not copy it deeply
     )
+
+
+def counting_bar(ended: Callable[[int], Any]) -> type[tqdm]:
+    """What vLLM takes for its progress bar: it shows nothing and passes on how many more have ended."""
+
+    class Bar(tqdm):
+        monitor_interval = 0  # no thread beside processes that fork
+
+        def __init__(self, *rows: Any, **options: Any) -> None:
+            # Without rows it counts responses, and vLLM reads its clock; with them it walks through the requests.
+            super().__init__(*rows, **options | {"file": io.StringIO(), "disable": bool(rows)})
+
+        def update(self, n: float | None = 1) -> bool | None:
+            ended(int(n or 0))
+            return super().update(n)
+
+    return Bar
 
 
 def read_sample(completion: Any, top: int) -> Sample:

@@ -15,7 +15,7 @@ import re
 import sys
 import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from math import isfinite  # not `import math`: loading the verifier of that name rebinds it in this package
 from pathlib import Path
@@ -125,12 +125,15 @@ def judge(verifier: Verifier, response: str, answer: Any) -> Verdict:
     return replace(verdict, seconds=time.perf_counter() - started)
 
 
-def score_groups(groups: Sequence[RolloutGroup], pool: VerifierPool) -> None:
-    """Fill ``rollout.verdict`` of every response."""
+def score_groups(
+    groups: Sequence[RolloutGroup], pool: VerifierPool, ended: Callable[[int], Any] = lambda count: None
+) -> None:
+    """Fill ``rollout.verdict`` of every response; ``ended`` is told of each."""
     pairs = [(rollout, group.prompt.answer) for group in groups for rollout in group.rollouts]
-    verdicts = pool.score([(rollout.text, answer) for rollout, answer in pairs])
+    verdicts = pool.stream((rollout.text, answer) for rollout, answer in pairs)
     for (rollout, _), verdict in zip(pairs, verdicts, strict=True):
         rollout.verdict = verdict
+        ended(1)
 
 
 def is_scored(verdict: Verdict) -> bool:

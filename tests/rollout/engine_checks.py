@@ -116,7 +116,9 @@ class Checks:
     def check_prompts_that_do_not_fit_one_step(self) -> None:
         """More tokens than vLLM takes at a time: on a CPU, a prompt that is cut would end it."""
         requests = [Request(PROMPTS[0] * 6, seed, 1, 1.0) for seed in range(300)]
-        samples = self.engine.generate(requests)
+        ended: list[int] = []
+        samples = self.engine.generate(requests, ended.append)
+        assert sum(ended) == 300 and len(ended) > 1
         alone = self.engine.generate([requests[0], requests[-1]])
         assert [sample.response_ids for sample in alone] == [samples[0].response_ids, samples[-1].response_ids]
 

@@ -37,7 +37,7 @@ class Recorded:
     def reset_prefix_cache(self) -> bool:
         return True
 
-    def generate(self, prompts: list, settings: list, use_tqdm: bool) -> list:
+    def generate(self, prompts: list, settings: list, use_tqdm: type) -> list:
         self.at.append(("generate", frozenset(self.awake)))
         step = SimpleNamespace(logprob=-0.5)
         answer = SimpleNamespace(token_ids=[1], logprobs=[{1: step}], finish_reason="stop")
