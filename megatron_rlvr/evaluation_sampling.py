@@ -69,8 +69,7 @@ def sample(
         for start in range(0, len(jobs), settings.batch):
             batch = jobs[start : start + settings.batch]
             samples = sampler.generate([_request(job, settings) for job in batch], bar)
-            # As in training: without the end token, but with any other special one, which a verifier must see.
-            texts = [tokenizer.decode(said(item)) for item in samples]
+            texts = [tokenizer.decode(item.said) for item in samples]
             verdicts = _judge(batch, texts, pools)
             judged = verdicts + judged  # the new ones first: the error shows the first that failed
             check_error_share(judged, settings.max_error_share, keys=("--max-error-share", "--deadline"))
@@ -109,10 +108,6 @@ def _request(job: Job, settings: Settings) -> Request:
         temperature=settings.temperature,
         top_p=settings.top_p,
     )
-
-
-def said(sample: Sample) -> list[int]:
-    return sample.response_ids[:-1] if sample.finish_reason == "stop" else sample.response_ids
 
 
 def _judge(batch: list[Job], texts: list[str], pools: dict[str, VerifierPool]) -> list[Verdict]:

@@ -223,7 +223,7 @@ class Trainer:
 
     def push_weights(self):
         """The policy's weights into the engine, each tensor proven equal there. Raises WeightSyncError."""
-        return self.weight_sync.push(self.policy.hf_weights(), self.policy_version)
+        return self.weight_sync.push(self.policy.hf_weights())
 
     def evaluate(self) -> dict[str, float]:
         """eval/* figures over every held-out prompt; eval/SOURCE/* of each source's own, where there are several.

@@ -73,7 +73,7 @@ def measure(model: str, options: argparse.Namespace) -> None:
     sync = WeightSync(engine, architecture, groups)
     rows = []
     for number in range(options.syncs + 1):
-        report = sync.push(hf_weights(chunks, architecture, groups), policy_version=number)
+        report = sync.push(hf_weights(chunks, architecture, groups))
         row = {
             "sync_seconds": round(report.seconds, 4),
             "proof_seconds": round(report.proof_seconds, 4),

@@ -36,12 +36,6 @@ def broadcast_tensor(tensor: Tensor, source: int, group: ProcessGroup | None) ->
     return tensor
 
 
-def barrier(group: ProcessGroup | None) -> None:
-    """Wait until every rank of the group is here."""
-    if group is not None:
-        dist.barrier(group=group)
-
-
 def _as_bytes(tensor: Tensor) -> Tensor:
     """The same memory as uint8: a copy needs no arithmetic, so the backend need not know the dtype."""
     return tensor.view(torch.uint8)

@@ -269,7 +269,15 @@ class Composite(Exploration):
     def annotate_sample(self, log_probs: list[float], top_log_probs: list[list[float]]) -> dict[str, list[float]]:
         kept: dict[str, list[float]] = {}
         for method in self.methods:
-            kept |= method.annotate_sample(log_probs, top_log_probs)
+            found = method.annotate_sample(log_probs, top_log_probs)
+            for name, values in found.items():
+                _check_name(method.name, "what annotate_sample keeps", name)
+                if len(values) != len(log_probs):
+                    raise ValueError(
+                        f"exploration/{method.name}.py: annotate_sample[{name!r}] must have a number for each of the "
+                        f"{len(log_probs)} tokens, not {len(values)}"
+                    )
+            kept |= found
         return kept
 
     def keep_group(self, group: RolloutGroup) -> bool:

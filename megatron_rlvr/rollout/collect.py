@@ -13,7 +13,8 @@ from megatron_rlvr.config import Config
 from megatron_rlvr.distributed import reduce
 from megatron_rlvr.distributed.groups import ParallelGroups
 from megatron_rlvr.exploration.base import Exploration
-from megatron_rlvr.rollout.engine import Engine, Request, Sample, request_seed
+from megatron_rlvr.rollout.engine import Engine, Request, Sample
+from megatron_rlvr.seeds import stable_seed
 from megatron_rlvr.types import Prompt, Rollout, RolloutGroup
 from megatron_rlvr.verifiers.pool import VerifierPool
 
@@ -98,7 +99,7 @@ class RolloutCollector:
         return [
             Request(
                 prompt_token_ids=list(prompt.token_ids),
-                seed=request_seed(self.config.seed, step, attempt, prompt.id, times * responses + sample),
+                seed=stable_seed(self.config.seed, step, attempt, prompt.id, times * responses + sample),
                 max_tokens=self.config.rollout.max_response_length,
                 temperature=temperature,
                 top=top,
@@ -113,9 +114,7 @@ class RolloutCollector:
         rollouts = []
         for index in range(responses):
             sample = next(samples)
-            # Without the end token, but with any other special one: hidden from the verifier, it would earn a reward.
-            said = sample.response_ids[:-1] if sample.finish_reason == "stop" else sample.response_ids
-            text = self.tokenizer.decode(said)
+            text = self.tokenizer.decode(sample.said)
             rollout = Rollout(index, sample.response_ids, sample.log_probs, sample.finish_reason, policy_version, text)
             if annotate:
                 rollout.extras = annotate(sample.log_probs, sample.top_log_probs)

@@ -1,4 +1,4 @@
-"""What the step asks of a rollout engine, and the seeds that make its samples independent of where they are drawn."""
+"""What the step asks of a rollout engine, and which tokens end a response."""
 
 from __future__ import annotations
 
@@ -11,7 +11,6 @@ from typing import Any, Protocol
 from torch import Tensor
 
 from megatron_rlvr.config import ConfigError, rule
-from megatron_rlvr.seeds import stable_seed
 from megatron_rlvr.types import FinishReason
 
 
@@ -43,6 +42,11 @@ class Sample:
     # Per token, where the request asks for a top: those log-probs in descending order, and that of the sampled token
     # among them even where it is less probable; no more than the vocabulary has.
     top_log_probs: list[list[float]] = field(default_factory=list)
+
+    @property
+    def said(self) -> list[int]:
+        """Without the end token, but with any other special one: hidden from a verifier, it would earn a reward."""
+        return self.response_ids[:-1] if self.finish_reason == "stop" else self.response_ids
 
 
 class EngineNotReady(RuntimeError):
@@ -79,11 +83,6 @@ class Engine(Protocol):
     def close(self) -> None:
         """End the engine; the last act of a run, for the process groups end with it."""
         ...
-
-
-def request_seed(run_seed: int, step: int, attempt: int, prompt_id: str, sample_index: int) -> int:
-    """A seed in [0, 2^63): the same on every machine and under every batching, unrelated between neighbours."""
-    return stable_seed(run_seed, step, attempt, prompt_id, sample_index)
 
 
 def stop_token_ids(model_path: str | Path) -> list[int]:

@@ -1,6 +1,6 @@
 """A vLLM engine of its own for a model on disk: what an evaluation samples with. No Megatron, no process group of ours.
 
-sampler = Sampler("/models/Qwen3-4B", max_length=5120)
+sampler = Sampler("/models/Qwen3-4B", 5120, dtype="auto", tp=1, max_running=256, ...)
 samples = sampler.generate([Request(prompt_token_ids=[3, 11, 5], seed=7, max_tokens=4096, temperature=0.6, top_p=0.95)])
 """
 
@@ -29,7 +29,8 @@ class Sampler:
     """The model in a Hugging Face folder, on ``tp`` GPUs or on the CPU; log-probs are the model's own at temperature 1.
 
     ``max_length`` is in tokens, prompt and response; ``max_running`` how many responses are decoded together;
-    ``memory`` MiB of key-value cache on a CPU. Raises ConfigError for a model that cannot be run so.
+    ``kv_cache_mib`` is a CPU's cache, ``gpu_memory_utilization`` the share of a GPU. Raises ConfigError for a model
+    that cannot be run so.
     """
 
     def __init__(
@@ -37,11 +38,11 @@ class Sampler:
         path: str | Path,
         max_length: int,
         *,
-        dtype: str = "auto",
-        tp: int = 1,
-        max_running: int = 256,
-        kv_cache_mib: int = 1024,
-        gpu_memory_utilization: float = 0.9,
+        dtype: str,
+        tp: int,
+        max_running: int,
+        kv_cache_mib: int,
+        gpu_memory_utilization: float,
     ) -> None:
         architecture = Architecture.from_folder(path)
         architecture.check_engine_layout(tp, key="--tp")

@@ -90,8 +90,8 @@ class VerifierPool:
     """``workers`` processes for an ISOLATED verifier, none for the others, whose answers are scored in place.
 
     Create it, and call ``score``, from a thread that lives as long as the run: the kernel ties a worker's life to the
-    thread that started it. ``deadline`` is in seconds of CPU time per answer. Raises VerifierError where this machine
-    cannot run the verifier.
+    thread that started it. ``deadline`` is in seconds of CPU time per answer. Raises ConfigError for an
+    unknown verifier, and for one that this machine cannot run.
     """
 
     def __init__(self, name: str, workers: int, deadline: float) -> None:
@@ -165,7 +165,7 @@ class VerifierPool:
             if worker.replies.fileno() in readable:
                 self._read(slot)
             elif time.monotonic() > worker.expires:
-                limit = f"{WALL:g} x reward.deadline={self.deadline:g}" if worker.ready else f"{_STARTUP:g}"
+                limit = f"{WALL:g} x the deadline of {self.deadline:g}" if worker.ready else f"{_STARTUP:g}"
                 self._fail(slot, "timeout", f"not done in {limit} s of wall time")
 
     def _read(self, slot: int) -> None:
@@ -175,7 +175,7 @@ class VerifierPool:
         if not chunk:
             ending = _ending(worker.process)
             if ending == "killed by SIGPROF":
-                self._fail(slot, "timeout", f"not done in reward.deadline={self.deadline:g} s of CPU time")
+                self._fail(slot, "timeout", f"not done in the deadline of {self.deadline:g} s of CPU time")
             else:
                 self._fail(slot, "error", f"its process died: {ending}")
         elif worker.buffer.endswith(b"\n"):

@@ -85,11 +85,10 @@ class WeightSync:
         planned = {place.parameter for places in self.plan.values() for place in places}
         if unplanned := sorted(engine.parameter_names() - planned):
             raise WeightSyncError(f"no weight of the policy fills the engine's {', '.join(unplanned)}")
-        self.policy_version: int | None = None  # of the weights that the engine is proven to hold
         self._syncs = 0
 
     @torch.no_grad()
-    def push(self, weights: Iterator[tuple[str, Tensor]], policy_version: int) -> SyncReport:
+    def push(self, weights: Iterator[tuple[str, Tensor]]) -> SyncReport:
         """Every weight from ``weights`` into the engine, then the proof; all ranks together.
 
         Raises WeightSyncError on every rank when a tensor is missing, unknown or different on any; the engine then
@@ -97,7 +96,7 @@ class WeightSync:
         wait in a collective of it, and go with the run.
         """
         started = time.perf_counter()
-        self.engine.ready, self.policy_version = False, None
+        self.engine.ready = False
         stream = _Stream(weights, self.plan, self.engine, self.architecture.tied, self._syncs)
         self._syncs += 1
         failure, cause = "", None
@@ -113,7 +112,7 @@ class WeightSync:
             for _ in weights:  # its collectives need every rank to the end
                 pass
         self._agree(failure, cause)
-        self.engine.ready, self.policy_version = True, policy_version
+        self.engine.ready = True
         return SyncReport(
             verified=True,
             seconds=time.perf_counter() - started,

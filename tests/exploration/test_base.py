@@ -331,6 +331,8 @@ def test_bad_options_name_the_option_and_the_rule(settings, message):
         ),
         ("annotate", "{'entropy': old.entropy}", "what annotate keeps must be called louder/..., not 'entropy'"),
         ("annotate", "{'louder/entropy': old.entropy[:2]}", r"annotate\['louder/entropy'\] must .* \[9\], not \[2\]"),
+        ("annotate_sample", "{'gap': log_probs}", "what annotate_sample keeps must be called louder/..., not 'gap'"),
+        ("annotate_sample", "{'louder/gap': [0.1]}", r"annotate_sample\['louder/gap'\] must .* 2 tokens, not 1"),
         ("shape_rewards", "meter.add('reward/mean', 1.0)", "a metric must be called louder/..., not 'reward/mean'"),
         ("shape_rewards", "meter.maximum('step', 1.0)", "a metric must be called louder/..., not 'step'"),
         ("shape_rewards", "meter.add('louder/x', batch.rewards)", r"metric 'louder/x' takes .* scalars, not \[2\]"),
@@ -345,6 +347,7 @@ def test_what_a_method_returns_wrongly_is_named_and_trains_nothing(methods_folde
     old = statistics(make_logits(batch), batch, method)
     calls = {
         "annotate": lambda: method.annotate(batch, old),
+        "annotate_sample": lambda: method.annotate_sample([-0.5, -1.0], [[-0.5], [-0.2, -1.0]]),
         "policy_loss": lambda: method.policy_loss(torch.zeros(9), batch, old, Meter()),  # batch: its one microbatch
     }
     with pytest.raises(ValueError, match=message) as caught:

@@ -16,17 +16,17 @@ from pathlib import Path
 
 import numpy
 import torch
+import torch.distributed as dist
 
 from megatron_rlvr import platform
 from megatron_rlvr.architecture import Architecture
 from megatron_rlvr.config import Config, DataConfig, ModelConfig, RolloutConfig
 from megatron_rlvr.distributed import groups as process_groups
-from megatron_rlvr.distributed.collect import barrier
 from megatron_rlvr.distributed.groups import ParallelGroups
 from megatron_rlvr.rollout.engine import EngineNotReady, Request, Sample
 from megatron_rlvr.rollout.vllm_engine import VllmEngine
 from megatron_rlvr.weights import weight_sync
-from megatron_rlvr.weights.weight_sync import WeightSync, WeightSyncError
+from megatron_rlvr.weights.weight_sync import SyncReport, WeightSync, WeightSyncError
 from tests.weights.tiny_models import END, make_model, save_model, weights_of
 
 PROMPTS = [[5, 6, 7, 8], [9, 10], [20, 21, 22, 23, 24, 25, 26]]
@@ -48,7 +48,7 @@ class Checks:
         self.family, self.tied = family, tied
         if self.groups.rank == 0:
             save_model(folder, family, tied)
-        barrier(self.groups.world)
+        dist.barrier()
         self.config = Config(
             model=ModelConfig(path=str(folder), dtype="float32"),
             rollout=RolloutConfig(tp=tp, max_response_length=12, kv_cache_mib=16),
@@ -64,8 +64,8 @@ class Checks:
         self.model = make_model(self.family, self.tied, seed)
         self.weights = {name: tensor.to(platform.device()) for name, tensor in weights_of(self.model).items()}
 
-    def push(self, version: int = 0):
-        return self.sync.push(iter(self.weights.items()), version)
+    def push(self) -> SyncReport:
+        return self.sync.push(iter(self.weights.items()))
 
     def generate(self, temperature: float = 1.0) -> list[Sample]:
         requests = [Request(prompt, 100 + index, 12, temperature) for index, prompt in enumerate(PROMPTS)]
@@ -85,7 +85,7 @@ class Checks:
         assert self.left_alone
 
     def check_segments_have_no_name(self) -> None:
-        barrier(self.groups.world)
+        dist.barrier()
         assert not _segments() & set(os.listdir("/dev/shm")), os.listdir("/dev/shm")
 
     def check_a_new_engine_does_not_generate(self) -> None:
@@ -93,10 +93,9 @@ class Checks:
         assert "push them first" in raises(EngineNotReady, self.generate)
 
     def check_push_proves_every_element(self) -> None:
-        report = self.push(version=3)
+        report = self.push()
         assert report.verified
         assert self.engine.ready
-        assert self.sync.policy_version == 3
         assert report.share == 1.0
         assert report.checked == len(self.weights) + self.tied
         assert report.bytes == sum(tensor.nbytes for tensor in self.weights.values())
@@ -173,7 +172,7 @@ class Checks:
         stale = self.generate()
         self.use_model(seed=1)
         assert self.differs_from_transformers(stale, 1.0) > 0.05  # else the next line proves nothing
-        assert self.push(version=4).verified
+        assert self.push().verified
         assert self.differs_from_transformers(self.generate(), 1.0) < 3e-5
 
     def spoilt(self, spoil: Callable[[], None]) -> str:
@@ -251,19 +250,17 @@ class Checks:
     def check_missing_unknown_and_broken_weights(self) -> None:
         name = "model.layers.3.mlp.up_proj.weight"
         some = {key: tensor for key, tensor in self.weights.items() if key != name}
-        assert f"sent no {name}" in raises(WeightSyncError, lambda: self.sync.push(iter(some.items()), 9))
+        assert f"sent no {name}" in raises(WeightSyncError, lambda: self.sync.push(iter(some.items())))
         more = {**self.weights, "model.layers.9.extra": torch.ones(2)}
-        assert "model.layers.9.extra" in raises(WeightSyncError, lambda: self.sync.push(iter(more.items()), 9))
+        assert "model.layers.9.extra" in raises(WeightSyncError, lambda: self.sync.push(iter(more.items())))
         nan = {**self.weights, name: self.weights[name] * torch.nan}
-        assert f"{name} differs" in (message := raises(WeightSyncError, lambda: self.sync.push(iter(nan.items()), 9)))
+        assert f"{name} differs" in (message := raises(WeightSyncError, lambda: self.sync.push(iter(nan.items()))))
         assert "holds NaN or infinity" in message
-        assert self.sync.policy_version is None
         assert not self.engine.ready
 
     def check_a_failed_sync_can_be_repaired(self) -> None:
-        assert self.push(version=5).verified
+        assert self.push().verified
         assert self.differs_from_transformers(self.generate(), 1.0) < 3e-5
-        assert self.sync.policy_version == 5
 
 
 def _process_state() -> tuple:

@@ -80,8 +80,8 @@ def test_faults_cost_their_own_answer_only_and_order_is_kept(own, capfd):
     status = {fault: verdicts[index].status for index, fault in faults.items()}
     assert status == dict.fromkeys(faults.values(), "error") | {"hang": "timeout", "sleep": "timeout", "print": "ok"}
     message = {fault: verdicts[index].message for index, fault in faults.items()}
-    assert "reward.deadline=0.5 s of CPU time" in message["hang"] and verdicts[20].seconds >= 0.5
-    assert "6 x reward.deadline=0.5 s of wall time" in message["sleep"] and verdicts[160].seconds >= 3
+    assert "the deadline of 0.5 s of CPU time" in message["hang"] and verdicts[20].seconds >= 0.5
+    assert "6 x the deadline of 0.5 s of wall time" in message["sleep"] and verdicts[160].seconds >= 3
     assert "exit code 3" in message["exit"] and "SIGABRT" in message["abort"] and "exit code 1" in message["leave"]
     assert message["raise"] == "KeyError: 'no such thing'" and "MemoryError" in message["memory"]
     assert all(verdicts[index].reward == 0.0 for index in faults)

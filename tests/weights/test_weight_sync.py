@@ -87,12 +87,12 @@ def test_a_rank_whose_own_gathering_fails_does_not_go_on_alone() -> None:
     engine = Holder()
     sync = WeightSync(engine, shape, ParallelGroups.single())
     with pytest.raises(RuntimeError, match="^this rank is out of memory$"):
-        sync.push(weights(fails=True), 1)
+        sync.push(weights(fails=True))
     assert not engine.ready and len(sent) == 3
     sent.clear()
     engine.refused = next(iter(mapping.hf_shapes(shape)))
     with pytest.raises(WeightSyncError, match="failed on rank 0: RuntimeError: the engine is out of memory"):
-        sync.push(weights(fails=False), 1)
+        sync.push(weights(fails=False))
     assert not engine.ready and len(sent) == len(mapping.hf_shapes(shape))  # every rank was followed to the end
 
 
