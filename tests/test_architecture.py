@@ -108,6 +108,8 @@ def test_reads_what_transformers_writes(tmp_path, family):
     [
         ({"model_type": "gemma"}, "model_type 'gemma' is not supported; supported: qwen2, qwen3, llama, qwen3_moe"),
         ({"rope_scaling": LLAMA3 | {"factor": "8"}}, "factor of the rope scaling must be a positive number, not '8'"),
+        ({"rope_scaling": LLAMA3 | {"factor": 0}}, "factor of the rope scaling must be a positive number, not 0"),
+        (MIXTURE | {"decoder_sparse_step": 2}, "dense layers among those with experts .* are not supported"),
         ({"head_dim": ...}, "head_dim must be a positive integer, not None"),
         ({"num_key_value_heads": ...}, "num_key_value_heads must be a positive integer, not None"),
         ({"model_type": "llama", "mlp_bias": True}, "mlp_bias is not supported for llama"),
@@ -166,6 +168,9 @@ def test_layouts_that_fit(tmp_path):
     with pytest.raises(ConfigError, match="= 513 tokens, but the model's positions end at 512"):
         shape.check_length(513)
     shape.check_length(512)
+    experts = read(tmp_path, **MIXTURE | {"moe_intermediate_size": 7})  # theirs are cut, and not a dense layer's
+    with pytest.raises(ConfigError, match="parallel.tp=2 must divide the model's 7 feed-forward columns"):
+        experts.check_layout(2, 1, 1)
 
 
 def test_padded_vocabulary(tmp_path):

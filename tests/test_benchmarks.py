@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -64,6 +65,16 @@ def test_samples_are_of_one_verifier_file_as_it_was(tmp_path: Path) -> None:
         judge.write_text(judge.read_text() + "# other\n")
         found.append(digest(benchmark, prompts) == before)
     assert found == [False, False, True]
+
+
+def test_samples_are_of_the_tokens_that_were_asked(tmp_path: Path) -> None:
+    """A tokenizer that has changed asks something else in the same words."""
+    rows = tmp_path / "mine.jsonl"
+    rows.write_text(json.dumps({"problem": "1+1?", "answer": "2"}) + "\n")
+    (prompt,) = read(find(str(rows)), "", RAW, Characters()).prompts
+    before = digest(find(str(rows)), [prompt])
+    for changed in ({"token_ids": (*prompt.token_ids, 9)}, {"answer": "3"}, {"id": "mine/2"}):
+        assert digest(find(str(rows)), [replace(prompt, **changed)]) != before, changed
 
 
 def test_fields_of_a_file_of_your_own_are_named_by_flags(tmp_path: Path) -> None:

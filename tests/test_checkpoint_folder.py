@@ -50,7 +50,10 @@ def test_a_new_checkpoint_takes_the_place_of_one_of_the_same_step(tmp_path: Path
     assert names(tmp_path) == ["step_3"] and len(list((tmp_path / "checkpoints").iterdir())) == 1
 
 
-def test_a_removed_one_loses_its_name_before_its_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("replaced", [False, True])
+def test_a_removed_one_loses_its_name_before_its_files(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, replaced: bool
+) -> None:
     """Killed while it deletes: what is left is no checkpoint, and the next one clears it away."""
     path = make(tmp_path, 3)
 
@@ -60,11 +63,26 @@ def test_a_removed_one_loses_its_name_before_its_files(tmp_path: Path, monkeypat
 
     monkeypatch.setattr("megatron_rlvr.checkpoint_folder.shutil.rmtree", killed)
     with pytest.raises(KeyboardInterrupt):
-        remove(path)
+        make(tmp_path, 3) if replaced else remove(path)
     monkeypatch.undo()
     assert checkpoints(tmp_path) == []
     clear_leftovers(tmp_path)
     assert list((tmp_path / "checkpoints").iterdir()) == []
+
+
+def test_what_a_kill_left_of_one_is_in_no_ones_way(tmp_path: Path) -> None:
+    for _ in range(2):
+        (tmp_path / "checkpoints/step_3.deleted/policy").mkdir(parents=True)
+        remove(make(tmp_path, 3))
+        assert list((tmp_path / "checkpoints").iterdir()) == []
+
+
+def test_without_reading_the_sizes_and_the_runs_state_are_looked_at(tmp_path: Path) -> None:
+    path = make(tmp_path, 3)
+    (path / "policy/__0_0.distcp").write_text("weighst")
+    assert damage(path, read=False) == ""
+    (path / "run.json").write_text("[]")
+    assert damage(path, read=False).startswith("run.json has changed since it was written")
 
 
 @pytest.mark.parametrize(

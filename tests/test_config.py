@@ -84,6 +84,7 @@ def test_bases_that_cannot_be_read(tmp_path):
         ("parallel.tq=2", "unknown key 'parallel.tq'; did you mean 'parallel.tp'"),
         ("parallel.tp=two", "parallel.tp must be of type int, not 'two'"),
         ("parallel.tp=true", "parallel.tp must be of type int"),
+        ("optimizer.lr=true", "optimizer.lr must be of type float, not True"),
         ("algorithm.loss=pbo", "algorithm.loss must be one of"),
         ("optimizer.betas=0.9", "optimizer.betas must be a list"),
         ("parallel=2", "parallel must be a mapping"),
@@ -113,6 +114,11 @@ def test_bases_that_cannot_be_read(tmp_path):
         ("rollout.tp=3", "rollout.tp=3 must divide"),
         ("trainer.updates_per_rollout=3", "must divide rollout.prompts_per_step=32"),
         ("parallel.dp=3", "parallel.dp=3 must divide"),
+        (
+            "parallel={pp: 3, vpp: 2}",
+            "which parallel.dp=1 x parallel.pp=3 (stages of parallel.vpp interleave) must divide",
+        ),
+        ("reward.workers=0", "reward.workers must be at least 1, not 0"),
         ("trainer.microbatch_tokens=100", "must hold the longest response with its prompt"),
         ("rollout.temperature=0", "rollout.temperature must be in [0.01, 2]"),
         ("trainer.eval_temperature=0.005", "trainer.eval_temperature must be in [0.01, 2]"),
@@ -149,6 +155,21 @@ def test_each_mistake_has_its_sentence(tmp_path, override, message):
     path = write(tmp_path, **SMALLEST, seed=1)
     load_config(path)
     assert message in refusal(path, override)
+
+
+def test_every_checkpoint_that_may_be_the_best_is_measured(tmp_path):
+    path = write(tmp_path, **SMALLEST)
+    measured = ["data.eval_path=e", "trainer.keep_best=1", "trainer.save_every=6"]
+    load_config(path, [*measured, "trainer.eval_every=3"])
+    assert "(now 4) so that it divides trainer.save_every (6)" in refusal(path, *measured, "trainer.eval_every=4")
+
+
+def test_rewards_that_are_signed_already_are_not_signed_again(tmp_path):
+    path = write(tmp_path, **SMALLEST)
+    for verifier in ("dapo", "0.9*dapo + 0.1*format"):
+        said = refusal(path, f"verifier={verifier}", "reward.scale=signed")
+        assert "verifier=dapo gives -1 and +1 already" in said
+        load_config(path, [f"verifier={verifier}"])
 
 
 def test_what_a_file_says_twice_or_by_an_alias(tmp_path):

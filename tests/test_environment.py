@@ -24,6 +24,11 @@ def test_each_start_is_a_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     assert first["exploration"] == {"lp_reg": {"rho": 0.02}} and second["exploration"] == {}
     assert first["versions"]["torch"] == torch.__version__ and "megatron_rlvr" in first["versions"]
     assert first["command"] == [sys.executable, "-m", "megatron_rlvr.train", "a.yaml"]
+    assert environment.last_start(tmp_path) == second
+    for left in ("", "{broken"):
+        (tmp_path / "starts.jsonl").write_text(left)
+        assert environment.last_start(tmp_path) == {}
+    assert environment.last_start(tmp_path / "absent") == {}
 
 
 def test_the_commit_is_gits_own_and_empty_without_git(monkeypatch: pytest.MonkeyPatch) -> None:

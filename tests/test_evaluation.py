@@ -157,6 +157,7 @@ def test_perplexity_tells_confident_mistakes() -> None:
     found = figures([[sure, unsure, lost]])
     assert found["ppl_right"] == pytest.approx(2) and found["ppl_wrong"] == pytest.approx(8)
     assert (found["length"], found["truncated"], found["unjudged"]) == (4, 1 / 3, 1 / 3)
+    assert (found["distinct"], found["distinct_right"]) == (3, 1)  # whether it was judged or not
     assert math.isnan(figures([[sure]])["ppl_wrong"])
 
 
@@ -202,7 +203,8 @@ def test_a_failed_verifier_is_no_wrong_answer() -> None:
     assert metrics["pass@2"] == metrics["pass@1"] + 0.25  # the first prompt's only judged one is right
     assert metrics["unjudged"] == 0.25
     assert summarise([group(0.0, None), group(0.0, 1.0)])["pass@2"] == 0.5
-    assert summarise([group(None, None), group(0.0, 1.0)])["pass@2"] == 1.0  # nothing known of the first
+    lost_one = summarise([group(None, None), group(1.0, 1.0)])
+    assert lost_one["pass@2"] == lost_one["maj@2"] == 1.0  # nothing known of the first
 
 
 @given(st.lists(st.lists(st.sampled_from([True, False, None]), min_size=1, max_size=9), min_size=1, max_size=4))

@@ -13,7 +13,7 @@ import torch
 
 from megatron_rlvr.config import ConfigError, LoggingConfig
 from megatron_rlvr.metrics import Meter, MetricsWriter, RolloutsWriter, rollout_row, row_is_right, spread
-from megatron_rlvr.records import read_rows, truncate_after
+from megatron_rlvr.records import finite, newest_rows, read_rows, truncate_after
 from megatron_rlvr.types import Prompt, Rollout, RolloutGroup, Verdict
 
 OFF = LoggingConfig(tensorboard=False)
@@ -93,6 +93,22 @@ def test_metrics_are_one_valid_line_per_step(tmp_path, caplog):
     assert len(warned) == 2  # once per name
     assert "policy/loss" in warned[0]
     assert "step 1" in warned[0]
+
+
+def test_the_newest_rows_are_the_whole_lines_at_the_end_wherever_the_cut_falls(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    lines = [json.dumps({"step": step, "text": "x" * step}) + "\n" for step in range(1, 6)]
+    path.write_text("".join(lines))
+    for most in range(1, sum(map(len, lines)) + 9):
+        held = [step for step in range(1, 6) if sum(map(len, lines[step - 1 :])) <= most]
+        assert [row["step"] for row in newest_rows(path, most)] == held, most
+
+
+def test_what_json_has_no_word_for_is_null_wherever_it_stands():
+    assert finite({"a": [math.nan, (1.0, -math.inf)], "b": {"c": [{"d": math.inf}]}}) == {
+        "a": [None, [1.0, None]],
+        "b": {"c": [{"d": None}]},
+    }
 
 
 def test_resuming_writes_each_step_once(tmp_path):

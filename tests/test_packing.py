@@ -118,6 +118,17 @@ def test_ranks_hold_equally_many_responses_and_about_as_many_tokens(plan: Plan) 
         assert max(load) - min(load) <= max(lengths) - min(lengths)
 
 
+def test_the_next_longest_goes_to_the_rank_with_the_fewest_tokens_prompts_included() -> None:
+    """Whether they are trained on or not: 10 + 1 and 9 + 5."""
+    rewards = [[None], [1.0], [1.0], [1.0]]  # the first is computed, though it teaches nothing
+    groups = [
+        RolloutGroup(Prompt("p", "", (1,), "toy", None), [Rollout(0, [2] * size, [-0.1] * size, "stop", 0)])
+        for size in (9, 8, 4, 1)
+    ]
+    plan = Plan(groups, rewards, updates=1, dp=2, multiple=1, budget=20)
+    assert sorted(batch.response_ids.sort().values.tolist() for batch in plan.batches()) == [[0, 3], [1, 2]]
+
+
 def _length(plan: Plan, identity: int) -> int:
     prompt, rollout, _ = plan.response(identity)
     return len(prompt.token_ids) + len(rollout.response_ids)

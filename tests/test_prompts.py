@@ -192,6 +192,8 @@ def test_a_base_models_text_begins_as_the_tokenizer_has_it(tmp_path, default):
     assert ids("raw") == [[*start, 3, 3], [0, 3], [3, 2]]  # the last came in a chat template: it is as it is
     assert ids("r1_zero")[0][:2] == [*start, 2, 2][:2] and ids("r1_zero")[0][-1] == 2
     assert ids("chat")[:2] == [[0, 3], [0, 3]]
+    tokenizer.chat_template = "a"  # one without a first token has none
+    assert ids("chat")[:2] == [[3], [3]]
     longest = DataConfig(template="raw", max_prompt_length=2)
     assert [drop.row for drop in load(path, longest, tokenizer, "math").drops] == ([1] if start else [])
 
@@ -288,7 +290,10 @@ def test_a_token_that_the_model_lacks_is_refused(tmp_path, tokenizer):
         ({"problem": "x" * 101, "answer": "1"}, r"row 2, problem: longer than data.max_prompt_length=100 tokens \(101"),
         ("{", "row 2, row: unreadable"),
         ({"problem": "Find x.", "images": ["a.png"], "answer": "1"}, "row 2, images: asks about a picture"),
+        ({"problem": "Find x.", "video": "a.mp4", "answer": "1"}, "row 2, video: asks about a picture"),
         ({"problem": "q", "answer": '["1", "2"]'}, "row 2, answer: not an answer for this verifier .is a list of 2"),
+        ({"problem": "q", "answer": ["1", "2"]}, "row 2, answer: not an answer for this verifier"),
+        ("\n{", "row 3, row: unreadable"),  # the line that an editor shows, blank ones counted
     ],
 )
 def test_strict_stops_at_the_first_bad_row(tmp_path, tokenizer, bad, says):
@@ -304,6 +309,9 @@ def test_files_that_cannot_be_used_say_why(tmp_path, tokenizer):
     (tmp_path / "a.txt").write_text("x")
     (tmp_path / "a.parquet").write_bytes(b"not parquet at all")
     (tmp_path / "a.jsonl.gz").write_bytes(gzip.compress(b'{"problem": "q", "answer": "1"}\n' * 999)[:-20])
+    broken = bytearray(gzip.compress("".join(f'{{"problem": "{number}?"}}\n' for number in range(999)).encode()))
+    broken[100:300] = bytes(200)  # in the middle, the ends being whole
+    (tmp_path / "b.jsonl.gz").write_bytes(broken)
     (tmp_path / "a.json").write_text('{"problem": "q"}')
     (tmp_path / "b.json").write_text("{")
     (tmp_path / "folder").mkdir()
@@ -316,6 +324,7 @@ def test_files_that_cannot_be_used_say_why(tmp_path, tokenizer):
         "a.txt": "none of .jsonl",
         "a.parquet": "cannot be read as parquet",
         "a.jsonl.gz": "not a whole gzip file",
+        "b.jsonl.gz": "not a whole gzip file",
         "a.json": "must hold one JSON list",
         "b.json": "not valid JSON",
         "folder": "arrow files",
@@ -355,6 +364,9 @@ def test_rows_without_an_answer_in_their_solution_are_dropped(tmp_path, tokenize
         (2, "no answer", r"a solution without \boxed"),
         (3, "no answer", ""),
     ]
+    rows = [{"problem": row["problem"], "meta": {"solution": row["solution"]}} for row in rows[:2]]
+    inside = load(write(tmp_path / "b.json", rows), replace(RAW, answer_field="meta.solution"), tokenizer, "math")
+    assert [(drop.row, drop.detail) for drop in inside.drops] == [(2, r"a solution without \boxed")]
 
 
 REPEATED = [
@@ -383,6 +395,14 @@ def test_a_question_comes_once_and_contradictions_never(tmp_path, tokenizer):
     kept = load(path, DataConfig(template="raw", repeats="keep"), tokenizer, "math")
     assert len(kept) == 8 and kept.drops == []
     assert kept.report[1:] == ["1 questions have contradicting answers (kept: data.repeats=keep)"]
+
+
+def test_one_question_behind_two_openings_is_two(tmp_path, tokenizer):
+    rows = [
+        {"problem": [{"role": "system", "content": text}, {"role": "user", "content": "go on"}], "answer": answer}
+        for text, answer in (("Count by 2.", "2"), ("Count by 3.", "3"))
+    ]
+    assert len(load(write(tmp_path / "a.jsonl", rows), RAW, tokenizer, "math")) == 2
 
 
 def test_one_answer_in_two_spellings_is_no_contradiction(tmp_path, tokenizer):

@@ -30,6 +30,7 @@ def test_means_are_over_judged_responses_and_calibration_tells_right_from_wrong(
     figures = rollout_metrics([group(right, wrong), group(failed, right)])
     assert figures["reward/mean"] == pytest.approx(2 / 3)
     assert figures["reward/std"] == pytest.approx(math.sqrt(2 / 9))
+    assert figures["reward/right_share"] == 0.5  # of all four, judged or not
     assert figures["tokens/response_mean"] == pytest.approx(11 / 4) and figures["tokens/response_max"] == 4
     assert figures["rollout/truncated_share"] == 0.25
     assert figures["verifier/ok_share"] == 0.5
@@ -42,10 +43,12 @@ def test_means_are_over_judged_responses_and_calibration_tells_right_from_wrong(
 def test_right_is_what_the_verdict_says_whatever_the_reward():
     formatted, unformatted = rollout([-2.0], 1.0), rollout([-1.0], 0.5)  # by 1.0*math + 1.0*format, 0.5*math + ...
     formatted.verdict, unformatted.verdict = Verdict(1.0, "ok", right=False), Verdict(0.5, "ok", right=True)
-    figures = rollout_metrics([group(formatted, unformatted, unformatted)])
-    assert figures["reward/right_share"] == pytest.approx(2 / 3)
+    another = rollout([-4.0, -2.0], 1.0)
+    another.verdict = formatted.verdict
+    figures = rollout_metrics([group(formatted, unformatted, unformatted, another)])
+    assert figures["reward/right_share"] == 0.5
     assert figures["rollout/perplexity_right"] == pytest.approx(math.exp(1.0))
-    assert figures["rollout/perplexity_wrong"] == pytest.approx(math.exp(2.0))
+    assert figures["rollout/perplexity_wrong"] == pytest.approx((math.exp(2.0) + math.exp(3.0)) / 2)
 
 
 def test_prompts_whose_judged_responses_are_all_right_or_all_wrong():

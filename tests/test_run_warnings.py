@@ -115,6 +115,36 @@ def test_a_trend_is_of_twenty_steps_at_either_end():
     assert ramp.recent[[0, 4, 19, 20, 49]].tolist() == pytest.approx([1.0, 3.0, 10.5, 11.5, 40.5])
 
 
+@pytest.mark.parametrize(("steps", "is_told"), [(9, False), (10, True)])
+def test_a_fault_is_told_when_it_has_lasted_ten_steps(steps, is_told):
+    rows = [{"step": step, "reward/std": 0.3} for step in range(1, 41)]
+    rows += [{"step": step, "reward/std": 0.0} for step in range(41, 60 + steps)]  # a mean of 20 is 0 from the 20th on
+    assert (run_warnings.no_signal(rows) is not None) == is_told
+
+
+def test_an_entropy_that_was_next_to_nothing_does_not_explode():
+    rows = [{"step": step, "policy/entropy": 0.01 if step < FAULT else 0.2} for step in range(1, STEPS + 1)]
+    assert run_warnings.entropy_explosion(rows) is None
+
+
+def test_one_bad_held_out_figure_is_no_fall():
+    held_out = {1: 0.3, 41: 0.4, 81: 0.2, 121: 0.4, 161: 0.2}
+    rows = [row | {"reward/mean": 0.5} if row["step"] > 30 else row for row in healthy()]
+    rows = [row | ({"eval/pass@1": held_out[row["step"]]} if row["step"] in held_out else {}) for row in rows]
+    assert run_warnings.reward_hacking(rows) is None
+
+
+def test_responses_that_are_cut_off_at_first_alone_are_no_fault():
+    shares = [0.45] * 14 + [0.0] * 40  # before there is a mean of twenty to compare with
+    rows = [{"step": step, "rollout/truncated_share": share} for step, share in enumerate(shares, start=1)]
+    assert run_warnings.truncation(rows) is None
+
+
+def test_errors_and_timeouts_of_the_verifier_add_up():
+    both = {"verifier/error_share": 0.006, "verifier/timeout_share": 0.006}
+    assert [found.title for found in warnings([row | both for row in healthy()])] == ["Verifier errors"]
+
+
 @pytest.mark.parametrize(("spread", "is_clear"), [(0.0, True), (1.45, True), (1.46, False)])
 def test_a_calibration_collapses_only_from_a_gap_that_was_clear(spread, is_clear):
     """A first mean of 1 over values of 1 +- spread: three standard errors are 3 spread / sqrt(19), as 20 hold 19."""

@@ -44,6 +44,7 @@ def test_other_settings_are_refused_and_nothing_is_lost(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="holds samples with temperature=0.6, not 1.0: name another output folder"):
         SampleStore(tmp_path, {"seed": 0, "temperature": 1.0}, {})
     assert len(SampleStore(tmp_path, {"seed": 0, "temperature": 0.6}, {}).read("p")) == 1
+    SampleStore(tmp_path, {"seed": 0, "temperature": 0.6, "top_p": 0.9}, {})  # an earlier version wrote no top_p
     (tmp_path / "samples/p.jsonl").write_text("")
     SampleStore(tmp_path, {"seed": 0, "temperature": 1.0}, {})  # nothing was sampled: a first try that was mended
     (tmp_path / "file").write_text("")

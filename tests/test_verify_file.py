@@ -36,11 +36,15 @@ ROWS = [{"response": rf"so \boxed{{{index % 7}}}", "answer": index % 5, "id": in
 
 def test_rows_gain_their_verdicts_in_order(tmp_path):
     source, target = write(tmp_path / "in.jsonl", ROWS), tmp_path / "out.jsonl"
-    seen = []
-    counts = verify_file(
-        source, target, "math", workers=2, deadline=20.0, progress=lambda done, total: seen.append((done, total))
-    )
+    seen, there = [], []
+
+    def progress(done: int, total: int) -> None:
+        seen.append((done, total))
+        there.append(target.read_text().count("\n") if target.exists() else 0)
+
+    counts = verify_file(source, target, "math", workers=2, deadline=20.0, progress=progress)
     rows = read(target)
+    assert there == list(range(301))  # what is done is on the disk, whatever ends the process next
     assert counts == {"ok": 300} and seen == [(index, 300) for index in range(301)]
     assert [{key: row[key] for key in ("response", "answer", "id")} for row in rows] == ROWS
     assert [row["reward"] for row in rows] == [float(row["id"] % 7 == row["id"] % 5) for row in ROWS]

@@ -2,18 +2,20 @@ from __future__ import annotations
 
 import re
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 
 from megatron_rlvr import exploration
-from megatron_rlvr.config import ConfigError, load_config
+from megatron_rlvr.config import Config, ConfigError, RolloutConfig, load_config
 from megatron_rlvr.distributed.groups import ParallelGroups
 from megatron_rlvr.distributed.vocab import StatisticsOptions
 from megatron_rlvr.exploration.base import Composite, Exploration, Needs, Threshold, build, filled, method_names
 from megatron_rlvr.metrics import Meter
 from megatron_rlvr.types import Prompt, Rollout, RolloutGroup
+from megatron_rlvr.verdict import Verdict
 from tests.exploration.toy import fill_old, make_batch, make_logits, statistics, update_loss
 
 ROOT = Path(__file__).parents[2]
@@ -161,6 +163,18 @@ def test_methods_pass_through_each_hook_in_their_declared_order(methods_folder):
     rollouts = [Rollout(place, [1], [0.0], "stop", 0) for place in range(2)]
     assert method.keep_group(RolloutGroup(prompt, rollouts))
     assert not method.keep_group(RolloutGroup(prompt, rollouts[:1]))
+    alone = RolloutGroup(prompt, [replace(rollouts[0], verdict=Verdict(1.0, "ok"))])
+    assert build({"dynamic_sampling": {}}).keep_group(alone)
+    assert not build({"dynamic_sampling": {}, "louder": {}}).keep_group(alone)  # one that turns it away is enough
+
+
+def test_the_methods_that_come_with_it_act_in_an_order_that_makes_sense():
+    """CDE's bonus is on the reward that is paid; a method that replaces a token's loss comes before what adds to it."""
+    run = Config(rollout=RolloutConfig(max_response_length=20))
+    settings = {"entropy_bonus": {}, "rollout_correction": {}, "cde": {}, "lp_reg": {}, "overlong": {"buffer": 8}}
+    names = [method.name for method in build(settings, run).methods]
+    assert names.index("overlong") < names.index("cde")
+    assert names.index("lp_reg") < names.index("rollout_correction") < names.index("entropy_bonus")
 
 
 def test_state_survives_a_restart(methods_folder):
@@ -170,6 +184,9 @@ def test_state_survives_a_restart(methods_folder):
     restarted = build({"louder": {}, "cde": {}})
     restarted.load_state_dict(method.state_dict())
     assert restarted.state_dict() == {"louder": {"seen": 5}, "cde": {}}
+    changed = build({"louder": {}})
+    changed.load_state_dict({"cde": {}})  # a run whose config was changed on purpose: the new method starts anew
+    assert changed.state_dict() == {"louder": {"seen": 0}}
 
 
 def test_no_method_changes_nothing():
@@ -288,6 +305,7 @@ def test_the_bounds_of_a_correction_are_by_default_what_was_published(form, boun
         ({"cde": {"actor": {"kappa": 0}}}, "exploration.cde.actor.kappa must be above 0"),
         ({"cde": {"actor": {"alpha": -1}}}, "exploration.cde.actor.alpha must be at least 0"),
         ({"cde": {"actor": {"omega_0": 3.0}}}, r"omega_0 must be in \[0, kappa=3.0\)"),
+        ({"cde": {"actor": {"omega_0": 2.0, "kappa": 2.0}}}, r"omega_0 must be in \[0, kappa=2.0\), not 2.0"),
         ({"cde": {"actor": {"schedule": "cosine"}}}, "schedule=cosine needs exploration.cde.actor.total_steps"),
         ({"cde": {"actor": {"total_steps": 9}}}, "total_steps=9 is read with schedule=linear or cosine, not none"),
         ({"cde": {"actor": {"schedule": "staircase"}}}, "go together"),

@@ -33,6 +33,7 @@ from megatron_rlvr.verifiers.pool import VerifierPool
         ("Answer: 1\nOn second thoughts\nAnswer: $2$.\nBye", "2"),
         ("**Final Answer:** 42", "42"),
         ("**Answer**: \\(x+1\\)", "x+1"),
+        (r"Answer: \(1\) and \(2\)", r"\(1\) and \(2\)"),
         ("答\nAnswer：42", "42"),
         ("The answer is 42", ""),
         ("Answer:   \n", ""),
@@ -82,6 +83,11 @@ def test_the_final_answer(response, answer):
             [r"(-\infty,1]\cup[2,\infty)", r"x \geq 2 \text{ or } x \leq 1"],
             [r"(-\infty,1)\cup[2,\infty)", r"(-\infty,1]", r"x \leq 1 \text{ and } x \geq 2"],
         ),
+        (r"-1\frac{1}{3}", ["-4/3", r"-\frac43"], ["-2/3", "4/3"]),
+        (r"62.5\%", ["0.625", r"62.5\%", "62.5"], ["6.25", "0.00625", r"0.625\%"]),
+        ("0.625", [r"62.5\%", "5/8"], ["62.5", r"6.25\%"]),
+        ("1, 1, 2", ["1, 2, 1"], ["1, 2, 2", "1, 2"]),
+        ("5", ["5"], ["5/0", r"\frac{5}{0}"]),
         ("34", ["34"], ["33,34", "34 or 35", r"35\text{ or }34", "$34$ or $35$", r"34\neq 35"]),
     ],
 )
@@ -104,6 +110,7 @@ def test_equality(gold, right, wrong):
         r"\boxed{35 \quad 34}",
         r"\boxed{+ \frac}",
         r"\boxed{" + "1+" * 2000 + "1}",
+        r"\boxed{" + "(" * 13 + "34" + ")" * 13 + "}",
         "Answer: 5} and \\text{or {34",
     ],
 )
@@ -121,7 +128,8 @@ def test_side_by_side_numbers_that_are_one_expression_stay_readable():
 
 def test_gold_answers_of_data_rows():
     golds = [27.0, "27.0", 27, " 27 ", "$27$", r"\boxed{27}", "so many\n#### 27", "70 + 2 = 72\n#### 1,027"]
-    assert [read_answer(gold) for gold in golds] == ["27", "27.0", "27", "27", "27", "27", "27", "1,027"]
+    golds += ["#### Step\n#### 27"]
+    assert [read_answer(gold) for gold in golds] == ["27", "27.0", "27", "27", "27", "27", "27", "1,027", "27"]
     assert read_answer(0.5) == "0.5"
     for gold in ("", "  ", None, True, ["1"], {"a": 1}):
         with pytest.raises(ValueError):

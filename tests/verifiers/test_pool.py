@@ -13,6 +13,7 @@ import psutil
 import pytest
 
 from megatron_rlvr.verifiers import VerifierError
+from megatron_rlvr.verifiers import pool as pool_module
 from megatron_rlvr.verifiers.pool import AHEAD, RECYCLE, VerifierPool
 
 OWN = """
@@ -149,6 +150,15 @@ def test_a_message_of_thousands_of_large_rows_comes_through(own):
     assert [verdict.extracted for verdict in verdicts] == [response for response, _ in items]
 
 
+def test_the_oldest_verdicts_are_forgotten(own, monkeypatch):
+    """A run of weeks judges millions of answers."""
+    monkeypatch.setattr(pool_module, "CACHED", 3)
+    with VerifierPool(own, workers=1, deadline=20.0) as pool:
+        pool.score([(str(index), "1") for index in range(10)])
+        again = pool.score([(str(index), "1") for index in (9, 8, 7, 6)])
+    assert [verdict.seconds == 0.0 for verdict in again] == [True, True, True, False]
+
+
 def test_verdicts_are_kept_unless_they_are_failures(tmp_path):
     counter = tmp_path / "calls"
     path = tmp_path / "counted.py"
@@ -180,7 +190,9 @@ def test_streams_read_only_so_far_ahead(own):
             assert next(stream).extracted == str(index)
         assert len(read) < 3 + 2 * AHEAD
         stream.close()
-    assert workers() == []
+        assert workers() == []  # half-done work would answer the next call
+        with pytest.raises(VerifierError, match="closed"):
+            pool.score([("1", "1")])
 
 
 def test_the_deadline_does_not_count_the_start_of_a_process(own):

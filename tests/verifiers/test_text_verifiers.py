@@ -145,7 +145,7 @@ def test_choice():
         verdict = choice.verify(rf"so \boxed{{{text}}}", "B")
         assert (verdict.reward, verdict.status) == (0.0, "unparseable"), text
     assert choice.verify("Answer: (B)", "B").reward == choice.verify("t</think><answer>B</answer>", "B").reward == 1.0
-    assert choice.verify("It is B", "B").status == "unparseable"
+    assert choice.verify("It is B", "B").status == choice.verify("B", "B").status == "unparseable"
     assert [choice.read_answer(value) for value in ("(c)", "C.", r"\text{(C)}")] == ["C"] * 3
     for value in ("", "yes", "BC", 3):
         with pytest.raises(ValueError):
