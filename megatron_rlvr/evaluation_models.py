@@ -8,6 +8,7 @@ folder = hugging_face(model, Path("evaluation/model"))
 from __future__ import annotations
 
 import json
+from hashlib import blake2b
 from pathlib import Path
 from typing import Any
 
@@ -114,9 +115,14 @@ def identity(folder: Path) -> list[Any]:
 
 
 def hugging_face(folder: Path, target: Path) -> Path:
-    """The folder itself, or ``target``, to which a Megatron folder is exported once. Raises ConfigError."""
+    """The folder itself, or TARGET-DIGEST, to which these very weights of a Megatron folder are exported once.
+
+    By their ``identity``, for an evaluation that was killed may have left another model's export. Raises ConfigError.
+    """
     if not is_megatron_folder(folder):
         return folder
+    digest = blake2b(json.dumps(identity(folder)).encode(), digest_size=6).hexdigest()
+    target = target.with_name(f"{target.name}-{digest}")
     if not target.exists():
         export_megatron(folder, target)
     return target

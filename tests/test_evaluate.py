@@ -178,6 +178,31 @@ def test_a_file_that_repeats_its_problems_is_not_multiplied_again(ready: Setting
     assert len({request.seed for request in FakeSampler.calls}) == 96
 
 
+def test_an_export_that_a_killed_evaluation_left_is_not_taken_for_another_models(
+    ready: Settings, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nothing had been sampled, so that the folder takes any model: the weights must be the new one's."""
+    other = make_folder(tmp_path / "other", seed=1, vocab_size=257, num_hidden_layers=1, eos_token_id=256)
+    save_byte_tokenizer(other)
+    sampled_from: list[Path] = []
+
+    class Killed(FakeSampler):
+        def __init__(self, path: Path, max_length: int, **rest) -> None:
+            sampled_from.append(path)
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(evaluation_sampling, "Sampler", Killed)
+    for number, folder in enumerate((model, other, other)):
+        if number < 2:
+            import_hf(folder, tmp_path / f"step_{number}/policy", 1, 1)
+        ready.model = str(tmp_path / f"step_{min(number, 1)}")
+        with pytest.raises(KeyboardInterrupt):
+            evaluate.evaluate(ready, Console(quiet=True))
+        held = load_file(sampled_from[-1] / "model.safetensors")
+        assert all(torch.equal(held[name], tensor) for name, tensor in load_file(folder / "model.safetensors").items())
+    assert sampled_from[0] != sampled_from[1] == sampled_from[2]
+
+
 def test_a_critics_heads_on_each_benchmark(ready: Settings, model: Path, tmp_path: Path) -> None:
     """Against transformers' hidden states and the head by hand; from a Hugging Face folder, and a Megatron one."""
     critic = make_critic(model, tmp_path / "critic")
@@ -202,7 +227,7 @@ def test_a_critics_heads_on_each_benchmark(ready: Settings, model: Path, tmp_pat
         evaluate.evaluate(ready, Console(quiet=True))
     ready.output += "-megatron"
     again = evaluate.evaluate(ready, Console(quiet=True))["benchmarks"]
-    assert again == results and Path(ready.output, "model/config.json").exists()
+    assert again == results and len(list(Path(ready.output).glob("model-*/config.json"))) == 1
     make_critic(make_folder(tmp_path / "other", vocab_size=97), tmp_path / "others_critic")
     ready.critic = str(tmp_path / "others_critic")
     with pytest.raises(ConfigError, match="has 97 tokens, the model 257"):
