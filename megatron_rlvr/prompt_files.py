@@ -31,7 +31,7 @@ def read_rows(source: str | Path) -> Iterator[tuple[int, Any]]:
     elif path.suffix == ".json":
         try:
             rows = json.loads(path.read_text(encoding="utf-8"))
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise ConfigError(f"{path} is not valid JSON: {error}") from error
         rule(isinstance(rows, list), f"{path} must hold one JSON list of rows; one row per line is called .jsonl")
         yield from enumerate(rows, 1)
@@ -63,7 +63,7 @@ def _jsonl(path: Path) -> Iterator[tuple[int, Any]]:
                 if line.strip():
                     try:
                         yield number, json.loads(line)
-                    except ValueError as error:  # broken JSON or broken UTF-8
+                    except (ValueError, RecursionError) as error:  # broken JSON or UTF-8; lists in lists without end
                         yield number, error
     except (gzip.BadGzipFile, EOFError, zlib.error) as error:
         raise ConfigError(f"{path} is not a whole gzip file: {error}") from error

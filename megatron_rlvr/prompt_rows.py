@@ -7,6 +7,7 @@ RowReader(SourceConfig("gsm8k.jsonl"), data, tokenizer, read_answer)({"question"
 from __future__ import annotations
 
 import json
+import math
 import random
 import re
 from collections.abc import Callable
@@ -94,6 +95,10 @@ class RowReader:
         asked = _asked(messages)
         answer, mark = _answer(row, answer_field, self.read_answer), turn_mark(asked)
         text = asked if mark else self._render(messages, asked)
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:  # JSON can write half of an emoji, which no tokenizer takes
+            raise RowError(prompt_field, "unreadable", str(error)) from error
         said = [item["content"].strip() for item in messages if item["content"] is not asked]
         return Row(prompt_field, "\n".join([*said, unwrap(asked.strip()).strip()]), text, answer, mark)
 
@@ -170,7 +175,8 @@ def _answer(row: dict[str, Any], field: str, read_answer: Callable) -> Any:
     value = row if field in _TESTS else _get(row, field)
     if isinstance(value, list) and len(value) == 1:  # OlympiadBench's final_answer
         value = value[0]
-    if value is _MISSING or value is None or value == "" or value != value:  # NaN: a float column's null
+    # NaN is a float column's null, infinity what JSON's 1e400 becomes
+    if value is _MISSING or value is None or value == "" or value != value or value in (math.inf, -math.inf):
         raise RowError(field, "no answer", "")
     if field.rpartition(".")[2] == "solution" and not (isinstance(value, str) and _BOX.search(value)):
         raise RowError(field, "no answer", r"a solution without \boxed")

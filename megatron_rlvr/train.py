@@ -10,7 +10,7 @@ import logging
 import os
 import sys
 import traceback
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from pathlib import Path
 from typing import IO
 
@@ -91,12 +91,14 @@ def _train(config: Config, rank: int) -> int:
     try:
         return _run(config, terminal, stop)
     except ConfigError as error:
-        traceback.print_exc()
+        with suppress(OSError):  # the log may be on the disk that is full; the terminal must hear of it all the same
+            traceback.print_exc()
         if rank == 0:
             print(f"error: {error}", file=terminal, flush=True)
         return USER_ERROR
     except Exception as error:
-        traceback.print_exc()
+        with suppress(OSError):
+            traceback.print_exc()
         print(
             f"error on rank {rank}: {type(error).__name__}: {error}\n  see {config.run_dir}/logs/rank_{rank}.log",
             file=terminal,

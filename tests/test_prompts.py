@@ -293,6 +293,9 @@ def test_a_token_that_the_model_lacks_is_refused(tmp_path, tokenizer):
         ({"problem": "Find x.", "video": "a.mp4", "answer": "1"}, "row 2, video: asks about a picture"),
         ({"problem": "q", "answer": '["1", "2"]'}, "row 2, answer: not an answer for this verifier .is a list of 2"),
         ({"problem": "q", "answer": ["1", "2"]}, "row 2, answer: not an answer for this verifier"),
+        ('{"problem": "q", "answer": 1e400}', "row 2, answer: no answer"),
+        ('{"problem": "half \\ud83d", "answer": "1"}', "row 2, problem: unreadable"),
+        ("[" * 100_000, "row 2, row: unreadable"),
         ("\n{", "row 3, row: unreadable"),  # the line that an editor shows, blank ones counted
     ],
 )

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import io
 import logging
+import subprocess
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -11,10 +13,12 @@ import pytest
 import torch
 from rich.console import Console
 
-from megatron_rlvr import run
+from megatron_rlvr import run, train
 from megatron_rlvr.config import Config, ConfigError, from_dict
 from megatron_rlvr.records import read_rows
 from tests.test_recorder import one_rank
+
+ROOT = Path(__file__).parents[1]
 
 
 def test_a_record_or_a_report_that_cannot_be_written_is_said_and_the_run_goes_on(
@@ -79,3 +83,22 @@ def test_the_watchdog_hears_of_every_tensor_of_an_export(
     ended.checkpoints = SimpleNamespace(companions={"policy": {}})  # type: ignore[assignment]
     ended._finish({})
     assert heard == ["export"] * 4
+
+
+@pytest.mark.parametrize(
+    ("raised", "said"),
+    [("OSError('full')", "error on rank 0: OSError: full"), ("ConfigError('no room')", "error: no room")],
+)
+def test_a_run_that_ends_because_the_disk_is_full_says_so(tmp_path: Path, raised: str, said: str) -> None:
+    """Its log is on that disk too."""
+    (tmp_path / "logs").mkdir()
+    (tmp_path / "logs/rank_0.log").symlink_to("/dev/full")
+    code = (
+        "import os, sys\nfrom megatron_rlvr import train\n"
+        "from megatron_rlvr.config import Config, ConfigError, RunConfig\n"
+        f"def ends(*_): raise {raised}\n"
+        "train._run = ends\nos._exit(train._train(Config(run=RunConfig(dir=sys.argv[1])), 0))\n"
+    )
+    command = [sys.executable, "-c", code, str(tmp_path)]
+    ended = subprocess.run(command, capture_output=True, text=True, timeout=120, cwd=ROOT, check=False)
+    assert ended.returncode in (train.FAILURE, train.USER_ERROR) and said in ended.stdout
