@@ -6,6 +6,7 @@ Exit codes: 0 done, 2 a mistake in the config, the data or the command, 1 anythi
 from __future__ import annotations
 
 import argparse
+import io
 import logging
 import os
 import sys
@@ -107,10 +108,23 @@ def _train(config: Config, rank: int) -> int:
         return FAILURE
 
 
+class _Terminal(io.TextIOWrapper):
+    """Where people look on: that it is full, or that nobody reads it any more (| head), ends no run."""
+
+    def write(self, text: str) -> int:
+        with suppress(OSError):
+            super().write(text)
+        return len(text)
+
+    def flush(self) -> None:
+        with suppress(OSError):
+            super().flush()
+
+
 def _redirect_output(path: Path) -> IO[str]:
     """Send this process's standard output and error, C++ libraries included, to a file; returns the former output."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    terminal = os.fdopen(os.dup(1), "w", buffering=1)
+    terminal = _Terminal(os.fdopen(os.dup(1), "wb"), line_buffering=True)
     log = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
     sys.stdout.flush()
     sys.stderr.flush()

@@ -102,3 +102,21 @@ def test_a_run_that_ends_because_the_disk_is_full_says_so(tmp_path: Path, raised
     command = [sys.executable, "-c", code, str(tmp_path)]
     ended = subprocess.run(command, capture_output=True, text=True, timeout=120, cwd=ROOT, check=False)
     assert ended.returncode in (train.FAILURE, train.USER_ERROR) and said in ended.stdout
+
+
+@pytest.mark.parametrize("full", [False, True])
+def test_a_terminal_that_nobody_reads_any_more_or_that_is_full_ends_no_run(tmp_path: Path, full: bool) -> None:
+    """As in: python -m megatron_rlvr.train ... | head -20"""
+    code = (
+        "import sys\nfrom pathlib import Path\nfrom rich.console import Console\nfrom megatron_rlvr import train\n"
+        "console = Console(file=train._redirect_output(Path(sys.argv[1])))\n"
+        "print(sys.stdin.read())\nfor _ in range(999): console.print('step', 'x' * 99)\nprint('the end', flush=True)\n"
+    )
+    command = [sys.executable, "-c", code, str(tmp_path / "log")]
+    with open("/dev/full", "w") as disk:
+        out = disk if full else subprocess.PIPE
+        ended = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=out, cwd=ROOT)
+        if ended.stdout:
+            ended.stdout.close()
+        ended.communicate(b"read to its end", timeout=120)
+    assert ended.returncode == 0 and (tmp_path / "log").read_text() == "read to its end\nthe end\n"
