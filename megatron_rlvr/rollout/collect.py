@@ -50,8 +50,8 @@ class RolloutCollector:
         attempt: int,
         policy_version: int,
         temperature: float,
+        on_phase: Callable[..., None],
         exploration: Exploration | None = None,
-        on_phase: Callable[..., None] = lambda *said: None,
     ) -> Collected:
         """``responses`` samples of each prompt; they depend on (seed, step, attempt, prompt, sample) alone.
 

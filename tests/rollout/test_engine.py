@@ -1,20 +1,34 @@
-"""Prompts that come twice, and end tokens: what needs no engine."""
+"""Prompts that come twice, end tokens, and the count of responses: what needs no engine."""
 
 from __future__ import annotations
 
 import json
+import threading
 
 import pytest
 
 from megatron_rlvr.config import ConfigError
 from megatron_rlvr.rollout.collect import earlier_appearances
 from megatron_rlvr.rollout.engine import stop_token_ids
+from megatron_rlvr.rollout.vllm_settings import counting_bar
 from megatron_rlvr.types import Prompt
 
 
 def test_a_prompt_that_comes_twice_in_a_step_is_not_sampled_twice_alike():
     prompts = [Prompt(name, "", (1,), "math", 0) for name in "abaca"]
     assert earlier_appearances(prompts) == [0, 0, 1, 0, 2]
+
+
+def test_the_bar_that_counts_shows_nothing_and_starts_no_thread_that_a_fork_would_inherit(capfd):
+    ended, before = [], threading.active_count()
+    bar = counting_bar(ended.append)
+    assert list(bar([3, 4], desc="Adding requests")) == [3, 4]  # as vLLM uses it: first it walks, then it counts
+    with bar(total=5, desc="Processed prompts") as counter:
+        counter.update(2)
+        counter.update()
+        assert counter.format_dict["elapsed"] >= 0
+    assert ended == [2, 1] and threading.active_count() == before
+    assert capfd.readouterr() == ("", "")
 
 
 def test_stop_tokens_come_from_every_place_that_names_them(tmp_path):
