@@ -144,9 +144,12 @@ class Architecture:
         if config.model.dtype == "bfloat16" and config.learns_from_older:
             return "fused_float32"
         columns = self.padded_vocab(config.parallel.tp) // config.parallel.tp
-        itemsize = 4 if config.model.dtype == "float32" else 2
-        held = config.trainer.microbatch_tokens // config.parallel.cp * columns * itemsize
+        held = config.trainer.microbatch_tokens // config.parallel.cp * columns * config.model.itemsize
         return "fused" if held > MATERIALISED_LIMIT else "materialised"
+
+    def kv_size_per_token(self, tp: int) -> int:
+        """Keys and values of all layers on one of ``tp`` engine ranks, which holds at least one key-value head."""
+        return 2 * self.num_layers * max(1, self.num_kv_heads // tp) * self.head_dim
 
     @property
     def query_size(self) -> int:

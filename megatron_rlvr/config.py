@@ -46,6 +46,11 @@ class ModelConfig:
     logits: Literal["auto", "materialised", "fused", "fused_float32"] = "auto"
     dropout: float = 0.0
 
+    @property
+    def itemsize(self) -> int:
+        """Bytes of a number in ``dtype``."""
+        return 4 if self.dtype == "float32" else 2
+
 
 @dataclass
 class ParallelConfig:

@@ -33,7 +33,7 @@ def check(config: Config) -> None:
     architecture.check_layout(config.parallel.tp, config.parallel.pp, config.parallel.vpp, config.parallel.cp)
     architecture.check_engine_layout(config.rollout_tp)
     architecture.check_length(config.longest)
-    verifiers.check_host(config.verifier)
+    verifiers.check_host(verifiers.load(config.verifier))
     _check_scale(config)
     exploration = build_exploration(config.exploration, config)
     _check_critic(config, architecture, exploration.needs().value_heads)

@@ -80,7 +80,7 @@ class FlightRecorder:
         names, flags = reduce.broadcast_object((list(self._columns), self._flags), last, groups.pp)
         mine = reduce.all_sum(torch.stack(list(self._columns.values())), groups.dp) if groups.is_last_stage else None
         shape = (len(names), self._chosen[-1].stop + 1)
-        table = reduce.broadcast_from_last_stage(mine, shape, torch.float32, batch.token_ids.device, groups)
+        table = reduce.broadcast_from_last_stage(mine, shape, torch.float32, groups)
         rows = zip(names, table[:, :-1].cpu(), strict=True)
         return Recording(self._chosen, {name: row.bool() if name in flags else row.clone() for name, row in rows})
 

@@ -48,7 +48,7 @@ class Run:
     def __init__(self, config: Config, console: Console, stop: StopRequest) -> None:
         self.config, self.folder, self.console, self.stop = config, config.run_dir, console, stop
         platform.start_rank()
-        process_groups.init(platform.backend(), config.run.collective_timeout)
+        process_groups.init(config.run.collective_timeout)
         watchdog.watch(self.folder / HANG, *process_groups.place(), config.run.hang_timeout, console.file)
         _seed_everything(config.seed)
         self.trainer = Trainer(config)

@@ -60,10 +60,6 @@ class TokenRecord:
     texts: list[str]
     columns: dict[str, Tensor]
 
-    def of(self, response: dict[str, Any], column: str) -> Tensor:
-        """[Lr] a column at the tokens of one response."""
-        return self.columns[column][response["start"] : response["stop"]]
-
     def judged(self) -> Tensor:
         """[n] bool, the tokens of responses that a verifier could judge; the columns of others are 0."""
         found = torch.zeros(len(self.texts), dtype=torch.bool)

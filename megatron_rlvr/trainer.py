@@ -1,4 +1,4 @@
-"""The RL step, and the run around it.
+"""The RL step; run.py has the run around it.
 
     prompts -> rollouts -> verdicts -> packed batch -> reference, old log-probs and values, where something reads them
             -> rewards -> advantages -> updates of critic and policy -> weight sync

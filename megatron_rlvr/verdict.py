@@ -25,8 +25,13 @@ class Verdict:
     right: bool | None = None  # None: the reward says it
 
 
+def is_scored(verdict: Verdict) -> bool:
+    """Whether the verdict carries a reward; the others train nothing."""
+    return verdict.status in SCORED
+
+
 def is_right(verdict: Verdict) -> bool | None:
     """Whether the answer is right: as the verdict says, else by a reward above 1/2; None where none was judged."""
-    if verdict.status not in SCORED:
+    if not is_scored(verdict):
         return None
     return verdict.reward > 0.5 if verdict.right is None else verdict.right

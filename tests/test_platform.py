@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -14,6 +13,7 @@ from transformers import AutoModelForCausalLM
 from megatron_rlvr import platform
 from megatron_rlvr.config import ConfigError
 from megatron_rlvr.models import random_streams
+from megatron_rlvr.planner.shapes import SHAPES
 from megatron_rlvr.rollout.vllm_settings import key_value_bytes, memory_settings
 from tests.ranks import run_ranks
 from tests.tiny import make_folder
@@ -88,8 +88,7 @@ def test_the_engines_share_of_a_gpu_must_be_free(monkeypatch: pytest.MonkeyPatch
 
 
 def test_a_cpus_cache_holds_one_sequence_at_least() -> None:
-    shape = SimpleNamespace(num_layers=28, num_kv_heads=8, head_dim=128)
-    longest = key_value_bytes(shape, 2, 4032, "bfloat16")  # type: ignore[arg-type]
+    longest = key_value_bytes(SHAPES["Qwen3-1.7B-Base"], 2, 4032, "bfloat16")  # 28 layers, 8 heads of 128
     assert longest == 2 * 28 * 4 * 128 * 2 * 4096 == 224 << 20
     keys = ("rollout.kv_cache_mib", "rollout.gpu_memory_utilization")
     assert memory_settings(224, 0.5, longest, keys) == {"kv_cache_memory_bytes": 224 << 20}

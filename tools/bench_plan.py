@@ -139,7 +139,7 @@ def be_rank(folder: Path, options: argparse.Namespace, overrides: list[str]) -> 
     warnings.simplefilter("ignore")
     config = make_config(folder, options, overrides)
     platform.start_rank()
-    process_groups.init(platform.backend(), 600.0)
+    process_groups.init(600.0)
     groups = initialize_parallel(config)
     architecture = Architecture.from_folder(config.model.path)
     logits = torch.zeros(8, architecture.padded_vocab(groups.tp_size) // groups.tp_size, requires_grad=True)

@@ -31,7 +31,7 @@ def on_ranks(work: Callable[[argparse.Namespace], None], options: argparse.Names
     from megatron_rlvr.distributed import groups
 
     platform.start_rank()
-    groups.init(platform.backend(), TIMEOUT)
+    groups.init(TIMEOUT)
     work(options)
     groups.destroy()
     return 0

@@ -2,8 +2,8 @@
 
     python examples/compare_exploration/compare.py [--methods grpo lp_reg] [--seeds 0 1 2] [--steps 200] [--jobs 2]
 
-A finished run leaves results/METHOD-SEED.json and is not run again, so the comparison can be stopped and go on another
-day; --report-only writes table and plots from what is there. Runs of other steps than --steps are left out.
+A finished run leaves results/METHOD-SEED-STEPS.json and is not run again, so the comparison can be stopped and go on
+another day; --report-only writes table and plots from what is there. Runs of other steps than --steps are left out.
 """
 
 from __future__ import annotations

@@ -22,7 +22,7 @@ def all_gather_flat(tensor: Tensor, group: ProcessGroup | None) -> Tensor:
         return tensor.unsqueeze(0)
     gathered = tensor.new_empty(group_size(group) * tensor.numel())
     dist.all_gather_into_tensor(_as_bytes(gathered), _as_bytes(tensor.detach()), group=group)
-    return gathered.view(group_size(group), -1) if tensor.numel() else gathered.view(group_size(group), 0)
+    return gathered.view(group_size(group), tensor.numel())
 
 
 def broadcast_tensor(tensor: Tensor, source: int, group: ProcessGroup | None) -> Tensor:

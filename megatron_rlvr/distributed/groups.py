@@ -11,12 +11,13 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
+from megatron_rlvr import platform
 from megatron_rlvr.config import ConfigError
 
 _RENDEZVOUS = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 
 
-def init(backend: str, timeout_seconds: float) -> None:
+def init(timeout_seconds: float) -> None:
     """Join the default process group that the environment describes (RANK, WORLD_SIZE, MASTER_ADDR, MASTER_PORT).
 
     A collective that waits longer than ``timeout_seconds`` for a peer fails instead of hanging. Raises ConfigError when
@@ -26,7 +27,7 @@ def init(backend: str, timeout_seconds: float) -> None:
     if missing:
         raise ConfigError(f"{', '.join(missing)} not set: start the ranks with torchrun, which sets them for each")
     try:
-        dist.init_process_group(backend, init_method="env://", timeout=timedelta(seconds=timeout_seconds))
+        dist.init_process_group(platform.backend(), init_method="env://", timeout=timedelta(seconds=timeout_seconds))
     except dist.DistNetworkError as error:
         address = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
         raise ConfigError(

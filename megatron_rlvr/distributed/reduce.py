@@ -9,6 +9,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
+from megatron_rlvr import platform
 from megatron_rlvr.distributed.collect import broadcast_tensor
 from megatron_rlvr.distributed.groups import ParallelGroups, group_size
 from megatron_rlvr.metrics import Meter
@@ -156,11 +157,7 @@ def gather_by_index(values: Tensor, index: Tensor, total: int, group: ProcessGro
 
 
 def broadcast_from_last_stage(
-    tensor: Tensor | None,
-    shape: tuple[int, ...],
-    dtype: torch.dtype,
-    device: torch.device | str,
-    groups: ParallelGroups,
+    tensor: Tensor | None, shape: tuple[int, ...], dtype: torch.dtype, groups: ParallelGroups
 ) -> Tensor:
     """The last pipeline stage's ``tensor`` on every stage; the other stages pass None and say what arrives.
 
@@ -172,7 +169,7 @@ def broadcast_from_last_stage(
             raise ValueError(f"the last stage has {held} to broadcast, where the others expect {list(shape)} {dtype}")
         result = tensor.detach().contiguous()
     else:
-        result = torch.empty(shape, dtype=dtype, device=device)
+        result = torch.empty(shape, dtype=dtype, device=platform.device())
     return broadcast_tensor(result, groups.pp_size - 1, groups.pp)
 
 

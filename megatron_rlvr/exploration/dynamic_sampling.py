@@ -9,9 +9,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from megatron_rlvr import verifiers
 from megatron_rlvr.exploration.base import Exploration
 from megatron_rlvr.types import RolloutGroup
+from megatron_rlvr.verdict import is_scored
 
 
 @dataclass
@@ -25,5 +25,5 @@ class DynamicSampling(Exploration):
     def keep_group(self, group: RolloutGroup) -> bool:
         """A group of one response is kept: it has no other to differ from."""
         verdicts = [rollout.verdict for rollout in group.rollouts]
-        rewards = {verdict.reward for verdict in verdicts if verifiers.is_scored(verdict)}
+        rewards = {verdict.reward for verdict in verdicts if is_scored(verdict)}
         return len(verdicts) == 1 or len(rewards) > 1

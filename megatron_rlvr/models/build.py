@@ -53,7 +53,7 @@ def initialize_parallel(config: Config) -> ParallelGroups:
 def transformer_config(config: Config, architecture: Architecture) -> TransformerConfig:
     """The architecture and the layout in Megatron's terms."""
     parallel, dtype = config.parallel, DTYPES[config.model.dtype]
-    recompute = {"none": None, "selective": "selective", "full": "full"}[config.model.recompute]
+    recompute = None if config.model.recompute == "none" else config.model.recompute
     return TransformerConfig(
         num_layers=architecture.num_layers,
         hidden_size=architecture.hidden_size,

@@ -17,7 +17,7 @@ from megatron_rlvr.architecture import Architecture
 from megatron_rlvr.config import Config
 from megatron_rlvr.distributed.context import gather
 from megatron_rlvr.distributed.groups import ParallelGroups
-from megatron_rlvr.distributed.reduce import broadcast_from_last_stage, reduce_meter
+from megatron_rlvr.distributed.reduce import broadcast_from_last_stage
 from megatron_rlvr.metrics import Meter
 from megatron_rlvr.models.build import build_chunks
 from megatron_rlvr.models.trainable import Trainable
@@ -62,6 +62,7 @@ class ValueHead(torch.nn.Module):
 class Critic(Trainable):
     """``config.critic.num_heads`` values of each state, on a trunk that starts from the policy's weights or its own."""
 
+    name = "critic"
     section = "critic.optimizer"
     signs = "critic/grad_norm"
 
@@ -81,13 +82,8 @@ class Critic(Trainable):
     def fill_values(self, batch: Batch) -> None:
         """One forward over the batch: fills values [T, H] on every rank, 0 outside the loss tokens."""
         parts = self.forward(batch.microbatches(), self._whole)
-        values = broadcast_from_last_stage(
-            torch.cat(parts) if parts else None,
-            (batch.num_tokens, self.num_heads),
-            torch.float32,
-            platform.device(),
-            self.groups,
-        )
+        held, shape = torch.cat(parts) if parts else None, (batch.num_tokens, self.num_heads)
+        values = broadcast_from_last_stage(held, shape, torch.float32, self.groups)
         batch.values = torch.where(batch.loss_mask[:, None], values, 0.0)
 
     def _whole(self, values: Tensor, micro: Microbatch) -> Tensor:
@@ -97,12 +93,4 @@ class Critic(Trainable):
     def update(self, batch: Batch, update: Update, loss: ValueLoss) -> Meter:
         """One optimizer update; the meter, equal on every rank, holds critic/*."""
         microbatches = [batch.microbatch(*bounds) for bounds in update.microbatches]
-        result = self.train_step(microbatches, lambda values, micro: loss(micro, self._whole(values, micro)))
-        meter = Meter()
-        if self.groups.is_last_stage:
-            # Shares of one global loss: their sum over microbatches and ranks is the loss itself.
-            meter.add("critic/loss", torch.stack(result.losses).sum(), 1 / self.groups.dp_size)
-        meter = reduce_meter(meter, self.groups)
-        meter.add("critic/grad_norm", result.grad_norm)
-        meter.add("critic/lr", result.learning_rate)
-        return meter
+        return self.train_step(microbatches, lambda values, micro: loss(micro, self._whole(values, micro)), Meter())

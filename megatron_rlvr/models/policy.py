@@ -11,12 +11,11 @@ from megatron.core.models.gpt import GPTModel
 from megatron.core.tensor_parallel import gather_from_sequence_parallel_region
 from torch import Tensor
 
-from megatron_rlvr import platform
 from megatron_rlvr.architecture import Architecture
 from megatron_rlvr.config import Config
 from megatron_rlvr.distributed.context import gather, gather_statistics, stretch
 from megatron_rlvr.distributed.groups import ParallelGroups
-from megatron_rlvr.distributed.reduce import broadcast_from_last_stage, reduce_meter
+from megatron_rlvr.distributed.reduce import broadcast_from_last_stage
 from megatron_rlvr.distributed.vocab import StatisticsOptions, TokenStatistics, token_statistics
 from megatron_rlvr.distributed.vocab_linear import linear_token_statistics
 from megatron_rlvr.metrics import Meter
@@ -85,7 +84,7 @@ class LanguageModel(ABC):
 
         def whole(name: str, dtype: torch.dtype, *width: int) -> Tensor:
             held = torch.cat([getattr(part, name) for part in parts]) if parts else None
-            return broadcast_from_last_stage(held, (batch.num_tokens, *width), dtype, platform.device(), self.groups)
+            return broadcast_from_last_stage(held, (batch.num_tokens, *width), dtype, self.groups)
 
         values = {name: whole(name, torch.float32) for name in _FIELDS}
         if options.top:
@@ -130,7 +129,7 @@ class Policy(Trainable, LanguageModel):
             parts = self.forward(batch.microbatches(), consume)
         shape = (batch.num_responses, self.architecture.hidden_size)
         held = torch.cat(parts) if parts else None
-        batch.states = broadcast_from_last_stage(held, shape, torch.float32, platform.device(), self.groups)
+        batch.states = broadcast_from_last_stage(held, shape, torch.float32, self.groups)
 
     def update(self, batch: Batch, update: Update, loss: LossFunction, options: StatisticsOptions) -> Meter:
         """One optimizer update; the meter, equal on every rank, holds the loss's own entries and policy/*."""
@@ -139,14 +138,7 @@ class Policy(Trainable, LanguageModel):
         def consume(output: Tensor, micro: Microbatch) -> Tensor:
             return loss(micro, self.statistics(output, micro, without_top), meter)
 
-        result = self.train_step([batch.microbatch(*bounds) for bounds in update.microbatches], consume)
-        if self.groups.is_last_stage:
-            # Shares of one global loss: their sum over microbatches and ranks is the loss itself.
-            meter.add("policy/loss", torch.stack(result.losses).sum(), 1 / self.groups.dp_size)
-        meter = reduce_meter(meter, self.groups)
-        meter.add("policy/grad_norm", result.grad_norm)
-        meter.add("policy/lr", result.learning_rate)
-        return meter
+        return self.train_step([batch.microbatch(*bounds) for bounds in update.microbatches], consume, meter)
 
     def hf_weights(self) -> Iterator[tuple[str, Tensor]]:
         """(Hugging Face name, full tensor) on every rank, one bucket at a time."""

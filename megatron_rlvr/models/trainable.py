@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
 
 import torch
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
@@ -16,6 +15,8 @@ from megatron_rlvr import platform
 from megatron_rlvr.architecture import Architecture
 from megatron_rlvr.config import Config, OptimizerConfig
 from megatron_rlvr.distributed.groups import ParallelGroups
+from megatron_rlvr.distributed.reduce import reduce_meter
+from megatron_rlvr.metrics import Meter
 from megatron_rlvr.models import schedule
 from megatron_rlvr.models.build import DTYPES
 from megatron_rlvr.types import Microbatch
@@ -25,21 +26,13 @@ class TrainingDiverged(RuntimeError):
     """A gradient that is not a number: going on would destroy the model."""
 
 
-@dataclass(frozen=True)
-class StepResult:
-    """One optimizer update: losses of this rank's microbatches (last stage), global gradient norm, learning rate."""
-
-    losses: list[torch.Tensor]
-    grad_norm: float
-    learning_rate: float
-
-
 class Trainable:
     """DDP over the data- and context-parallel ranks, AdamW (sharded over them when distributed), warm-up and decay.
 
     ``steps`` are those of the run in which this model learns; ``section`` is where the config holds ``settings``.
     """
 
+    name = "policy"  # of its metrics
     section = "optimizer"
     signs = "policy/grad_norm or policy/ratio_max"  # metrics that grow before it diverges
     architecture: Architecture
@@ -95,8 +88,11 @@ class Trainable:
             wd_incr_style="constant",
         )
 
-    def train_step(self, microbatches: list[Microbatch], loss: schedule.Consumer) -> StepResult:
-        """Forward, backward and one optimizer update over these microbatches. Raises TrainingDiverged."""
+    def train_step(self, microbatches: list[Microbatch], loss: schedule.Consumer, meter: Meter) -> Meter:
+        """Forward, backward and one optimizer update over these microbatches. Raises TrainingDiverged.
+
+        Returns the data-parallel ranks' meters as one, equal on every rank, with NAME/loss, NAME/grad_norm and NAME/lr.
+        """
         with platform.megatron_calls():
             for replica in self.replicas:
                 replica.train()
@@ -110,7 +106,13 @@ class Trainable:
                 f"the gradient norm is {grad_norm}: see in metrics.jsonl from where {self.signs} grew, and lower "
                 f"{self.section}.lr or the clips"
             )
-        return StepResult(losses, float(grad_norm), self.optimizer.param_groups[0]["lr"])
+        if self.groups.is_last_stage:
+            # Shares of one global loss: their sum over microbatches and ranks is the loss itself.
+            meter.add(f"{self.name}/loss", torch.stack(losses).sum(), 1 / self.groups.dp_size)
+        meter = reduce_meter(meter, self.groups)
+        meter.add(f"{self.name}/grad_norm", float(grad_norm))
+        meter.add(f"{self.name}/lr", self.optimizer.param_groups[0]["lr"])
+        return meter
 
     def forward(self, microbatches: list[Microbatch], consume: schedule.Consumer) -> list:
         """A pass without gradients or dropout; on the last stage what ``consume`` makes of each microbatch."""

@@ -161,11 +161,11 @@ def running_mean(values: np.ndarray, reach: int) -> np.ndarray:
     return (total[end] - total[start]) / (end - start)
 
 
-def thin(values: np.ndarray, reduce: Callable[[np.ndarray], float] = np.mean, most: int = MOST_POINTS) -> np.ndarray:
-    """[n] -> [min(n, most)]: each of equal spans reduced to one value, so that a long run's page stays small."""
-    if len(values) <= most:
+def thin(values: np.ndarray, reduce: Callable[[np.ndarray], float] = np.mean) -> np.ndarray:
+    """[n] -> [min(n, MOST_POINTS)]: each of equal spans reduced to one value, so that a long run's page stays small."""
+    if len(values) <= MOST_POINTS:
         return values
-    return np.array([reduce(span) for span in np.array_split(values, most)])
+    return np.array([reduce(span) for span in np.array_split(values, MOST_POINTS)])
 
 
 def _trend(axes: Axes, lines: list[Line], chart: Chart, rows: Sequence[dict]) -> list[tuple[str, str]]:

@@ -146,7 +146,7 @@ def _differences(runs: list[RunRecord]) -> str:
     if not differing:
         return '<p class="note">Nothing.</p>'
     rows = [[key, *(_shown(run.config, key) for run in runs)] for key in differing]
-    return report_parts.text_filter("tr.setting", "Text in them") + report_parts.table(
+    return report_parts.text_filter("tr.setting") + report_parts.table(
         ["Key", *(run.name for run in runs)], rows, "setting"
     )
 

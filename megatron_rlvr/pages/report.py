@@ -125,7 +125,7 @@ def _examples(rollouts: list[dict]) -> str:
     )
     if not columns:
         return ""
-    search = report_parts.text_filter(".examples article", "Text in them")
+    search = report_parts.text_filter(".examples article")
     return f'<section><h2>Latest responses</h2>{search}<div class="examples">{columns}</div></section>'
 
 

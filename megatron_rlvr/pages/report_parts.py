@@ -49,11 +49,11 @@ def _cell(value: object) -> str:
     return f"<td>{page.text(value)}</td>"
 
 
-def text_filter(items: str, label: str, fields: str = "") -> str:
+def text_filter(items: str) -> str:
     """A form that hides the elements of the CSS selector ``items`` that lack the text typed; shown by the script."""
     return (
-        f'<form class="filter" data-items="{items}" hidden>{fields}'
-        f"<label>{page.text(label)}<input type=search></label><output></output></form>"
+        f'<form class="filter" data-items="{items}" hidden>'
+        "<label>Text in them<input type=search></label><output></output></form>"
     )
 
 

@@ -73,10 +73,8 @@ for (const table of document.querySelectorAll('table.sorts')) {
 for (const form of document.querySelectorAll('form.filter')) {
   const items = [...document.querySelectorAll(form.dataset.items)], count = form.querySelector('output');
   const apply = () => {
-    const fields = [...form.querySelectorAll('select, input')];
-    for (const item of items) item.hidden = !fields.every(field => field.name
-      ? field.value === '' || item.dataset[field.name] === field.value
-      : item.textContent.toLowerCase().includes(field.value.toLowerCase()));
+    const wanted = form.querySelector('input').value.toLowerCase();
+    for (const item of items) item.hidden = !item.textContent.toLowerCase().includes(wanted);
     count.textContent = `${items.filter(item => !item.hidden).length} of ${items.length}`;
   };
   form.hidden = false;

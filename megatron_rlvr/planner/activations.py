@@ -15,7 +15,7 @@ MOST_PADDING = 2**0.5  # places per token of models/attention.py's views
 
 def layer_bytes(config: Config, architecture: Architecture, tokens: int, local: bool, selective: bool = False) -> int:
     """One layer's; ``local``: without Transformer Engine; ``selective``: its core attention is computed again."""
-    tp, size = config.parallel.tp, itemsize(config)
+    tp, size = config.parallel.tp, config.model.itemsize
     outside = 2 * norm_bytes(config, architecture, local)
     if local:
         inside = (_local_attention(architecture, size, selective) + 5 * architecture.ffn_size * size) // tp
@@ -56,14 +56,14 @@ def _exchanged_attention(architecture: Architecture, size: int, selective: bool)
 
 def norm_bytes(config: Config, architecture: Architecture, local: bool) -> int:
     """Per token, of one norm of the hidden state: its input and output; the local one also keeps x / rms, in fp32."""
-    size = itemsize(config)
+    size = config.model.itemsize
     kept = (4 + 4 + size) if local else 2 * size
     return architecture.hidden_size * kept // sequence_cut(config)
 
 
 def recomputed_bytes(config: Config, architecture: Architecture, tokens: int) -> int:
     """What a layer keeps under full recomputation: its input."""
-    return tokens * architecture.hidden_size * itemsize(config) // sequence_cut(config)
+    return tokens * architecture.hidden_size * config.model.itemsize // sequence_cut(config)
 
 
 def in_flight(config: Config, microbatches: int, stage: int) -> tuple[int, int]:
@@ -76,10 +76,6 @@ def in_flight(config: Config, microbatches: int, stage: int) -> tuple[int, int]:
     if vpp == 1:
         return min(pp - stage, microbatches), pp
     return min(vpp * microbatches, 2 * (pp - stage - 1) + (vpp - 1) * pp + 1), pp * vpp
-
-
-def itemsize(config: Config) -> int:
-    return 4 if config.model.dtype == "float32" else 2
 
 
 def sequence_cut(config: Config) -> int:

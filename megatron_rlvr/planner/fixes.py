@@ -6,9 +6,11 @@ A candidate counts only if nothing in problems.py speaks against it, so a fix th
 from __future__ import annotations
 
 import copy
+from collections import ChainMap
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from itertools import combinations
+from itertools import combinations, product
+from operator import attrgetter
 from typing import Any
 
 from megatron_rlvr.config import Config
@@ -33,11 +35,8 @@ def apply(config: Config, change: Change) -> Config:
     """A copy of the config with these keys set."""
     changed = copy.deepcopy(config)
     for key, value in change.items():
-        *sections, leaf = key.split(".")
-        node = changed
-        for section in sections:
-            node = getattr(node, section)
-        setattr(node, leaf, value)
+        section, _, leaf = key.rpartition(".")
+        setattr(attrgetter(section)(changed), leaf, value)
     return changed
 
 
@@ -48,20 +47,11 @@ def find_fix(config: Config, workload: Workload, machine: Machine) -> Change | N
     """
     groups = [list(group(config, workload, machine)) for group in GROUPS]
     tries = [*((group,) for group in groups), *combinations(groups, 2)]
-    changes = [change for chosen in tries for change in _combined(chosen)]
+    changes = [dict(ChainMap(*reversed(parts))) for chosen in tries for parts in product(*chosen)]
     for change in sorted(changes, key=lambda change: "parallel.cp" in change):
         if not problems(apply(config, change), workload, machine):
             return change
     return None
-
-
-def _combined(groups: tuple[list[Change], ...]) -> Iterator[Change]:
-    if len(groups) == 1:
-        yield from groups[0]
-        return
-    for first in groups[0]:
-        for second in groups[1]:
-            yield {**first, **second}
 
 
 def _same_layout_switches(config: Config, workload: Workload, machine: Machine) -> Iterator[Change]:
@@ -93,7 +83,7 @@ def _layouts(config: Config, workload: Workload, machine: Machine) -> Iterator[C
             change["parallel.sequence_parallel"] = False
         if pp == 1 and asked.vpp > 1:
             change["parallel.vpp"] = 1
-        yield {key: value for key, value in change.items() if _value(config, key) != value}
+        yield {key: value for key, value in change.items() if attrgetter(key)(config) != value}
 
 
 def _memory(config: Config, workload: Workload, machine: Machine) -> Iterator[Change]:
@@ -168,13 +158,6 @@ def _best(config: Config, layout: Change, workload: Workload, machine: Machine, 
                 peak = max(memory.training_peak, memory.generation_peak)
                 found.append(Suggestion(change, seconds, peak))
     return min(found, key=lambda item: (item.step_seconds, item.peak), default=None)
-
-
-def _value(config: Config, key: str) -> Any:
-    node: Any = config
-    for part in key.split("."):
-        node = getattr(node, part)
-    return node
 
 
 def _divisors(number: int) -> list[int]:

@@ -9,14 +9,13 @@ from megatron_rlvr.architecture import Architecture
 from megatron_rlvr.config import Config, OptimizerConfig
 from megatron_rlvr.planner.activations import (
     in_flight,
-    itemsize,
     layer_bytes,
     norm_bytes,
     recomputed_bytes,
     sequence_cut,
 )
 from megatron_rlvr.planner.devices import GIB, Device
-from megatron_rlvr.planner.workload import Parameters, Workload, stage_parameters, whole_parameters
+from megatron_rlvr.planner.workload import Workload, stage_parameters, whole_parameters
 
 MIB = 2**20
 LOGITS_BLOCK = {True: 1 << 24, False: 1 << 26}  # platform.logits_block_elements, on a CPU and on a GPU
@@ -96,20 +95,20 @@ def process_items(config: Config, device: Device) -> tuple[Item, ...]:
 
 def state_items(config: Config, workload: Workload, stage: int) -> tuple[Item, ...]:
     """Weights, gradients and optimizer of policy and critic, and the frozen reference's weights."""
-    parallel, size = config.parallel, itemsize(config)
+    parallel, size = config.parallel, config.model.itemsize
     policy = stage_parameters(workload.policy, parallel.tp, parallel.pp, stage)
     items = _trained("policy", policy, size, config.optimizer, parallel.dp * parallel.cp)
     if workload.critic:
         critic = stage_parameters(workload.critic, parallel.tp, parallel.pp, stage, config.critic.num_heads)
         items += _trained("critic", critic, size, config.critic.optimizer, parallel.dp * parallel.cp)
     if workload.reference:
-        items.append(Item("reference weights", size * policy.total, f"{size} B x {policy.total:,}"))
+        items.append(Item("reference weights", size * policy, f"{size} B x {policy:,}"))
     return tuple(items)
 
 
-def _trained(name: str, parameters: Parameters, size: int, optimizer: OptimizerConfig, ranks: int) -> list[Item]:
+def _trained(name: str, total: int, size: int, optimizer: OptimizerConfig, ranks: int) -> list[Item]:
     """Megatron-core's distributed optimizer guide: 6 + 12/d bytes a parameter in bf16, 8 + 8/d in fp32, for d ranks."""
-    total, shards = parameters.total, ranks if optimizer.distributed else 1
+    shards = ranks if optimizer.distributed else 1
     per_parameter = 8 + (4 if size == 2 else 0)  # AdamW's two moments, and fp32 weights beside bf16 ones
     return [
         Item(f"{name} weights", size * total, f"{size} B x {total:,} parameters of this rank"),
@@ -129,7 +128,7 @@ def training_items(config: Config, workload: Workload, device: Device, stage: in
     if workload.critic:
         moments.append(_backward(config, workload.critic, device, stage, config.critic.num_heads))
     if device.is_cpu and config.optimizer.distributed:
-        total = stage_parameters(workload.policy, config.parallel.tp, config.parallel.pp, stage).total
+        total = stage_parameters(workload.policy, config.parallel.tp, config.parallel.pp, stage)
         why = f"4 B x {total:,}: gloo reduces a copy of the buffer, when the activations are gone"
         moments.append((Item("gradient reduction", 4 * total, why),))
     beside = [] if device.is_cpu else [Item("CUDA graphs", CUDA_GRAPHS, "estimate: kept while the engine sleeps")]
@@ -176,7 +175,7 @@ def _backward(config: Config, architecture: Architecture, device: Device, stage:
 
 def _layer_gradients(config: Config, architecture: Architecture, tokens: int) -> int:
     """Gradients alive at once in the gated MLP's backward, and its weight's: apex alone adds into the buffer."""
-    tp, size = config.parallel.tp, itemsize(config)
+    tp, size = config.parallel.tp, config.model.itemsize
     columns = architecture.ffn_size // tp
     passing = tokens * (2 * columns + 2 * architecture.hidden_size) * size
     return passing + 2 * columns * architecture.hidden_size * size
@@ -184,7 +183,7 @@ def _layer_gradients(config: Config, architecture: Architecture, tokens: int) ->
 
 def head_bytes(config: Config, architecture: Architecture, device: Device) -> int:
     """The statistics' buffers: all logits of a microbatch, whose gradient takes their place, or a block of them."""
-    tp, size, tokens, h = config.parallel.tp, itemsize(config), microbatch(config), architecture.hidden_size
+    tp, size, tokens, h = config.parallel.tp, config.model.itemsize, microbatch(config), architecture.hidden_size
     columns = architecture.padded_vocab(tp) // tp
     hidden_gradient = tokens * h * size * (2 if sequence_cut(config) > 1 else 1)  # and the gathered hidden states
     if (form := architecture.logits_form(config)) != "materialised":
@@ -206,23 +205,23 @@ def engine_items(config: Config, workload: Workload, device: Device) -> tuple[It
     weights = engine_weights(config, workload)
     if device.is_cpu:
         return (
-            Item("engine weights", weights, f"{itemsize(config)} B x parameters / rollout.tp {config.rollout_tp}"),
+            Item("engine weights", weights, f"{config.model.itemsize} B x parameters / rollout.tp {config.rollout_tp}"),
             Item("engine KV cache", config.rollout.kv_cache_mib * MIB, "rollout.kv_cache_mib"),
         )
     share = config.rollout.gpu_memory_utilization
-    largest = workload.policy.vocab_size * workload.policy.hidden_size * itemsize(config)
+    largest = workload.policy.vocab_size * workload.policy.hidden_size * config.model.itemsize
     passing = largest + largest // config.parallel.tp + largest // config.rollout_tp
     why = f"rollout.gpu_memory_utilization {share} x {device.name}"
     generation = (Item("engine", int(share * device.memory), why),)
     sync = (
-        Item("engine weights", weights, f"{itemsize(config)} B x parameters / rollout.tp {config.rollout_tp}"),
+        Item("engine weights", weights, f"{config.model.itemsize} B x parameters / rollout.tp {config.rollout_tp}"),
         Item("weight sync", passing, "the largest tensor whole, the own part of it and the engine's new one"),
     )
     return max(generation, sync, key=_sum)
 
 
 def engine_weights(config: Config, workload: Workload) -> int:
-    return whole_parameters(workload.policy) * itemsize(config) // config.rollout_tp
+    return whole_parameters(workload.policy) * config.model.itemsize // config.rollout_tp
 
 
 def kv_cache(config: Config, workload: Workload, device: Device) -> int:
@@ -234,7 +233,7 @@ def kv_cache(config: Config, workload: Workload, device: Device) -> int:
     if device.is_cpu:
         return config.rollout.kv_cache_mib * MIB
     model, tp = workload.policy, config.rollout_tp
-    passing = TOKENS_AT_A_TIME * (2 * model.ffn_size // tp + 4 * model.hidden_size) * itemsize(config)
+    passing = TOKENS_AT_A_TIME * (2 * model.ffn_size // tp + 4 * model.hidden_size) * config.model.itemsize
     passing += config.rollout.max_running * model.vocab_size * 8 + CUDA_GRAPHS
     share = int(config.rollout.gpu_memory_utilization * device.memory)
     return share - engine_weights(config, workload) - passing
@@ -263,10 +262,8 @@ def checkpoint_copy(config: Config, workload: Workload, stage: int) -> int:
 
 
 def kv_bytes_per_token(config: Config, workload: Workload) -> int:
-    """Keys and values of every layer on one engine rank, which holds at least one key-value head."""
-    model = workload.policy
-    heads = max(1, model.num_kv_heads // config.rollout_tp)
-    return 2 * model.num_layers * heads * model.head_dim * itemsize(config)
+    """Keys and values of every layer on one engine rank."""
+    return workload.policy.kv_size_per_token(config.rollout_tp) * config.model.itemsize
 
 
 def microbatch(config: Config) -> int:

@@ -9,7 +9,6 @@ from dataclasses import dataclass
 
 from megatron_rlvr.architecture import Architecture
 from megatron_rlvr.config import Config
-from megatron_rlvr.planner.activations import itemsize
 from megatron_rlvr.planner.devices import Device
 from megatron_rlvr.planner.memory import engine_weights, kv_bytes_per_token, kv_cache
 from megatron_rlvr.planner.workload import Workload, forward_flops, whole_parameters
@@ -97,7 +96,7 @@ def _moved(config: Config, model: Architecture, device: Device, tokens: float, f
     reduces fp32 gradients once and gathers weights once. Stages send so little that it is left out.
     """
     reduces = 2 if forwards == 1 else 2 * (forwards - 2) + (3 if config.parallel.sequence_parallel else 2)
-    parallel, size = config.parallel, itemsize(config)
+    parallel, size = config.parallel, config.model.itemsize
     tp, cp, pp, replicas = parallel.tp, parallel.cp, parallel.pp, parallel.dp * parallel.cp
     token_layers = model.num_layers / pp * tokens / replicas
     reduced = reduces * 2 * (tp - 1) / tp * token_layers * model.hidden_size * size
@@ -148,7 +147,7 @@ def running_sequences(config: Config, workload: Workload, device: Device, length
 
 def sync_bytes(config: Config, workload: Workload) -> int:
     """Bytes of the whole model that every rank gathers and hands to its engine (weights/gather.py)."""
-    return whole_parameters(workload.policy) * itemsize(config)
+    return whole_parameters(workload.policy) * config.model.itemsize
 
 
 def weight_sync(config: Config, workload: Workload, device: Device) -> PhaseTime:

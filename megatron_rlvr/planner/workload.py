@@ -9,15 +9,6 @@ from megatron_rlvr.config import Config
 from megatron_rlvr.planner.shapes import find_architecture
 
 
-@dataclass(frozen=True)
-class Parameters:
-    """What one rank of a stage holds. Parameters(total=1000, largest=300, layers=2)."""
-
-    total: int
-    largest: int  # elements of its largest matrix, whose gradient exists beside its buffer for a moment
-    layers: int
-
-
 def layer_parameters(architecture: Architecture, tp: int) -> int:
     """One tensor-parallel rank's part of a layer: attention, gated MLP, norms."""
     h, q, kv, ffn = architecture.hidden_size, architecture.query_size, architecture.kv_size, architecture.ffn_size
@@ -26,20 +17,18 @@ def layer_parameters(architecture: Architecture, tp: int) -> int:
     return matrices + bias + 2 * h + (2 * architecture.head_dim if architecture.qk_norm else 0)
 
 
-def stage_parameters(architecture: Architecture, tp: int, pp: int, stage: int, heads: int = 0) -> Parameters:
-    """Of pipeline stage ``stage``; ``heads``: a critic's, which take the place of the output layer.
+def stage_parameters(architecture: Architecture, tp: int, pp: int, stage: int, heads: int = 0) -> int:
+    """Of one rank of pipeline stage ``stage``; ``heads``: a critic's, which take the place of the output layer.
 
     A tied model's last stage has a copy of the embedding, where that is not the first one too.
     """
     h, first, last = architecture.hidden_size, stage == 0, stage == pp - 1
     vocabulary = architecture.padded_vocab(tp) // tp * h
-    layers = architecture.num_layers // pp
-    total = layers * layer_parameters(architecture, tp) + first * vocabulary
-    has_output = last and not heads and not (architecture.tied and first)
+    total = architecture.num_layers // pp * layer_parameters(architecture, tp) + first * vocabulary
     if last:
+        has_output = not heads and not (architecture.tied and first)
         total += h + has_output * vocabulary + heads * (h + 1)
-    largest = max(2 * architecture.ffn_size // tp * h, vocabulary if first or has_output else 0)
-    return Parameters(total, largest, layers)
+    return total
 
 
 def whole_parameters(architecture: Architecture) -> int:

@@ -15,12 +15,10 @@ from megatron_rlvr.architecture import Architecture
 from megatron_rlvr.rollout.engine import Request, Sample, stop_token_ids
 from megatron_rlvr.rollout.vllm_settings import (
     check_head_dim,
-    counting_bar,
+    generate,
     key_value_bytes,
     memory_settings,
     prompt_settings,
-    read_sample,
-    sampling,
     set_environment,
 )
 
@@ -76,10 +74,7 @@ class Sampler:
 
     def generate(self, requests: list[Request], ended: Callable[[int], Any] = lambda count: None) -> list[Sample]:
         """One sample per request, in order; ``ended`` is told how many more have ended, as they do."""
-        prompts = [{"prompt_token_ids": request.prompt_token_ids} for request in requests]
-        settings = [sampling(request, self._stop_ids, self._vocab_size) for request in requests]
-        outputs = self._llm.generate(prompts, settings, use_tqdm=counting_bar(ended))
-        return [read_sample(output.outputs[0], request.top) for output, request in zip(outputs, requests, strict=True)]
+        return generate(self._llm, requests, self._stop_ids, self._vocab_size, ended)
 
     def close(self) -> None:
         self._llm.llm_engine.engine_core.shutdown()

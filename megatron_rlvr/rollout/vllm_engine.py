@@ -25,12 +25,10 @@ from megatron_rlvr.distributed.reduce import broadcast_object
 from megatron_rlvr.rollout.engine import EngineNotReady, Request, Sample, stop_token_ids
 from megatron_rlvr.rollout.vllm_settings import (
     check_head_dim,
-    counting_bar,
+    generate,
     key_value_bytes,
     memory_settings,
     prompt_settings,
-    read_sample,
-    sampling,
     set_environment,
 )
 
@@ -68,15 +66,13 @@ class VllmEngine:
         """One sample per request, in order; collective within the replica. Raises EngineNotReady."""
         if not self.ready:
             raise EngineNotReady("the engine's weights are not proven to be the policy's: push them first")
-        prompts = [{"prompt_token_ids": request.prompt_token_ids} for request in requests]
-        settings = [sampling(request, self._stop_ids, self._vocab_size) for request in requests]
-        outputs = []
+        samples: list[Sample] = []
         with self._stream.entered(), _process_unchanged():
             if requests:
                 self._wake(WEIGHTS, CACHE)
-                outputs = self._llm.generate(prompts, settings, use_tqdm=counting_bar(ended))
+                samples = generate(self._llm, requests, self._stop_ids, self._vocab_size, ended)
             self._sleep()  # also where there was nothing to do: a push leaves the weights awake
-        return [read_sample(output.outputs[0], request.top) for output, request in zip(outputs, requests, strict=True)]
+        return samples
 
     def load_weights(self, weights: Iterable[tuple[str, Tensor]]) -> None:
         """Stream (Hugging Face name, whole tensor) into vLLM, which fuses and cuts them itself; leaves it not ready."""

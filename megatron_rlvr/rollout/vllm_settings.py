@@ -53,8 +53,7 @@ def key_value_bytes(architecture: Architecture, tp: int, length: int, dtype: str
     """
     width = 4 if dtype == "float32" else 2
     tokens = -(-length // CPU_BLOCK) * CPU_BLOCK
-    heads = max(1, architecture.num_kv_heads // tp)
-    return 2 * architecture.num_layers * heads * architecture.head_dim * width * tokens
+    return architecture.kv_size_per_token(tp) * width * tokens
 
 
 def memory_settings(
@@ -95,7 +94,17 @@ def prompt_settings(max_length: int, max_running: int) -> dict[str, Any]:
     return {"enable_chunked_prefill": False, "max_num_batched_tokens": max(max_length, 4096)}
 
 
-def sampling(request: Request, stop_ids: list[int], vocab_size: int) -> Any:
+def generate(
+    llm: Any, requests: list[Request], stop_ids: list[int], vocab_size: int, ended: Callable[[int], Any]
+) -> list[Sample]:
+    """One sample per request, in order; ``ended`` is told how many more have ended, as they do."""
+    prompts = [{"prompt_token_ids": request.prompt_token_ids} for request in requests]
+    settings = [_sampling(request, stop_ids, vocab_size) for request in requests]
+    outputs = llm.generate(prompts, settings, use_tqdm=_counting_bar(ended))
+    return [_read_sample(output.outputs[0], request.top) for output, request in zip(outputs, requests, strict=True)]
+
+
+def _sampling(request: Request, stop_ids: list[int], vocab_size: int) -> Any:
     """A request in vLLM's words."""
     from vllm import SamplingParams
 
@@ -112,7 +121,7 @@ def sampling(request: Request, stop_ids: list[int], vocab_size: int) -> Any:
     )
 
 
-def counting_bar(ended: Callable[[int], Any]) -> type[tqdm]:
+def _counting_bar(ended: Callable[[int], Any]) -> type[tqdm]:
     """What vLLM takes for its progress bar: it shows nothing and passes on how many more have ended."""
 
     class Bar(tqdm):
@@ -129,7 +138,7 @@ def counting_bar(ended: Callable[[int], Any]) -> type[tqdm]:
     return Bar
 
 
-def read_sample(completion: Any, top: int) -> Sample:
+def _read_sample(completion: Any, top: int) -> Sample:
     """What vLLM answers to a request with that ``top``."""
     ids = list(completion.token_ids)
     log_probs = [step[token].logprob for step, token in zip(completion.logprobs, ids, strict=True)]

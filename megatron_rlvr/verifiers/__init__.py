@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Any, Literal, Protocol, cast, get_args
 
 from megatron_rlvr.config import ConfigError, rule
 from megatron_rlvr.loading import loading
-from megatron_rlvr.verdict import SCORED, Verdict, VerdictStatus
+from megatron_rlvr.verdict import Verdict, VerdictStatus, is_scored
 from megatron_rlvr.verifiers import combination
 
 if TYPE_CHECKING:  # at run time these would bring torch into every verifier process
@@ -100,9 +100,8 @@ def _load_one(name: str) -> Verifier:
     return cast(Verifier, module)
 
 
-def check_host(name: str) -> None:
+def check_host(verifier: Verifier) -> None:
     """Whether this machine can run the verifier: a file may hold ``check_host()``, which raises ConfigError."""
-    verifier = load(name)
     for part in verifier.parts if isinstance(verifier, combination.Combination) else [verifier]:
         getattr(part, "check_host", lambda: None)()
 
@@ -134,11 +133,6 @@ def score_groups(
     for (rollout, _), verdict in zip(pairs, verdicts, strict=True):
         rollout.verdict = verdict
         ended(1)
-
-
-def is_scored(verdict: Verdict) -> bool:
-    """Whether the verdict carries a reward; the others train nothing."""
-    return verdict.status in SCORED
 
 
 def reward_of(verdict: Verdict, scale: Literal["verifier", "signed"]) -> float:

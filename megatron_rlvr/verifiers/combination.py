@@ -9,7 +9,7 @@ from math import isfinite
 from typing import TYPE_CHECKING, Any
 
 from megatron_rlvr.config import ConfigError
-from megatron_rlvr.verdict import Verdict, is_right
+from megatron_rlvr.verdict import Verdict, is_right, is_scored
 
 if TYPE_CHECKING:
     from megatron_rlvr.verifiers import Verifier
@@ -47,7 +47,7 @@ class Combination:
     def verify(self, response: str, answer: list[Any]) -> Verdict:
         """A part that has no reward, by error or timeout, leaves the sum without one."""
         verdicts = [part.verify(response, one) for part, one in zip(self.parts, answer, strict=True)]
-        failed = [verdict for verdict in verdicts if verdict.status in ("error", "timeout")]
+        failed = [verdict for verdict in verdicts if not is_scored(verdict)]
         first = (failed or verdicts)[0]
         reward = sum(weight * item.reward for weight, item in zip(self.weights, verdicts, strict=True))
         return replace(first, reward=0.0 if failed else reward, right=is_right(first))

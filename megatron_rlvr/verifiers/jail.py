@@ -174,7 +174,7 @@ def drop_privileges() -> None:
     code = b"".join(program)
     buffer = ctypes.create_string_buffer(code)
     head = struct.pack("HxxxxxxP", len(program), ctypes.addressof(buffer))
-    _check(_LIBC.prctl(_SECCOMP, ctypes.c_ulong(_FILTER), ctypes.c_char_p(head), 0, 0), "seccomp")
+    _prctl(_SECCOMP, _FILTER, ctypes.c_char_p(head))
 
 
 def limit(cpu_seconds: float, memory_mib: int, processes: int) -> None:

@@ -226,7 +226,7 @@ def _equations(gold: str, given: str) -> bool:
     if len(golds) == 2 and not _NAME.fullmatch(golds[0]):
         return len(links) == 2 and _same_equation(golds, links)
     if len(golds) > 2:
-        return False  # _key has compared them as text
+        return False  # _one_equal has compared them as text
     named = len(links) > 1 and forms.is_name(links[0])
     if named and len(golds) == 2 and forms.squeeze(golds[0]) != forms.squeeze(links[0]):
         return False

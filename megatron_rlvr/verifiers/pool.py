@@ -97,7 +97,7 @@ class VerifierPool:
     def __init__(self, name: str, workers: int, deadline: float) -> None:
         self.name, self.deadline = name, deadline
         self._verifier = load(name)
-        check_host(name)
+        check_host(self._verifier)
         count = workers if self._verifier.ISOLATED else 0
         self._workers = [_Worker.start(name, deadline) for _ in range(count)]
         self._cache: OrderedDict[bytes, Verdict] = OrderedDict()

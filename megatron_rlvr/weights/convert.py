@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -16,11 +15,10 @@ from megatron_rlvr.config import rule
 from megatron_rlvr.distributed.groups import ParallelGroups
 from megatron_rlvr.weights import mapping
 from megatron_rlvr.weights.gather import global_parameters
-from megatron_rlvr.weights.partial_folder import readable, write_companions
-from megatron_rlvr.weights.sources import open_source
+from megatron_rlvr.weights.partial_folder import readable, replacing, write_companions
+from megatron_rlvr.weights.sources import INDEX, SINGLE, open_source
 
 SHARD_BYTES = 4 << 30
-_SINGLE, _INDEX = "model.safetensors", "model.safetensors.index.json"
 
 
 @torch.no_grad()
@@ -70,15 +68,8 @@ def save_hf(
     One process writes; at most ``shard_bytes`` of tensors are held at a time. The folder is written beside
     ``destination`` and renamed when complete, replacing an earlier one: a reader never sees half of it.
     """
-    destination = Path(destination)
-    partial = destination.with_name(destination.name + ".partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
-    dtype = _write_shards(weights, partial, shard_bytes)
-    write_companions(companions, partial, dtype)
-    if destination.exists():
-        shutil.rmtree(destination)
-    partial.rename(destination)
+    with replacing(Path(destination)) as partial:
+        write_companions(companions, partial, _write_shards(weights, partial, shard_bytes))
 
 
 def _write_shards(weights: Iterator[tuple[str, Tensor]], folder: Path, shard_bytes: int) -> str:
@@ -104,12 +95,12 @@ def _write_shards(weights: Iterator[tuple[str, Tensor]], folder: Path, shard_byt
         dtype = str(tensor.dtype).removeprefix("torch.")
     flush()
     if len(shards) == 1:
-        (folder / "0.safetensors").rename(folder / _SINGLE)
+        (folder / "0.safetensors").rename(folder / SINGLE)
         return dtype
     files = [f"model-{number:05}-of-{len(shards):05}.safetensors" for number in range(1, len(shards) + 1)]
     for number, file in enumerate(files):
         (folder / f"{number}.safetensors").rename(folder / file)
     located = {name: file for file, names in zip(files, shards, strict=True) for name in names}
     index = {"metadata": {"total_size": total}, "weight_map": located}
-    (folder / _INDEX).write_text(json.dumps(index, indent=2))
+    (folder / INDEX).write_text(json.dumps(index, indent=2))
     return dtype

@@ -16,7 +16,7 @@ from megatron_rlvr.architecture import Architecture
 from megatron_rlvr.config import rule
 from megatron_rlvr.weights.megatron_folder import FORMAT, METADATA, is_megatron_folder, model_folder
 from megatron_rlvr.weights.partial_folder import PartialFolder, fingerprint
-from megatron_rlvr.weights.sources import VALUE_HEAD, MegatronWeights, Source
+from megatron_rlvr.weights.sources import INDEX, SINGLE, VALUE_HEAD, MegatronWeights, Source
 
 SHARD_BYTES = 2 << 30
 
@@ -54,7 +54,7 @@ def export_megatron(
     if len(shards) > 1:
         located = {name: file for file, held in shards.items() for name in held}
         index = {"metadata": {"total_size": sum(sizes.values())}, "weight_map": located}
-        partial.write("model.safetensors.index.json", lambda path: path.write_text(json.dumps(index, indent=2)))
+        partial.write(INDEX, lambda path: path.write_text(json.dumps(index, indent=2)))
     dtypes = {str(dtype).removeprefix("torch.") for _, dtype in layouts.values()}
     partial.copy_companions(folder, "bfloat16" if "bfloat16" in dtypes else min(dtypes), leave_out=(FORMAT,))
     partial.finish()
@@ -80,7 +80,7 @@ def _shards(sizes: dict[str, int]) -> dict[str, list[str]]:
             groups.append([])
         groups[-1].append(name)
     if len(groups) == 1:
-        return {"model.safetensors": groups[0]}
+        return {SINGLE: groups[0]}
     count = len(groups)
     return {f"model-{number:05}-of-{count:05}.safetensors": held for number, held in enumerate(groups, 1)}
 

@@ -83,7 +83,7 @@ def _megatron_logits(folder: Path, architecture: Architecture, ids: Tensor) -> T
     address = {"RANK": 0, "WORLD_SIZE": 1, "LOCAL_RANK": 0, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port()}
     os.environ.update({name: str(value) for name, value in address.items()})
     platform.start_rank()
-    process_groups.init(platform.backend(), timeout_seconds=60)
+    process_groups.init(timeout_seconds=60)
     try:
         config = Config(model=ModelConfig(path=str(folder), dtype="float32"))
         groups = initialize_parallel(config)

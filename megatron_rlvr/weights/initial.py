@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 from pathlib import Path
 
 import torch
@@ -11,7 +10,7 @@ from safetensors.torch import save_file
 
 from megatron_rlvr.architecture import Architecture
 from megatron_rlvr.weights.mapping import hf_shapes
-from megatron_rlvr.weights.partial_folder import companions, readable, write_companions
+from megatron_rlvr.weights.partial_folder import companions, readable, replacing, write_companions
 
 STD = 0.02  # of the matrices, where config.json gives no initializer_range
 
@@ -24,10 +23,6 @@ def write_initial(source: str | Path, target: str | Path, seed: int) -> None:
     """
     source, target = Path(source), Path(target)
     architecture = Architecture.from_folder(source)
-    partial = target.with_name(target.name + ".partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
-    write_companions(companions(source), partial, "float32")
     std = json.loads((source / "config.json").read_text()).get("initializer_range", STD)
     generator = torch.Generator().manual_seed(seed)
     weights = {}
@@ -36,7 +31,7 @@ def write_initial(source: str | Path, target: str | Path, seed: int) -> None:
             weights[name] = torch.ones(shape) if name.endswith("norm.weight") else torch.zeros(shape)
         else:
             weights[name] = std * torch.randn(shape, generator=generator)
-    save_file(weights, partial / "model.safetensors", metadata={"format": "pt"})
-    readable(partial / "model.safetensors")
-    shutil.rmtree(target, ignore_errors=True)
-    partial.rename(target)  # a run that is killed here starts it anew instead of taking half of it
+    with replacing(target) as partial:
+        write_companions(companions(source), partial, "float32")
+        save_file(weights, partial / "model.safetensors", metadata={"format": "pt"})
+        readable(partial / "model.safetensors")

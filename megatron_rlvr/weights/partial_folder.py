@@ -80,6 +80,18 @@ class PartialFolder:
         self.path.rename(self.target)
 
 
+@contextmanager
+def replacing(target: Path) -> Iterator[Path]:
+    """A new folder to write in, which takes the place of ``target`` when the block ends well: no reader sees half."""
+    partial = target.with_name(target.name + ".partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    yield partial
+    if target.exists():
+        shutil.rmtree(target)
+    partial.rename(target)
+
+
 def readable(file: Path) -> None:
     """Let others read what its folder lets them see: safetensors keeps a file to its owner."""
     file.chmod(file.parent.stat().st_mode & 0o666)

@@ -20,7 +20,7 @@ from megatron_rlvr.weights.mapping import Entry
 from megatron_rlvr.weights.megatron_folder import MegatronFolder, is_megatron_folder
 
 VALUE_HEAD = "value_head.safetensors"  # a critic's head beside its trunk in a Hugging Face folder: weight, bias
-_SINGLE, _INDEX = "model.safetensors", "model.safetensors.index.json"
+SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 _HEAD, _EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
 _DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32, "F64": torch.float64}
 _OF_THE_MODEL = ("embedding.", "decoder.", "output_layer.")  # beside them a checkpoint may hold an optimizer's tensors
@@ -106,18 +106,18 @@ class Checkpoint(Source):
         self._names: dict[str, set[str]] = {}
 
     def _locate(self) -> dict[str, str]:
-        if (self.folder / _INDEX).is_file():
+        if (self.folder / INDEX).is_file():
             return self._read_index()
-        if not (self.folder / _SINGLE).is_file():
-            raise ConfigError(f"{self.folder} holds neither {_SINGLE} nor {_INDEX}: give a folder with safetensors")
+        if not (self.folder / SINGLE).is_file():
+            raise ConfigError(f"{self.folder} holds neither {SINGLE} nor {INDEX}: give a folder with safetensors")
         try:
-            with safe_open(self.folder / _SINGLE, framework="pt") as file:
-                return dict.fromkeys(file.keys(), _SINGLE)
+            with safe_open(self.folder / SINGLE, framework="pt") as file:
+                return dict.fromkeys(file.keys(), SINGLE)
         except SafetensorError as error:
-            raise ConfigError(f"{self.folder / _SINGLE} cannot be read, from its first tensor on: {error}") from error
+            raise ConfigError(f"{self.folder / SINGLE} cannot be read, from its first tensor on: {error}") from error
 
     def _read_index(self) -> dict[str, str]:
-        index = self.folder / _INDEX
+        index = self.folder / INDEX
         try:
             files = dict(json.loads(index.read_text())["weight_map"])
         except (ValueError, KeyError, TypeError) as error:
@@ -128,12 +128,12 @@ class Checkpoint(Source):
                 f"{index}: tensor {name} is said to be in {file!r}, which is no file of this folder",
             )
         rule(
-            _SINGLE in files.values() or not (self.folder / _SINGLE).exists(),
-            f"{self.folder} holds {_SINGLE}, and {_INDEX}, which does not name it: each says what the weights are, so "
+            SINGLE in files.values() or not (self.folder / SINGLE).exists(),
+            f"{self.folder} holds {SINGLE}, and {INDEX}, which does not name it: each says what the weights are, so "
             f"remove the one that is left over of another model",
         )
         for file in sorted(self.folder.glob("model-*-of-*.safetensors")):
-            rule(file.name in files.values(), f"{file} is not named by {_INDEX}: a shard of another model?")
+            rule(file.name in files.values(), f"{file} is not named by {INDEX}: a shard of another model?")
         return files
 
     def layout(self, name: str) -> tuple[tuple[int, ...], torch.dtype]:
@@ -163,7 +163,7 @@ class Checkpoint(Source):
             except (SafetensorError, OSError) as error:
                 raise ConfigError(f"{path}, wanted for tensor {name}, cannot be read: {error}") from error
             self._names[path.name] = set(self._open[path.name].keys())
-        rule(name in self._names[path.name], f"{path}: tensor {name} is missing, although {_INDEX} names it there")
+        rule(name in self._names[path.name], f"{path}: tensor {name} is missing, although {INDEX} names it there")
         return self._open[path.name]
 
 

@@ -108,7 +108,7 @@ def test_the_tokens_of_a_step(browser, runs):
     assert browser.run("return document.querySelectorAll('.tokens span:not(.dim)').length") == improbable
     choose(browser, "below", "")
     choose(browser, "order", "least")
-    least = [min(record.of(row, "log_prob")) for row in record.responses]
+    least = [min(record.columns["log_prob"][row["start"] : row["stop"]]) for row in record.responses]
     first = browser.find("article p")[0].text
     assert f"prompt {record.responses[least.index(min(least))]['prompt_id']}," in first
     browser.find("#scatter summary")[0].click()

@@ -56,17 +56,17 @@ def test_a_grid_that_does_not_fit_and_a_start_without_torchrun_say_so(monkeypatc
     run_ranks(2, work)
     monkeypatch.delenv("RANK", raising=False)
     with pytest.raises(ConfigError, match="RANK.*torchrun"):
-        groups.init("gloo", 5)
+        groups.init(5)
     groups.destroy()  # nothing to leave: no error
 
 
 def test_init_joins_from_the_environment_and_a_taken_port_is_named():
     def work():
         groups.destroy()
-        groups.init("gloo", 30)
+        groups.init(30)
         assert dist.get_world_size() == 2
         groups.destroy()
-        groups.init("gloo", 30)
+        groups.init(30)
 
     run_ranks(2, work)
 
@@ -80,7 +80,7 @@ def test_init_joins_from_the_environment_and_a_taken_port_is_named():
             os.environ["MASTER_PORT"] = str(holder.getsockname()[1])
             groups.destroy()
             with pytest.raises(ConfigError, match=f"{os.environ['MASTER_PORT']}.*free port"):
-                groups.init("gloo", 5)
+                groups.init(5)
         dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
 
     run_ranks(1, taken)

@@ -148,14 +148,14 @@ def test_alone_every_reduction_is_the_value_itself():
     assert torch.equal(reduce.all_sum(values, None), values) and torch.equal(reduce.all_max(values, None), values)
     assert reduce.gather_objects("x", None) == ["x"] and reduce.broadcast_object("x", 0, None) == "x"
     single = ParallelGroups.single()
-    assert torch.equal(reduce.broadcast_from_last_stage(values, (2,), values.dtype, "cpu", single), values)
+    assert torch.equal(reduce.broadcast_from_last_stage(values, (2,), values.dtype, single), values)
 
 
 def test_the_last_stage_speaks_to_all():
     def work():
         groups = ParallelGroups.from_grid(pp=2, dp=2)
         tensor = torch.full((3, 2), float(groups.rank)).T if groups.is_last_stage else None
-        received = reduce.broadcast_from_last_stage(tensor, (2, 3), torch.float32, "cpu", groups)
+        received = reduce.broadcast_from_last_stage(tensor, (2, 3), torch.float32, groups)
         meter = Meter()
         meter.add("loss", groups.rank + 1.0, 2 + groups.dp_rank)
         meter.maximum("ratio", torch.tensor(float(groups.rank)))
@@ -176,9 +176,9 @@ def test_the_last_stage_speaks_to_all():
 
 def test_a_last_stage_with_something_else_says_so():
     with pytest.raises(ValueError, match=r"has \[3\] torch.float32 to broadcast, where the others expect \[2\]"):
-        reduce.broadcast_from_last_stage(torch.zeros(3), (2,), torch.float32, "cpu", ParallelGroups.single())
+        reduce.broadcast_from_last_stage(torch.zeros(3), (2,), torch.float32, ParallelGroups.single())
     with pytest.raises(ValueError, match="has None"):
-        reduce.broadcast_from_last_stage(None, (2,), torch.float32, "cpu", ParallelGroups.single())
+        reduce.broadcast_from_last_stage(None, (2,), torch.float32, ParallelGroups.single())
 
 
 def test_whitening_leaves_equal_values_at_zero_and_does_not_read_the_rest():

@@ -36,7 +36,7 @@ def test_gpu_hours_of_the_papers_runs(name: str, overrides: str, gpus: int, publ
 def test_bytes_per_parameter_of_megatrons_guide(distributed: bool, dtype: str, bytes_per_parameter: float) -> None:
     found = plan(QWEN32, f"optimizer.distributed={str(distributed).lower()} model.dtype={dtype}")
     items = memory.state_items(found.config, found.workload, 0)
-    total = stage_parameters(found.workload.policy, 8, 1, 0).total
+    total = stage_parameters(found.workload.policy, 8, 1, 0)
     assert sum(item.bytes for item in items) == pytest.approx(bytes_per_parameter * total, rel=1e-6)
 
 

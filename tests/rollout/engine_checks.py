@@ -282,7 +282,7 @@ def _segments() -> set[str]:
 def main() -> None:
     folder, family, tied, tp = Path(sys.argv[1]), sys.argv[2], sys.argv[3] == "tied", int(sys.argv[4])
     platform.start_rank()
-    process_groups.init(platform.backend(), timeout_seconds=120)
+    process_groups.init(timeout_seconds=120)
     outcome: dict[str, str] = {}
     checks = Checks(folder / "model", family, tied, tp)
     outcome["segments"] = " ".join(sorted(_segments()))

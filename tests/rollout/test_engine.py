@@ -10,7 +10,7 @@ import pytest
 from megatron_rlvr.config import ConfigError
 from megatron_rlvr.rollout.collect import earlier_appearances
 from megatron_rlvr.rollout.engine import stop_token_ids
-from megatron_rlvr.rollout.vllm_settings import counting_bar
+from megatron_rlvr.rollout.vllm_settings import _counting_bar
 from megatron_rlvr.types import Prompt
 
 
@@ -21,7 +21,7 @@ def test_a_prompt_that_comes_twice_in_a_step_is_not_sampled_twice_alike():
 
 def test_the_bar_that_counts_shows_nothing_and_starts_no_thread_that_a_fork_would_inherit(capfd):
     ended, before = [], threading.active_count()
-    bar = counting_bar(ended.append)
+    bar = _counting_bar(ended.append)
     assert list(bar([3, 4], desc="Adding requests")) == [3, 4]  # as vLLM uses it: first it walks, then it counts
     with bar(total=5, desc="Processed prompts") as counter:
         counter.update(2)

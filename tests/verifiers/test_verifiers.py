@@ -152,7 +152,7 @@ def test_a_verifier_that_this_machine_cannot_run_says_so_before_anything_starts(
     for name in (str(own), f"1*math + 1*{own}"):
         with pytest.raises(ConfigError, match="abacus"):
             VerifierPool(name, workers=1, deadline=1.0)
-    verifiers.check_host("math")
+    verifiers.check_host(verifiers.load("math"))
 
 
 def test_a_signed_scale_is_not_laid_over_dapo():

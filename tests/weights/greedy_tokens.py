@@ -41,7 +41,7 @@ def of_engine(folders: list[str]) -> list[list[list[int]]]:
 
     os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(free_port()))
     platform.start_rank()
-    groups.init(platform.backend(), timeout_seconds=60)
+    groups.init(timeout_seconds=60)
     config = Config(
         model=ModelConfig(path=folders[0], dtype="float32"),
         rollout=RolloutConfig(tp=1, max_response_length=NEW, kv_cache_mib=16),
