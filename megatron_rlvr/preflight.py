@@ -7,7 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from megatron_rlvr import verifiers
+from megatron_rlvr import trackers, verifiers
 from megatron_rlvr.architecture import Architecture
 from megatron_rlvr.config import Config, SourceConfig, rule
 from megatron_rlvr.exploration.base import build as build_exploration
@@ -27,7 +27,7 @@ def prepare(config: Config) -> None:
 
 
 def check(config: Config) -> None:
-    """Model, layout, verifier, methods, data files and port. Raises ConfigError."""
+    """Model, layout, verifier, methods, data, trackers and port. Raises ConfigError."""
     architecture = Architecture.from_folder(config.model.path)
     architecture.check_trains()
     architecture.check_layout(config.parallel.tp, config.parallel.pp, config.parallel.vpp, config.parallel.cp)
@@ -48,8 +48,9 @@ def check(config: Config) -> None:
             name != "data.eval_sources" or len(set(stems)) == len(stems),
             f"{name}: two of {', '.join(stems)} have one name, by which figures are called: rename a file",
         )
-        if sources and data.strict:
+        if sources:
             _check_rows(config, sources, architecture.vocab_size)
+    trackers.check_installed(config.logging)
     rule(
         not (config.run.port and port_in_use(config.run.port)),
         f"run.port={config.run.port} is in use: leave it 0 for a free one",
@@ -67,7 +68,7 @@ def _check_scale(config: Config) -> None:
 
 
 def _check_rows(config: Config, sources: list[SourceConfig], vocab_size: int) -> None:
-    """Read the data set once more than needed, for an error in seconds instead of one from every rank."""
+    """Read the data once more than needed: an error comes in seconds, and before an earlier run is replaced."""
     from megatron_rlvr.prompts import load_prompts
     from megatron_rlvr.tokenizer import load_tokenizer
 

@@ -44,6 +44,11 @@ class PromptSet:
         """
         return [self.prompts[self.order.at(place, seed, shuffle)] for place in range(position, position + n)]
 
+    def shared_with(self, other: PromptSet) -> int:
+        """How many of these prompts are, token for token, among the other's too."""
+        others = {prompt.token_ids for prompt in other.prompts}
+        return sum(prompt.token_ids in others for prompt in self.prompts)
+
     def check_ids(self, vocab_size: int, model: str | Path) -> None:
         """Whether every token of the prompts is one of the model's. Raises ConfigError.
 

@@ -6,6 +6,7 @@ import json
 import logging
 import random
 import signal
+import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -237,8 +238,9 @@ def _may_fail(what: str) -> Iterator[None]:
     """What people look at may be missing: no run ends for it, nor before a checkpoint that is due."""
     try:
         yield
-    except (OSError, ValueError) as error:
-        log.warning("%s could NOT be written, and the run goes on: %s", what, error)
+    except Exception as error:
+        traceback.print_exc()  # into the rank's log
+        log.warning("%s could NOT be written, and the run goes on: %s: %s", what, type(error).__name__, error)
 
 
 def print_batch_table(config: Config, console: Console) -> None:

@@ -98,12 +98,24 @@ class SampleStore:
         whole, newline, torn = path.read_bytes().rpartition(b"\n")
         if torn:
             os.truncate(path, len(whole + newline))
-        samples = [StoredSample(**json.loads(line)) for line in whole.splitlines()]
+        samples = [_parse(line, f"{path}, line {number}") for number, line in enumerate(whole.splitlines(), start=1)]
         return {(sample.id, sample.sample): sample for sample in samples}
 
     def append(self, benchmark: str, samples: Sequence[StoredSample]) -> None:
-        with self._path(benchmark).open("a", encoding="utf-8") as file:
-            file.writelines(json.dumps(asdict(sample)) + "\n" for sample in samples)
+        """Add them to the file. Raises ConfigError: a full disk, for one; what is there stays."""
+        path = self._path(benchmark)
+        try:
+            with path.open("a", encoding="utf-8") as file:
+                file.writelines(json.dumps(asdict(sample)) + "\n" for sample in samples)
+        except OSError as error:
+            raise ConfigError(f"cannot write {path}: {error.strerror}; once it can be, start again to go on") from error
 
     def _path(self, benchmark: str) -> Path:
         return self.folder / "samples" / f"{benchmark}.jsonl"
+
+
+def _parse(line: bytes, where: str) -> StoredSample:
+    try:
+        return StoredSample(**json.loads(line))
+    except (ValueError, TypeError) as error:
+        raise ConfigError(f"{where} is no sample ({error}): delete the line, and it is sampled anew") from error

@@ -7,10 +7,11 @@ import re
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from megatron_rlvr.config import ConfigError, LoggingConfig, flat
+from megatron_rlvr.config import ConfigError, LoggingConfig, flat, rule
 
 MLFLOW_BATCH = 100  # parameters that its server takes at once (mlflow/utils/validation.py)
 
@@ -26,6 +27,7 @@ class Tracker:
 
 def open_trackers(run_dir: Path, settings: LoggingConfig, name: str, config: dict, resume_step: int) -> list[Tracker]:
     """Those that the config asks for. Raises ConfigError: one is not installed, or does not start."""
+    check_installed(settings)
     trackers = []
     if settings.tensorboard:
         trackers.append(open_tensorboard(run_dir, resume_step))
@@ -36,15 +38,24 @@ def open_trackers(run_dir: Path, settings: LoggingConfig, name: str, config: dic
     return trackers
 
 
+def check_installed(settings: LoggingConfig) -> None:
+    """Raises ConfigError for a tracker that the config asks for and this machine lacks."""
+    for package, wanted, without in (
+        ("tensorboard", settings.tensorboard, "tensorboard=false"),
+        ("wandb", settings.wandb_project, "wandb_project=''"),
+        ("mlflow", settings.mlflow_experiment, "mlflow_experiment=''"),
+    ):
+        rule(
+            not wanted or find_spec(package) is not None,
+            f"logging.{without.partition('=')[0]}={wanted} but {package} is not installed: pip install {package}, or "
+            f"set logging.{without}",
+        )
+
+
 def open_tensorboard(run_dir: Path, resume_step: int) -> Tracker:
     """Event files under RUN/tensorboard; steps after ``resume_step`` are hidden from an earlier run's files."""
-    try:
-        from torch.utils.tensorboard import SummaryWriter
-    except ImportError as error:
-        raise ConfigError(
-            f"logging.tensorboard is on but tensorboard cannot be imported ({error}): "
-            "pip install tensorboard, or set logging.tensorboard=false"
-        ) from error
+    from torch.utils.tensorboard import SummaryWriter
+
     writer = SummaryWriter(str(run_dir / "tensorboard"), purge_step=resume_step + 1)
 
     def log_step(step: int, values: dict[str, float]) -> None:
@@ -57,13 +68,8 @@ def open_tensorboard(run_dir: Path, resume_step: int) -> Tracker:
 
 def open_wandb(run_dir: Path, project: str, name: str, config: dict, resume_step: int) -> Tracker:
     """A W&B run, online or (WANDB_MODE=offline) under RUN/wandb; a resumed run goes on in the same W&B run."""
-    try:
-        import wandb
-    except ImportError as error:
-        raise ConfigError(
-            f"logging.wandb_project={project!r} but wandb cannot be imported ({error}): "
-            "pip install wandb, or set logging.wandb_project=''"
-        ) from error
+    import wandb
+
     id_file = run_dir / "wandb_id"
     earlier = id_file.read_text().strip() if resume_step and id_file.exists() else None
     try:
@@ -92,13 +98,8 @@ def open_wandb(run_dir: Path, project: str, name: str, config: dict, resume_step
 
 def open_mlflow(run_dir: Path, experiment: str, name: str, config: dict, resume_step: int) -> Tracker:
     """An MLflow run where MLFLOW_TRACKING_URI says, or in RUN/mlflow.db; a resumed run goes on in the same one."""
-    try:
-        from mlflow import MlflowClient
-    except ImportError as error:
-        raise ConfigError(
-            f"logging.mlflow_experiment={experiment!r} but mlflow cannot be imported ({error}): "
-            "pip install mlflow, or set logging.mlflow_experiment=''"
-        ) from error
+    from mlflow import MlflowClient
+
     id_file = run_dir / "mlflow_id"
     earlier = id_file.read_text().strip() if resume_step and id_file.exists() else None
     try:

@@ -12,6 +12,7 @@ import logging
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import partial
 from itertools import islice
 from typing import Any
@@ -43,6 +44,7 @@ from megatron_rlvr.token_records import Recording
 from megatron_rlvr.tokenizer import load_tokenizer
 from megatron_rlvr.types import Batch, Microbatch, RolloutGroup, Update
 from megatron_rlvr.value_targets import fill_targets
+from megatron_rlvr.verdict import Verdict
 from megatron_rlvr.verifiers.pool import VerifierPool
 from megatron_rlvr.weights.weight_sync import WeightSync
 
@@ -67,6 +69,9 @@ class Trainer:
         self.prompts = self._load_prompts(config.data.train_sources)
         held_out = config.data.held_out_sources
         self.held_out = {stem(source_name(source.path)): self._load_prompts([source]) for source in held_out}
+        for name, prompts in self.held_out.items():
+            if shared := prompts.shared_with(self.prompts):
+                log.warning("%d of the %d held-out prompts of %s are trained on too", shared, len(prompts), name)
         self.policy = Policy(config, self.architecture, self.groups)
         self.critic = Critic(config, self.groups) if config.has_critic else None
         self.models = {"policy": self.policy} | ({"critic": self.critic} if self.critic else {})
@@ -256,13 +261,11 @@ class Trainer:
     def held_out_values(self, groups: list[RolloutGroup]) -> dict[str, float]:
         """head_std and explained_variance of the critic, on responses that it does not learn from.
 
-        Data-parallel ranks (and stages, where they interleave) get equally many: a remainder of prompts is left out.
+        Data-parallel ranks (and stages, where they interleave) take equally many: copies that count nowhere fill up.
         """
         assert self.critic is not None
-        groups = groups[: len(groups) - len(groups) % (self.groups.dp_size * self.config.microbatch_multiple)]
-        if not groups:
-            return {}
-        batch, meter = self.pack(groups, updates=1), Meter()
+        missing = -len(groups) % (self.groups.dp_size * self.config.microbatch_multiple)
+        batch, meter = self.pack([*groups, *[unjudged(groups[0])] * missing], updates=1), Meter()
         self.critic.fill_values(batch)
         seed = (self.config.seed, EVALUATION)
         fill_targets(batch, batch.rewards, self.config.critic, seed, self.groups, meter)
@@ -291,6 +294,12 @@ class Trainer:
         most, least = reduce.all_max(torch.stack([used, -used]), self.groups.world).tolist()
         memory = {"memory/rank_most_gib": most, "memory/rank_least_gib": -least}
         return times | {"time/step": total, "tokens/per_second": tokens / total} | memory
+
+
+def unjudged(group: RolloutGroup) -> RolloutGroup:
+    """A copy whose responses are in no loss and in no count."""
+    verdict = Verdict(0.0, "error", message="a copy that fills up the ranks")
+    return replace(group, rollouts=[replace(rollout, verdict=verdict) for rollout in group.rollouts])
 
 
 def measure_old_policy(tokens: Microbatch, meter: Meter) -> None:

@@ -173,7 +173,7 @@ class FakeWandb(SimpleNamespace):
     """W&B's interface as far as it is used."""
 
     def __init__(self) -> None:
-        super().__init__(started=[], logged=[], finished=[], broken=False, id="abc123")
+        super().__init__(started=[], logged=[], finished=[], broken=False, id="abc123", __spec__="there")
 
     def init(self, **settings):
         self.started.append(settings)
@@ -250,7 +250,7 @@ def test_mlflow_gets_the_metrics_and_a_resumed_run_goes_on(tmp_path, monkeypatch
     client = FakeMlflow()
     metric = lambda key, value, timestamp, step: SimpleNamespace(key=key, value=value, step=step)  # noqa: E731
     param = lambda key, value: SimpleNamespace(key=key, value=value)  # noqa: E731
-    monkeypatch.setitem(sys.modules, "mlflow", SimpleNamespace(MlflowClient=client))
+    monkeypatch.setitem(sys.modules, "mlflow", SimpleNamespace(MlflowClient=client, __spec__="there"))
     monkeypatch.setitem(sys.modules, "mlflow.entities", SimpleNamespace(Metric=metric, Param=param))
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
     settings = LoggingConfig(tensorboard=False, mlflow_experiment="rlvr")
@@ -296,7 +296,7 @@ def test_a_tracker_that_fails_never_stops_the_run(tmp_path, monkeypatch, caplog)
     [
         ("wandb", LoggingConfig(tensorboard=False, wandb_project="rlvr")),
         ("mlflow", LoggingConfig(tensorboard=False, mlflow_experiment="rlvr")),
-        ("torch.utils.tensorboard", LoggingConfig(tensorboard=True)),
+        ("tensorboard", LoggingConfig(tensorboard=True)),
     ],
 )
 def test_a_tracker_that_is_not_installed_is_a_config_error(tmp_path, monkeypatch, module, settings):
@@ -309,7 +309,7 @@ def test_wandb_that_does_not_start_is_a_config_error(tmp_path, monkeypatch):
     def refuse(**settings):
         raise RuntimeError("no API key")
 
-    monkeypatch.setitem(sys.modules, "wandb", SimpleNamespace(init=refuse))
+    monkeypatch.setitem(sys.modules, "wandb", SimpleNamespace(init=refuse, __spec__="there"))
     with pytest.raises(ConfigError, match=r"no API key.*WANDB_MODE=offline"):
         MetricsWriter(tmp_path, LoggingConfig(tensorboard=False, wandb_project="rlvr"))
 

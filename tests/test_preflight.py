@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 
 import pytest
 
-from megatron_rlvr import preflight
+from megatron_rlvr import preflight, train
 from megatron_rlvr.config import Config, ConfigError, from_dict
 from tests.integration.test_real_data import save_byte_tokenizer
 from tests.tiny import make_folder
@@ -17,7 +18,7 @@ CDE = {"cde": {"critic": {}}}
 @pytest.fixture(scope="module")
 def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = tmp_path_factory.mktemp("models")
-    make_folder(root / "policy")
+    save_byte_tokenizer(make_folder(root / "policy"))
     make_folder(root / "small", num_hidden_layers=2)
     make_folder(root / "other", vocab_size=97)
     (root / "data.jsonl").write_text('{"prompt": "1,2,3=6>", "answer": {"numbers": [1, 2, 3], "target": 6}}\n')
@@ -28,7 +29,7 @@ def _config(models: Path, advantage: str, critic: dict, exploration: dict, **mor
     sections = {
         "verifier": "countdown",
         "model": {"path": str(models / "policy")},
-        "data": {"path": str(models / "data.jsonl"), "max_prompt_length": 16},
+        "data": {"path": str(models / "data.jsonl"), "max_prompt_length": 16, "template": "raw"},
         "rollout": {"max_response_length": 7},
         "algorithm": {"advantage": advantage},
         "critic": critic,
@@ -44,7 +45,7 @@ def test_what_fits_is_let_through(models: Path) -> None:
 
 
 def test_held_out_sources_are_there_and_told_apart_by_name(models: Path) -> None:
-    data = {"path": str(models / "data.jsonl"), "max_prompt_length": 16}
+    data = {"path": str(models / "data.jsonl"), "max_prompt_length": 16, "template": "raw"}
     for others, message in (
         (["data.jsonl", "sub/data.jsonl"], "two of data, data have one name"),
         (["data.jsonl", "absent.jsonl"], "data.eval_sources=.*absent.jsonl: there is no such file"),
@@ -64,14 +65,26 @@ def test_signed_rewards_of_a_sum_lie_between_minus_one_and_one(models: Path) -> 
         preflight.check(_config(models, "grpo", {}, {}, verifier="1.0*countdown + 1.0*format", **signed))
 
 
-def test_strict_rows_hold_tokens_of_the_model(models: Path) -> None:
+def test_what_no_rank_could_use_is_refused_before_an_earlier_run_is_replaced(
+    models: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """The tokenizer knows 257 tokens, its model 211: a byte of "€" is number 224."""
-    save_byte_tokenizer(models / "policy")
     (models / "accent.jsonl").write_text('{"prompt": "\u20ac", "answer": {"numbers": [1], "target": 1}}\n')
-    data = {"path": str(models / "accent.jsonl"), "max_prompt_length": 16, "template": "raw"}
-    preflight.check(_config(models, "grpo", {}, {}, data=data))
-    with pytest.raises(ConfigError, match="policy: prompt accent/1 holds token 2.., but the model has 211"):
-        preflight.check(_config(models, "grpo", {}, {}, data=data | {"strict": True}))
+    (models / "nameless.jsonl").write_text('{"text": "1,2,3=6>", "answer": {"numbers": [1, 2, 3], "target": 6}}\n')
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    (tmp_path / "config.yaml").write_text("seed: 7\n")
+    data = {"path": str(models / "data.jsonl"), "max_prompt_length": 16, "template": "raw"}
+    for section, value, message in (
+        ("data", data | {"path": str(models / "accent.jsonl")}, "accent/1 holds token 2.., but the model has 211"),
+        ("data", data | {"path": str(models / "nameless.jsonl")}, "no field prompt or .*: set data.prompt_field"),
+        ("data", data | {"eval_path": str(models / "nameless.jsonl")}, "nameless.jsonl has no field prompt"),
+        ("data", data | {"max_prompt_length": 3}, "no usable row in data.jsonl"),
+        ("logging", {"wandb_project": "rlvr"}, "logging.wandb_project=rlvr but wandb is not installed: pip install"),
+    ):
+        run = {"dir": str(tmp_path), "overwrite": True}
+        with pytest.raises(ConfigError, match=message):
+            train._prepare(_config(models, "grpo", {}, {}, run=run, **{section: value}))
+        assert (tmp_path / "config.yaml").read_text() == "seed: 7\n", section
 
 
 @pytest.mark.parametrize(

@@ -39,6 +39,24 @@ def test_half_a_line_is_cut_off(tmp_path: Path, kept: int) -> None:
     assert [item.id for item in store.read("p").values()] == [*(f"p/{index}" for index in range(kept)), "p/7"]
 
 
+def test_a_damaged_line_and_a_full_disk_are_one_clear_error_each(tmp_path: Path) -> None:
+    store = SampleStore(tmp_path, {}, {})
+    store.append("p", [stored(1)])
+    path = tmp_path / "samples/p.jsonl"
+    whole = path.read_text()
+    for line, reason in (
+        ('{"id": "p/9", oops}', "Expecting"),
+        ('{"id": "p/9"}', "missing .* 'sample'"),
+        ("[1]", "list"),
+    ):
+        path.write_text(f"{whole}{line}\n")
+        with pytest.raises(ConfigError, match=rf"p.jsonl, line 2 is no sample \(.*{reason}.*delete the line"):
+            store.read("p")
+    (tmp_path / "samples/full.jsonl").symlink_to("/dev/full")
+    with pytest.raises(ConfigError, match="cannot write .*full.jsonl: No space left on device; .*start again to go on"):
+        store.append("full", [stored(1)])
+
+
 def test_other_settings_are_refused_and_nothing_is_lost(tmp_path: Path) -> None:
     SampleStore(tmp_path, {"seed": 0, "temperature": 0.6}, {}).append("p", [stored(1)])
     with pytest.raises(ConfigError, match="holds samples with temperature=0.6, not 1.0: name another output folder"):

@@ -7,14 +7,12 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
-import yaml
-
 from megatron_rlvr.config import flat
 from megatron_rlvr.environment import last_start
 from megatron_rlvr.pages import page, report_parts
 from megatron_rlvr.pages.charts import Chart, is_number, label_of, matching
 from megatron_rlvr.pages.key_figures import WINDOW, mean, values
-from megatron_rlvr.pages.report import run_rows, steps_done
+from megatron_rlvr.pages.report import run_config, run_rows, steps_done
 from megatron_rlvr.pages.report_charts import charts_of
 from megatron_rlvr.pages.report_script import SCRIPT
 from megatron_rlvr.pages.report_style import STYLE
@@ -71,8 +69,7 @@ def build_comparison(run_dirs: Sequence[str | Path], target: Path) -> Path:
 
 def _read(folder: Path, all_folders: list[Path]) -> RunRecord:
     rows = run_rows(folder)
-    source = folder / "config.yaml"
-    config = (yaml.safe_load(source.read_text(encoding="utf-8")) if source.exists() else None) or {}
+    config = run_config(folder)
     config |= {key: value for key, value in last_start(folder).items() if key == "exploration"}  # all of its options
     names = [path.resolve().name for path in all_folders]
     name = folder.resolve().name

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import yaml
 
+from megatron_rlvr.config import flat
 from megatron_rlvr.metrics import row_is_right
 from megatron_rlvr.pages import page, report_parts
 from megatron_rlvr.pages.charts import REACH
@@ -34,14 +35,10 @@ def build_report(run_dir: str | Path) -> Path:
     """
     run_dir = Path(run_dir)
     rows = run_rows(run_dir)
-    config_text = _read(run_dir / "config.yaml")
+    config = run_config(run_dir)
     rollouts = newest_rows(run_dir / "rollouts.jsonl", NEWEST) if (run_dir / "rollouts.jsonl").exists() else []
     if records := some_records(run_dir):
         build_rollout_page(run_dir, records[-1].step)
-    try:
-        config = yaml.safe_load(config_text) or {}
-    except yaml.YAMLError as error:
-        raise ValueError(f"{run_dir / 'config.yaml'} is no YAML: {error}") from error
     charted, drawn = [*rows, *word_rows(records)], charts_of(rows, config.get("exploration") or ())
     name = config.get("name") or run_dir.resolve().name
     found = [(name, warning) for warning in warnings(rows)]
@@ -57,9 +54,21 @@ def build_report(run_dir: str | Path) -> Path:
 chart, or focus it and use the arrow keys, to read it.</p>
 {_examples(rollouts)}
 {_recorded(run_dir, recorded_steps(run_dir))}
-{_configuration(config_text)}
+{_configuration(_read(run_dir / "config.yaml"))}
 </main>"""
     return page.write(run_dir / "report.html", page.document(f"{name} · run report", body, STYLE, SCRIPT))
+
+
+def run_config(run_dir: Path) -> dict:
+    """What config.yaml holds; {} without one. Raises ValueError: it is no YAML, or no mapping."""
+    source = run_dir / "config.yaml"
+    try:
+        config = yaml.safe_load(_read(source)) or {}
+    except yaml.YAMLError as error:
+        raise ValueError(f"{source} is no YAML: {error}") from error
+    if not isinstance(config, dict):
+        raise ValueError(f"{source} is no mapping of keys to values")
+    return config
 
 
 def run_rows(run_dir: Path) -> list[dict]:
@@ -92,16 +101,18 @@ def steps_done(rows: list[dict]) -> int:
 
 def _setup(rows: list[dict], config: dict) -> list[str]:
     """What the run is, in a line; a config without a key leaves its part out."""
-    done, planned = steps_done(rows), config.get("trainer", {}).get("num_steps")
-    rollout, parallel = config.get("rollout", {}), config.get("parallel", {})
+    done, settings = steps_done(rows), flat(config)
+    planned = settings.get("trainer.num_steps")
     parts = [f"{done:,} of {planned:,} steps" if planned else f"steps: {done:,}"]
-    if {"prompts_per_step", "responses_per_prompt"} <= rollout.keys():
-        parts.append(f"{rollout['prompts_per_step']} prompts × {rollout['responses_per_prompt']} responses per step")
+    prompts, responses = (settings.get(f"rollout.{name}") for name in ("prompts_per_step", "responses_per_prompt"))
+    if prompts and responses:
+        parts.append(f"{prompts} prompts × {responses} responses per step")
     if config.get("verifier"):
         parts.append(f"{config['verifier']} verifier")
     if config.get("exploration"):
         parts.append(" + ".join(config["exploration"]))
-    parts += [" × ".join(f"{axis} {parallel[axis]}" for axis in ("tp", "cp", "pp", "dp") if axis in parallel)]
+    sizes = {axis: settings.get(f"parallel.{axis}") for axis in ("tp", "cp", "pp", "dp")}
+    parts += [" × ".join(f"{axis} {size}" for axis, size in sizes.items() if size)]
     return [part for part in parts if part]
 
 

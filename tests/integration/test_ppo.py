@@ -19,7 +19,8 @@ PPO = "examples/countdown_cpu/ppo.yaml"
 def test_three_steps(train, countdown: Path, tmp_path: Path) -> None:
     folder, problems = tmp_path / "run", (countdown / "eval.jsonl").read_text().splitlines(keepends=True)
     (tmp_path / "five.jsonl").write_text("".join(problems[:5]))
-    (tmp_path / "three.jsonl").write_text("".join(problems[5:8]))
+    trained = (countdown / "train.jsonl").read_text().splitlines(keepends=True)[:1]
+    (tmp_path / "three.jsonl").write_text("".join(problems[5:7] + trained))
     overrides = [
         "trainer.num_steps=3",
         "critic.warmup_steps=1",
@@ -32,7 +33,8 @@ def test_three_steps(train, countdown: Path, tmp_path: Path) -> None:
         "logging.record_responses=256",
         f"run.dir={folder}",
     ]
-    train(*overrides, config=PPO)
+    said = train(*overrides, config=PPO)
+    assert "1 of the 3 held-out prompts of three are trained on too" in said and "prompts of five" not in said
     rows = metrics(folder)
     assert [row["step"] for row in rows] == [1, 2, 3]
     assert "policy/loss" not in rows[0]  # the critic warms up

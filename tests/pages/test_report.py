@@ -260,11 +260,18 @@ def test_errors_name_the_file(tmp_path):
     (tmp_path / "empty" / "metrics.jsonl").write_text("{oops\n")
     with pytest.raises(ValueError, match=r"metrics\.jsonl, line 1"):
         build_report(tmp_path / "empty")
-    for name, text in (("summary.json", '{"steps": 1, "eval/pa'), ("config.yaml", "name: [run")):
-        folder = write_run(tmp_path / name.partition(".")[0], [step_row(1)])
+    for name, text in (
+        ("summary.json", '{"steps": 1, "eval/pa'),
+        ("config.yaml", "name: [run"),
+        ("config.yaml", "[]\n1"),
+    ):
+        folder = write_run(tmp_path / "damaged", [step_row(1)])
         (folder / name).write_text(text)
         with pytest.raises(ValueError, match=rf"{folder}/{name} is no "):
             build_report(folder)
+        (folder / name).unlink()
+    (folder / "config.yaml").write_text("trainer:\nrollout: [8, 16]\nverifier: kk\n")  # by hand: a page all the same
+    assert "kk verifier" in Page(build_report(folder).read_text()).text
 
 
 def test_the_tool_builds_what_it_can_and_fails_for_the_rest(tmp_path, monkeypatch, capsys):
