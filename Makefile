@@ -55,7 +55,7 @@ test: $(STAMP) ## everything but the marked tests below (pyproject.toml leaves t
 test-slow: $(STAMP) ## tests of minutes
 	$(RUN) -m pytest -m "slow and not gpu and not slurm and not browser"
 
-chaos: $(STAMP) ## a run that is killed at 30 random moments and resumed, against one that is not: ten minutes
+chaos: $(STAMP) ## a run that is killed at 30 random moments and resumed, against one that is not: some minutes
 	$(RUN) -W ignore tools/chaos.py
 
 test-gpu: ## tests that need a CUDA device, in the active environment (python)

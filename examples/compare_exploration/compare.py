@@ -25,7 +25,7 @@ from typing import Any
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parents[1]
 RESULTS, BUILD, README = HERE / "results", HERE / "build", HERE / "README.md"
-DEADLINE = 3600.0  # seconds per run; some four minutes where two run at a time on two idle cores
+DEADLINE = 3600.0  # seconds per run; three to eight minutes where two run at a time on two cores
 SPAN = 10  # steps whose mean is one point of a curve
 CURVES = ("reward/mean", "policy/entropy", "lp_reg/share", "rollout/perplexity_right", "rollout/perplexity_wrong")
 CURVES += ("critic/head_std", "critic/explained_variance")

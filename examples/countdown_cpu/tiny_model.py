@@ -1,4 +1,4 @@
-"""A Hugging Face folder from nothing: 19-character tokenizer, Qwen3-shaped config, random weights.
+"""A Hugging Face folder from nothing: 16 characters and 3 special tokens, Qwen3-shaped config, random weights.
 
 0.82 M parameters: large enough to learn the puzzles, small enough for two CPU cores.
 """
