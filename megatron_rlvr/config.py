@@ -44,7 +44,7 @@ class ModelConfig:
     # to 0.06, so after a small update ratios, clips and gates of the next are rounding; on-policy it matters little.
     # auto: fused_float32 for a bfloat16 model with several updates per rollout, else fused where all take over 1 GiB.
     logits: Literal["auto", "materialised", "fused", "fused_float32"] = "auto"
-    dropout: float = 0.0
+    dropout: float = 0.0  # of attention weights and layer outputs, in updates alone
 
     @property
     def itemsize(self) -> int:
@@ -88,7 +88,7 @@ class DataConfig:
     repeats: Literal["drop", "keep"] = "drop"
     max_prompt_length: int = 1024  # tokens
     strict: bool = False  # stop at the first row that cannot be used, instead of counting and dropping it
-    shuffle: bool = True
+    shuffle: bool = True  # anew in every epoch, by `seed`; false: in the order of sources and rows
 
     @property
     def train_sources(self) -> list[SourceConfig]:
@@ -109,13 +109,13 @@ class RewardConfig:
 
 @dataclass
 class RolloutConfig:
-    prompts_per_step: int = 32
-    responses_per_prompt: int = 8
+    prompts_per_step: int = 32  # each with a group of responses
+    responses_per_prompt: int = 8  # of a group, which are compared with each other
     max_response_length: int = 1024  # tokens
-    temperature: float = 1.0
+    temperature: float = 1.0  # of sampling; the policy's log-probs are taken at it too
     tp: int = 0  # tensor-parallel ranks of the engine; 0: as many as the policy's
     kv_cache_mib: int = 256  # on the CPU; a GPU takes `gpu_memory_utilization`
-    gpu_memory_utilization: float = 0.5
+    gpu_memory_utilization: float = 0.5  # the engine's share of the whole GPU; it sleeps while the policy trains
     max_running: int = 256  # sequences that the engine decodes together
 
 
@@ -127,8 +127,9 @@ class KlConfig:
     # From the sampled token: k1 is the log-ratio, k2 half its square, k3 never negative with k1's mean. In the loss, k1
     # has no gradient on average, k2 has that of KL(policy || reference), k3 that of KL(reference || policy).
     estimator: Literal["k1", "k2", "k3"] = "k3"
-    # reward: of the old policy (by the rollout's log-probs where it has no pass of its own), per token (gae) or summed.
-    # grpo divides by the group's spread: with equal rewards that of the KL alone, so there take grpo_no_std.
+    # reward: of the old policy (by the rollout's log-probs where it has no pass of its own); a token loses its own
+    # (gae), its own and the later tokens' (reinforce), else its whole response's. Where a group's rewards are equal,
+    # grpo divides by the spread of the KL alone, which blows that up to full size: take grpo_no_std.
     where: Literal["loss", "reward"] = "loss"
     # k3 is cut off here, and with it its gradient, as in verl and NeMo-RL; 0: no bound. It grows like e^x: of one token
     # 12 nats below the reference it is 163,000, which outweighs the rest of an update.
@@ -150,15 +151,15 @@ class AlgorithmConfig:
 
 @dataclass
 class OptimizerConfig:
-    lr: float = 1e-6
-    min_lr: float = 0.0
-    schedule: Literal["constant", "linear", "cosine"] = "constant"
-    warmup_steps: int = 0  # optimizer updates
+    lr: float = 1e-6  # the highest, after the warm-up
+    min_lr: float = 0.0  # where linear and cosine end
+    schedule: Literal["constant", "linear", "cosine"] = "constant"  # behind the warm-up, to the run's last update
+    warmup_steps: int = 0  # optimizer updates over which the rate rises from 0
     weight_decay: float = 0.0  # on matrices only
-    betas: list[float] = field(default_factory=lambda: [0.9, 0.999])
-    eps: float = 1e-8
-    clip_grad: float = 1.0
-    distributed: bool = True  # optimizer state sharded over the data-parallel ranks
+    betas: list[float] = field(default_factory=lambda: [0.9, 0.999])  # AdamW's
+    eps: float = 1e-8  # AdamW's
+    clip_grad: float = 1.0  # norm of all gradients together, above which they are scaled down; 0: off
+    distributed: bool = True  # optimizer state sharded over the data- and context-parallel ranks
 
 
 @dataclass
@@ -193,12 +194,14 @@ class TrainerConfig:
     save_every: int = 0  # steps; 0: only at the end
     keep_last: int = 2  # newest checkpoints that stay: one, and the one before in case the disk damages it
     keep_best: int = 0  # checkpoints with the best eval/pass@1 that stay besides
-    log_rollouts: int = 8  # responses written to rollouts.jsonl per step
+    log_rollouts: int = 8  # responses written to rollouts.jsonl per step; 0: none
 
 
 @dataclass
 class RunConfig:
     dir: str = ""  # empty: runs/NAME
+    # never: refuse a folder that holds a run. auto: go on from the newest whole checkpoint, or begin with step 1 where
+    # there is none. must: refuse a folder without one.
     resume: Literal["never", "auto", "must"] = "never"
     accept_changes: bool = False  # resume although the config has changed in a way that makes it another run
     overwrite: bool = False  # replace an earlier run in the same folder
@@ -215,17 +218,17 @@ class RunConfig:
 
 @dataclass
 class LoggingConfig:
-    tensorboard: bool = True
+    tensorboard: bool = True  # under RUN/tensorboard
     wandb_project: str = ""  # empty: off
     mlflow_experiment: str = ""  # empty: off; where to is MLflow's own MLFLOW_TRACKING_URI, else RUN/mlflow.db
     record_responses: int = 8  # per step, whose every token is recorded under RUN/tokens; 0: none
-    progress: Literal["auto", "bar", "lines", "none"] = "auto"
+    progress: Literal["auto", "bar", "lines", "none"] = "auto"  # auto: a bar on a terminal, else lines
 
 
 @dataclass
 class Config:
-    name: str = "run"
-    seed: int = 0
+    name: str = "run"  # in records and trackers; the folder is runs/NAME where run.dir is empty
+    seed: int = 0  # of prompts, samples and random weights
     prepare: str = ""  # a Python script that makes `model.path` and `data.path`; run once where model.path is missing
     verifier: str = ""  # a name, a Python file of your own, or a weighted sum: 0.9*math + 0.1*format
     model: ModelConfig = field(default_factory=ModelConfig)

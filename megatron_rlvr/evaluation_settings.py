@@ -38,7 +38,7 @@ class Settings:
     kv_cache_mib: int = option(1024, "key-value cache on a CPU")
     gpu_memory: float = option(0.9, "share of a GPU that the engine takes; less leaves room for a critic")
     workers: int = option(2, "verifier processes")
-    deadline: float = option(10.0, "seconds that judging one response may take")
+    deadline: float = option(10.0, "CPU seconds of judging one response; six times as much wall time ends it too")
     max_error_share: float = option(
         RewardConfig().max_error_share, "of the verdicts; the evaluation stops where the verifier fails on more"
     )

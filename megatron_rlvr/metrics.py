@@ -1,6 +1,6 @@
 """What a step measured: exact means over microbatches and ranks, one JSON line per step, trackers that mirror it.
 
-``metrics.jsonl`` is the record; trackers only repeat it, so losing one of them loses nothing.
+``metrics.jsonl`` is the record; TensorBoard, W&B and MLflow only repeat it, so losing one of them loses nothing.
 """
 
 from __future__ import annotations

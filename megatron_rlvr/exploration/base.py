@@ -1,7 +1,7 @@
 """The hooks of an exploration method, and how the methods of a config become one object.
 
 A method is one file here, found by its name: ``exploration/lp_reg.py`` holds one subclass of Exploration and a
-dataclass ``Config`` with its options. Nothing else lists it.
+dataclass ``Config`` with its options. Nothing else has to list it for it to run.
 
     exploration = build({"lp_reg": {"rho": 0.01}, "cde": {}}, config)
 
