@@ -1,5 +1,6 @@
 # shellcheck shell=bash
-# Sourced by the scripts beside it. Each of them has two doors, and both read the same arguments:
+# Sourced by the scripts beside it. Each of them has two doors, and both read the same arguments (of tool.sh only
+# what stands behind --; the rest is its program's):
 #
 #   bash slurm/X.sh ...     on a login node: reads the site file, plans, submits X.sh with the options that fit
 #   sbatch slurm/X.sh ...   from the repository's folder, with the #SBATCH headers of X.sh; plans inside the job
