@@ -266,7 +266,7 @@ DEFAULTS = [  # method, the options given, all of them: as published, and off wh
 def test_every_option_is_by_default_what_was_published():
     for name, given, options in DEFAULTS:
         assert filled(name, given) == options, name
-    assert {name for name, _, _ in DEFAULTS} == set(method_names())
+    assert {name for name, _, _ in DEFAULTS} == set(method_names()), "a method's defaults go into DEFAULTS above"
     full = filled("lp_reg", {"preset": "released_code", "divergence": "fwd_kl_full"})
     assert full == {"preset": "released_code"} | LP_REG | RELEASED | {"divergence": "fwd_kl_full", "k3_clamp": 0.0}
     assert filled("lp_reg", full) == full  # as a run's config.yaml is read again

@@ -62,6 +62,15 @@ def test_a_verifier_can_be_a_file_of_ones_own(tmp_path):
         verifiers.load(f"1*{own} + 1*format")
 
 
+def test_the_readmes_verifier_works_as_it_stands_there(tmp_path):
+    _, section = Path(__file__).parents[2].joinpath("README.md").read_text().split("## Verifiers", 1)
+    own = tmp_path / "exact.py"
+    own.write_text(section.split("```python\n")[1].split("```")[0])
+    verifier = verifiers.load(str(own))
+    verdicts = [verifier.verify(text, verifier.read_answer(7)) for text in ("so Answer: 7", "Answer: 8", "so 7")]
+    assert [(verdict.reward, verdict.status) for verdict in verdicts] == [(1, "ok"), (0, "ok"), (0, "unparseable")]
+
+
 def test_a_shipped_verifier_that_cannot_be_imported_is_one_error(monkeypatch):
     monkeypatch.delitem(sys.modules, "megatron_rlvr.verifiers.math", raising=False)
     monkeypatch.setitem(sys.modules, "math_verify", None)  # what Python itself uses for "cannot be imported"
