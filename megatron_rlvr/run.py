@@ -184,7 +184,6 @@ class Records:
     """What a run writes about its steps; the report is made anew every REPORT_EVERY of them."""
 
     def __init__(self, config: Config, folder: Path, decode: Callable[[list[int]], str], done: int) -> None:
-        dump(config, folder / "config.yaml")
         self.folder = folder
         settings = to_dict(config) | {"exploration": all_filled(config.exploration)}
         self.metrics = MetricsWriter(folder, config.logging, config.name, settings, done)
@@ -192,6 +191,9 @@ class Records:
         self.tokens = TokenWriter(folder, decode, done)
         self.rows = read_rows(folder / "metrics.jsonl")  # of the earlier run that this one goes on from
         self.warning = ""  # the newest
+        dump(
+            config, folder / "config.yaml"
+        )  # last: with it the folder holds a run, which a next start must not replace
 
     def write(self, step: int, metrics: dict[str, Any], groups: list[RolloutGroup], recording: Recording) -> None:
         self.metrics.write(step, metrics)

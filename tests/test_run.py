@@ -16,6 +16,7 @@ from rich.console import Console
 from megatron_rlvr import run, train
 from megatron_rlvr.config import Config, ConfigError, from_dict
 from megatron_rlvr.records import read_rows
+from megatron_rlvr.run_folder import prepare_folder
 from tests.test_recorder import one_rank
 
 ROOT = Path(__file__).parents[1]
@@ -38,6 +39,24 @@ def test_a_record_or_a_report_that_cannot_be_written_is_said_and_the_run_goes_on
     assert len(said) == 2 and all("could NOT be written, and the run goes on" in line for line in said)
     assert "the tokens of step 2" in said[0] and "the report" in said[1]
     assert [row["step"] for row in read_rows(tmp_path / "metrics.jsonl")] == [1, 2]
+
+
+def test_a_tracker_that_does_not_start_leaves_no_run_in_the_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Or the same command, once that is mended, would be refused."""
+
+    def refuse(**settings: object) -> None:
+        raise RuntimeError("no API key")
+
+    monkeypatch.setitem(sys.modules, "wandb", SimpleNamespace(init=refuse, __spec__="there"))
+    config = from_dict(Config, {"run": {"dir": str(tmp_path)}, "logging": {"wandb_project": "rlvr"}})
+    with pytest.raises(ConfigError, match="W&B does not start"):
+        run.Records(config, tmp_path, str, 0)
+    assert prepare_folder(config) == tmp_path
+    config.logging.wandb_project = ""
+    with run.Records(config, tmp_path, str, 0), pytest.raises(ConfigError, match="already holds a run"):
+        prepare_folder(config)
 
 
 def test_a_report_that_cannot_be_written_is_no_reason_for_a_finished_run_to_fail(
