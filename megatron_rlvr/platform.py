@@ -302,13 +302,15 @@ def private_shared_memory(job: str) -> Iterator[None]:
     On a CPU vLLM names the segment after the rendezvous, which under torchrun is always "//"
     (v1/worker/cpu_worker.py:148, distributed/device_communicators/cpu_communicator.py:237): two jobs on one machine
     collide, and so does a run with what a killed one left. Its object queues (shm_broadcast.py:337) have names of their
-    own, but a killed run leaves them too. A mapped segment lives on without its name until its last process ends.
+    own, but a killed run leaves them too, and every run the sockets beside them, in /tmp. A mapped segment lives on
+    without its name until its last process ends, and so does a socket that is connected.
     ``job`` must be the same on all ranks and new for each run.
     """
     from vllm.distributed.device_communicators.cpu_communicator import _CPUSHMDistributed as Channel
     from vllm.distributed.device_communicators.shm_broadcast import MessageQueue as Queue
 
     name_of, connect, create = Channel.make_group_name, Channel._init_cpu_shm, Queue.create_from_process_group
+    sockets: list[str] = []
 
     def connect_and_unlink(self: Any) -> int:
         handle = connect(self)  # ends with a barrier: every rank has mapped every segment
@@ -321,6 +323,7 @@ def private_shared_memory(job: str) -> Iterator[None]:
         if queue.buffer is not None and queue.buffer.is_creator:
             queue.buffer.shared_memory.unlink()
             queue.buffer.is_creator = False  # or it unlinks a second time when it is collected
+            sockets.extend((queue.handle.local_subscribe_addr, queue.handle.local_notify_addr))
         return queue
 
     Channel.make_group_name = staticmethod(lambda communicator: job + name_of(communicator).replace("/", ""))
@@ -331,3 +334,5 @@ def private_shared_memory(job: str) -> Iterator[None]:
     finally:
         Channel.make_group_name, Channel._init_cpu_shm = staticmethod(name_of), connect
         Queue.create_from_process_group = staticmethod(create)
+        for address in sockets:  # only now: that readers are connected to the second is nowhere waited for
+            Path(address.removeprefix("ipc://")).unlink(missing_ok=True)

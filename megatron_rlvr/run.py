@@ -191,9 +191,7 @@ class Records:
         self.tokens = TokenWriter(folder, decode, done)
         self.rows = read_rows(folder / "metrics.jsonl")  # of the earlier run that this one goes on from
         self.warning = ""  # the newest
-        dump(
-            config, folder / "config.yaml"
-        )  # last: with it the folder holds a run, which a next start must not replace
+        dump(config, folder / "config.yaml")  # last: from here on the folder holds a run, which refuses the next
 
     def write(self, step: int, metrics: dict[str, Any], groups: list[RolloutGroup], recording: Recording) -> None:
         self.metrics.write(step, metrics)

@@ -87,6 +87,7 @@ class Checks:
     def check_segments_have_no_name(self) -> None:
         dist.barrier()
         assert not _segments() & set(os.listdir("/dev/shm")), os.listdir("/dev/shm")
+        assert not os.listdir(os.environ["VLLM_RPC_BASE_PATH"]), "its queues' sockets"
 
     def check_a_new_engine_does_not_generate(self) -> None:
         assert not self.engine.ready

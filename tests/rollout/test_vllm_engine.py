@@ -13,6 +13,7 @@ import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 
@@ -39,10 +40,15 @@ def outcomes(tmp_path_factory) -> dict[str, list[dict[str, str]]]:
 
 
 def _launch(folder: Path, family: str, tied: str, tp: int) -> list[dict[str, str]]:
+    with tempfile.TemporaryDirectory(prefix="sockets-") as sockets:  # a path that is short enough for them
+        return _outcomes(folder, family, tied, tp, {"VLLM_RPC_BASE_PATH": sockets})
+
+
+def _outcomes(folder: Path, family: str, tied: str, tp: int, environment: dict[str, str]) -> list[dict[str, str]]:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    common = {"WORLD_SIZE": tp, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "OMP_NUM_THREADS": 1}
+    common = {"WORLD_SIZE": tp, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "OMP_NUM_THREADS": 1} | environment
     arguments = [sys.executable, "-m", "tests.rollout.engine_checks", str(folder), family, tied, str(tp)]
     logs = [folder / f"log-{rank}" for rank in range(tp)]
     ranks = []
