@@ -46,15 +46,16 @@ class Settings:
     def check(self) -> None:
         """Raises ConfigError."""
         for name in ("samples", "max_tokens", "batch", "max_running", "tp", "kv_cache_mib", "workers"):
-            rule(getattr(self, name) >= 1, f"{name} must be at least 1, not {getattr(self, name)}")
-        rule(0 <= self.temperature <= 2, f"temperature must be in [0, 2], not {self.temperature}")
-        rule(0 < self.top_p <= 1, f"top_p must be in (0, 1], not {self.top_p}")
-        rule(
-            self.dtype in ("auto", "float32", "bfloat16"), f"dtype must be auto, float32 or bfloat16, not {self.dtype}"
-        )
-        rule(0 < self.gpu_memory <= 1, f"gpu_memory must be in (0, 1], not {self.gpu_memory}")
-        rule(0 <= self.max_error_share <= 1, f"max_error_share must be in [0, 1], not {self.max_error_share}")
-        rule(0 < self.deadline < math.inf, f"deadline must be above 0 and have an end, not {self.deadline}")
+            self._rule(name, getattr(self, name) >= 1, "be at least 1")
+        self._rule("temperature", 0 <= self.temperature <= 2, "be in [0, 2]")
+        self._rule("top_p", 0 < self.top_p <= 1, "be in (0, 1]")
+        self._rule("dtype", self.dtype in ("auto", "float32", "bfloat16"), "be auto, float32 or bfloat16")
+        self._rule("gpu_memory", 0 < self.gpu_memory <= 1, "be in (0, 1]")
+        self._rule("max_error_share", 0 <= self.max_error_share <= 1, "be in [0, 1]")
+        self._rule("deadline", 0 < self.deadline < math.inf, "be above 0 seconds and have an end")
+
+    def _rule(self, name: str, condition: bool, must: str) -> None:
+        rule(condition, f"--{name.replace('_', '-')} must {must}, not {getattr(self, name)}")
 
     def data_config(self) -> DataConfig:
         """How prompts are read: whatever their length. Raises ConfigError."""

@@ -122,7 +122,7 @@ def make_update(policy: Any, tokens: int) -> Callable[[], Any]:
 
     prompt = Prompt("bench/1", "", tuple(range(8)), "bench", None)
     groups = [RolloutGroup(prompt, [rollout(index)]) for index in range(max(1, tokens // 128))]
-    rewards = [[1.0] for _ in groups]
+    rewards: list[list[float | None]] = [[1.0] for _ in groups]
     batch = pack(groups, rewards, updates=1, microbatch_tokens=tokens, dp_rank=0, dp_size=1, microbatch_multiple=1)
 
     def loss(micro: Any, statistics: Any, meter: Any) -> Any:

@@ -43,8 +43,8 @@ from megatron_rlvr.verdict import Verdict
 ROOT = Path(__file__).resolve().parents[1]
 CONFIG = "examples/countdown_cpu/config.yaml"
 SKIPPED = 3  # steps of warming up, not counted
-CALLS = ((FlightRecorder, "start"), (FlightRecorder, "old_policy"), (FlightRecorder, "loss"))
-CALLS += ((FlightRecorder, "collect"), (TokenWriter, "write"))
+CALLS: list[tuple[type, str]] = [(FlightRecorder, name) for name in ("start", "old_policy", "loss", "collect")]
+CALLS += [(TokenWriter, "write")]
 RESPONSES, EXTRAS = 8, ("lp_reg/proxy_log_prob", "lp_reg/log_kept_mass", "cde/bonus", "cde/critic_bonus")
 PROMPT_TOKENS, RESPONSE_TOKENS = 9, 6  # of countdown
 

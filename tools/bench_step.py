@@ -163,7 +163,7 @@ def train_with_trl(folder: str, marks: str, steps: int, overrides: Sequence[str]
     from megatron_rlvr.config import load_config
     from megatron_rlvr.verifiers.countdown import verify
 
-    config = load_config(CONFIG, overrides)
+    config = load_config(CONFIG, list(overrides))
     rollout, updates = config.rollout, config.trainer.updates_per_rollout
 
     class Mark(TrainerCallback):

@@ -233,7 +233,7 @@ def count_collectives() -> dict[str, Any]:
     """Counts calls of torch.distributed.all_reduce from here on, until ``restore`` is called."""
     import torch.distributed as dist
 
-    original, calls = dist.all_reduce, {"count": 0}
+    original, calls = dist.all_reduce, dict[str, Any](count=0)
 
     def counted(*args, **kwargs):
         calls["count"] += 1

@@ -58,7 +58,7 @@ def main() -> int:
 def disturb(folder: Path, whole: Path, options: argparse.Namespace) -> bool:
     """Kill until ``options.kills`` are done, over as many runs as that takes; whether each equals ``whole``."""
     draw, done, differences, began = random.Random(options.seed), 0, [], time.perf_counter()
-    runs, moments = 0, []
+    runs, moments = 0, list[str]()
     while done < options.kills:
         runs += 1
         run, saved = folder / f"run_{runs}", list[int]()
@@ -122,7 +122,8 @@ class Attempt:
         for rank in self.ranks:
             rank.join(max(0.0, deadline - time.monotonic()))
             if rank.exitcode is None:
-                self.ranks[0].kill(), self.ranks[1].kill()
+                for late in self.ranks:
+                    late.kill()
         return next((rank.exitcode or -1 for rank in self.ranks if rank.exitcode != 0), 0)
 
     def _is_in(self, moment: str) -> Callable[[], bool]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 from megatron_rlvr.pages.comparison import build_comparison
@@ -21,7 +22,7 @@ def main() -> int:
     )
     options = parser.parse_args()
     target = options.comparison or options.runs[0].resolve().parent / "comparison.html"
-    built = [attempt(lambda run=run: build_report(run)) for run in options.runs]
+    built = [attempt(partial(build_report, run)) for run in options.runs]
     if len(options.runs) > 1 and all(built):
         built.append(attempt(lambda: build_comparison(options.runs, target)))
     return 0 if all(built) else 1

@@ -27,8 +27,8 @@ ROOT = HERE.parents[1]
 RESULTS, BUILD, README = HERE / "results", HERE / "build", HERE / "README.md"
 DEADLINE = 3600.0  # seconds per run; three to eight minutes where two run at a time on two cores
 SPAN = 10  # steps whose mean is one point of a curve
-CURVES = ("reward/mean", "policy/entropy", "lp_reg/share", "rollout/perplexity_right", "rollout/perplexity_wrong")
-CURVES += ("critic/head_std", "critic/explained_variance")
+CURVES = ["reward/mean", "policy/entropy", "lp_reg/share", "rollout/perplexity_right", "rollout/perplexity_wrong"]
+CURVES += ["critic/head_std", "critic/explained_variance"]
 COLUMNS = {  # the last ones are there for some methods alone
     "eval/pass@1": "pass@1",
     "eval/pass@16": "pass@16",
@@ -81,7 +81,7 @@ def run_all(options: argparse.Namespace) -> None:
     ]
     with ThreadPoolExecutor(options.jobs) as pool:
         for number, (method, seed, seconds) in enumerate(
-            pool.map(lambda pair: run_one(*pair, options.steps), todo), start=1
+            pool.map(lambda one: run_one(one[0], one[1], options.steps), todo), start=1
         ):
             print(f"{number}/{len(todo)}  {method} seed {seed}: {seconds:.0f} s", flush=True)
 
@@ -179,7 +179,7 @@ def plot(by_method: dict[str, list[dict]]) -> None:
     from matplotlib import pyplot
 
     figure, panels = pyplot.subplots(2, 4, figsize=(20, 8), layout="constrained")
-    colours = pyplot.get_cmap("tab20").colors  # type: ignore[attr-defined]
+    colours = pyplot.get_cmap("tab20").colors
     for place, (method, results) in enumerate(sorted(by_method.items())):
         style = {"color": colours[place % 20]}
         for panel, name in zip(panels.flat, HELD_OUT, strict=False):

@@ -56,7 +56,7 @@ def _start_alone() -> None:
     os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(free_port()))
     os.environ["TORCHELASTIC_USE_AGENT_STORE"] = "False"  # else it looks for torchrun's own store at that address
     platform.start_rank()
-    process_groups.init(platform.backend(), timeout_seconds=60)
+    process_groups.init(timeout_seconds=60)
 
 
 def _config(model: Path, seed: int) -> Config:
