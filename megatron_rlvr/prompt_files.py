@@ -30,7 +30,7 @@ def read_rows(source: str | Path) -> Iterator[tuple[int, Any]]:
         yield from _jsonl(path)
     elif path.suffix == ".json":
         try:
-            rows = json.loads(path.read_text(encoding="utf-8"))
+            rows = json.loads(path.read_bytes())  # in any of JSON's encodings, as each line of .jsonl
         except (ValueError, RecursionError) as error:
             raise ConfigError(f"{path} is not valid JSON: {error}") from error
         rule(isinstance(rows, list), f"{path} must hold one JSON list of rows; one row per line is called .jsonl")

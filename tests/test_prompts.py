@@ -62,7 +62,7 @@ def write(path: Path, rows: list) -> Path:
     if path.suffix == ".parquet":
         pq.write_table(pa.Table.from_pylist(rows), path)
     elif path.suffix == ".json":
-        path.write_text(json.dumps(rows))
+        path.write_text(json.dumps(rows), encoding="utf-8-sig")  # with the mark that some editors begin a file with
     else:
         lines = "".join((row if isinstance(row, str) else json.dumps(row)) + "\n" for row in rows).encode()
         path.write_bytes(gzip.compress(lines) if path.suffix == ".gz" else lines)
