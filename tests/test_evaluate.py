@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import os
 import random
 import shutil
 from dataclasses import replace
@@ -134,6 +135,8 @@ def test_results_samples_and_what_is_not_shown(ready: Settings, capsys: pytest.C
         truncated = sum(row["finish_reason"] == "length" for row in rows[f"{name}.jsonl"]) / 12
         assert written["benchmarks"][name]["truncated"] == pytest.approx(truncated)
     assert all("boxed" in row["text"] and not row["text"].endswith("<end>") for row in rows["one.jsonl"])
+    for row in rows["one.jsonl"]:  # a token is a byte; the end token alone is no part of the text
+        assert len(row["text"]) == row["tokens"] - (row["finish_reason"] == "stop")
     hidden = Path(ready.output, "samples/two.jsonl").read_text()
     assert "boxed" not in hidden and "two 1?" not in hidden
     shown = capsys.readouterr().out
@@ -164,9 +167,28 @@ def test_more_samples_are_added_to_those_there_and_fewer_read(ready: Settings) -
     assert len(FakeSampler.calls) - before == 2 * 3 * 2 and "avg@6" in six["one"]
     ready.samples = 4
     assert evaluate.evaluate(ready, Console(quiet=True))["benchmarks"] == four
-    ready.temperature = 1.0
-    with pytest.raises(ConfigError, match="holds samples with temperature=0.6, not 1.0"):
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        *(("temperature", 1.0), ("top_p", 0.5), ("max_tokens", 49), ("template", "r1_zero"), ("seed", 1)),
+        *(("dtype", "float32"), ("verifier", "choice")),
+    ],
+)
+def test_samples_drawn_otherwise_are_not_added(ready: Settings, name: str, value: object) -> None:
+    evaluate.evaluate(ready, Console(quiet=True))
+    earlier, before = getattr(ready, name), len(FakeSampler.calls)
+    setattr(ready, name, value)
+    with pytest.raises(ConfigError, match=f"holds samples with {name}={earlier!r}, not {value!r}"):
         evaluate.evaluate(ready, Console(quiet=True))
+    assert len(FakeSampler.calls) == before
+
+
+def test_a_question_may_be_of_any_length(ready: Settings, tmp_path: Path) -> None:
+    (tmp_path / "one.jsonl").write_text(json.dumps({"problem": "long " * 10_000, "answer": "1"}) + "\n")
+    ready.benchmarks = ["one"]
+    assert evaluate.evaluate(ready, Console(quiet=True))["benchmarks"]["one"]["problems"] == 1
 
 
 def test_a_file_that_repeats_its_problems_is_not_multiplied_again(ready: Settings, tmp_path: Path) -> None:
@@ -237,6 +259,22 @@ def test_a_critics_heads_on_each_benchmark(ready: Settings, model: Path, tmp_pat
         evaluate.evaluate(ready, Console(quiet=True))
     ready.model, ready.critic = str(tmp_path / "critic"), ""
     with pytest.raises(ConfigError, match="critic holds a critic, which says nothing: name its run's policy"):
+        evaluate.evaluate(ready, Console(quiet=True))
+
+
+@pytest.mark.parametrize("megatron", [False, True])
+def test_weights_that_were_replaced_under_the_same_name_are_another_model(
+    ready: Settings, tmp_path: Path, megatron: bool
+) -> None:
+    copy = Path(shutil.copytree(ready.model, tmp_path / "copy"))
+    if megatron:
+        import_hf(copy, tmp_path / "step_7/policy", 1, 1)
+        copy = tmp_path / "step_7/policy"
+    ready.model = str(copy)
+    evaluate.evaluate(ready, Console(quiet=True))
+    weights = next(copy.glob("*.distcp" if megatron else "*.safetensors"))
+    os.utime(weights, (0, 0))  # written at another time, if of the same size
+    with pytest.raises(ConfigError, match="holds samples with model="):
         evaluate.evaluate(ready, Console(quiet=True))
 
 
