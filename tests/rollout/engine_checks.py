@@ -140,10 +140,12 @@ class Checks:
         assert outsiders
 
     def check_greedy_tokens_are_those_of_transformers(self) -> None:
-        for prompt, sample in zip(PROMPTS, self.generate(temperature=0.0), strict=True):
+        """As are those of so small a top_p that it leaves the most probable one alone."""
+        narrow = self.engine.generate([Request(prompt, 3, 12, 1.0, top_p=1e-6) for prompt in PROMPTS])
+        for prompt, sample, near in zip(PROMPTS, self.generate(temperature=0.0), narrow, strict=True):
             with torch.no_grad():
                 logits = self.model(torch.tensor([prompt + sample.response_ids])).logits[0]
-            assert logits[len(prompt) - 1 : -1].argmax(-1).tolist() == sample.response_ids
+            assert logits[len(prompt) - 1 : -1].argmax(-1).tolist() == sample.response_ids == near.response_ids
 
     def check_samples_depend_on_the_seed_alone(self) -> None:
         requests = [Request(PROMPTS[0], seed, 12, 1.0) for seed in range(8)]

@@ -20,6 +20,9 @@ from pathlib import Path
 import pytest
 import torch
 
+from megatron_rlvr import platform
+from megatron_rlvr.rollout.vllm_settings import prompt_settings, set_environment
+
 ROOT = Path(__file__).resolve().parents[2]
 CHECKS = re.findall(r"def (check_\w+)\(self", (ROOT / "tests/rollout/engine_checks.py").read_text())
 LAYOUTS = {"qwen3-tied-tp2": ("qwen3", "tied", 2), "qwen2-untied-tp1": ("qwen2", "untied", 1)}
@@ -91,3 +94,16 @@ def test_engine(outcomes, layout, check):
 def test_nothing_is_left_in_shared_memory(outcomes):
     assert "megatron-rlvr-" in outcomes["qwen3-tied-tp2"][0]["segments"]  # the two ranks did share some
     assert not [name for name in outcomes["left in /dev/shm"] if "megatron-rlvr" in name or name.startswith("psm_")]
+
+
+def test_settings_of_the_users_own_stay(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "environ", {"VLLM_LOGGING_LEVEL": "WARNING"})
+    set_environment()
+    assert os.environ["VLLM_LOGGING_LEVEL"] == "WARNING" and os.environ["VLLM_NO_USAGE_STATS"] == "1"
+
+
+def test_a_long_prompt_goes_in_whole_on_a_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(platform, "has_gpu", lambda: False)
+    for longest, tokens in ((100, 4096), (9000, 9000)):
+        settings = prompt_settings(longest, max_running=4)
+        assert settings == {"enable_chunked_prefill": False, "max_num_batched_tokens": tokens}
