@@ -24,7 +24,7 @@ from megatron_rlvr.weights import convert_export, convert_import
 from megatron_rlvr.weights.convert_export import export_megatron
 from megatron_rlvr.weights.convert_import import import_hf
 from megatron_rlvr.weights.convert_verify import describe, differing_tensors, report
-from megatron_rlvr.weights.partial_folder import PartialFolder
+from megatron_rlvr.weights.partial_folder import PartialFolder, fingerprint
 from megatron_rlvr.weights.sources import VALUE_HEAD
 from tests.ranks import run_ranks
 from tests.weights.tiny_models import save_model
@@ -135,11 +135,23 @@ def test_damaged_megatron_folders_are_named(tmp_path: Path) -> None:
     def other_depth(at: Path) -> None:
         (at / "config.json").write_text(json.dumps(config | {"num_hidden_layers": 3}))
 
+    def more_words(at: Path) -> None:
+        (at / "config.json").write_text(json.dumps(config | {"vocab_size": 9999}))
+
+    def without_norms(at: Path) -> None:
+        shutil.rmtree(at)
+        save_model(tmp_path / "dense", "qwen3", tied=False)
+        import_hf(tmp_path / "dense", at)
+        dense = json.loads((at / "config.json").read_text())
+        (at / "config.json").write_text(json.dumps(dense | {"model_type": "llama"}))
+
     damages: dict[str, Callable[[Path], object]] = {
         r"__0_0.distcp is cut short": lambda at: os.truncate(at / "__0_0.distcp", 9999),
         r"__0_0.distcp is missing": lambda at: (at / "__0_0.distcp").unlink(),
         "experts.linear_fc1.weight has shape .* config.json asks for .4, 4, 48, 64.": reshape,
         "has shape .4, .* config.json asks for .3, ": other_depth,
+        "embedding.word_embeddings.weight has shape .*, config.json asks for .10112, 64.": more_words,
+        "tensor decoder.layers.self_attention.[qk]_layernorm.weight is not part of the model": without_norms,
         "holds no .metadata": lambda at: (at / ".metadata").unlink(),
     }
     for number, (message, damage) in enumerate(damages.items()):
@@ -190,6 +202,24 @@ def test_an_interrupted_conversion_goes_on(tmp_path: Path, monkeypatch: pytest.M
     import_hf(source, tmp_path / "changed")  # what was finished is of another model, and is not kept
     assert not differing_tensors(source, tmp_path / "changed")
     assert differing_tensors(source, tmp_path / "at-once") == [f"{norm}: 64 of 64 values"]
+
+
+def test_only_what_was_finished_of_the_very_same_task_is_kept(tmp_path: Path) -> None:
+    (tmp_path / "source").mkdir()
+    for name in ("config.json", "tokenizer.json", "model.safetensors.index.json", "notes.md"):
+        (tmp_path / "source" / name).write_text("{}")
+
+    def folder() -> PartialFolder:
+        return PartialFolder(tmp_path / "target", {"from": fingerprint(tmp_path / "source", ["config.json"])})
+
+    folder().write("weights", lambda file: file.write_text("x"))
+    assert folder().has("weights")
+    os.utime(tmp_path / "source/config.json", (0, 0))  # of the same size, written anew
+    assert not folder().has("weights")
+    folder().write("weights", lambda file: file.write_text("y"))
+    folder().copy_companions(tmp_path / "source", "float32")
+    folder().finish()
+    assert sorted(file.name for file in (tmp_path / "target").iterdir()) == ["config.json", "tokenizer.json", "weights"]
 
 
 def test_a_critics_head_travels_along(tmp_path: Path) -> None:

@@ -31,3 +31,7 @@ def test_initial_weights_depend_on_the_seed_alone(tmp_path: Path) -> None:
     first_config, config = (json.loads((folder / "config.json").read_text()) for folder in (tmp_path / "first", source))
     assert first_config == config
     assert (tmp_path / "first/additional_chat_templates/tools.jinja").read_text() == "x"
+    (source / "config.json").write_text(json.dumps(config | {"initializer_range": 0.5}))
+    write_initial(source, tmp_path / "first", 1)  # in the place of what lies there
+    wide = load_file(tmp_path / "first/model.safetensors")
+    assert all(torch.allclose(wide[name], 25 * first[name], rtol=1e-5) for name in matrices)
