@@ -156,6 +156,29 @@ def test_rollout_correction_reports_what_it_drops():
     )
 
 
+@pytest.mark.parametrize("form", ["tis", "sequence_tis"])
+def test_a_truncated_correction_keeps_to_both_of_its_bounds(form):
+    batch, method = make_batch([1, 1, 1]), build({"rollout_correction": {"form": form, "low": 0.5, "high": 1.5}})
+    fill_old(batch, make_logits(batch), method)
+    weights = torch.tensor([0.1, 1.2, 9.0])
+    batch.rollout_log_probs = batch.old_log_probs.float() - weights.log().repeat_interleave(3)
+    current = statistics(make_logits(batch), batch, method)
+    losses = method.policy_loss(torch.ones(9), batch.microbatch(0, 3), current, Meter())
+    assert losses[batch.loss_mask].tolist() == pytest.approx([0.5, 1.2, 1.5], rel=1e-5)
+
+
+def test_stapo_leaves_out_rewarded_tokens_alone():
+    """Improbable and certain ones all of them; an advantage of 0 is no reward."""
+    batch, method = make_batch([1, 1, 1, 1]), build({"stapo": {"quantile": 0.9}})
+    batch.old_log_probs, batch.entropy = torch.full((12,), -20.0), torch.full((12,), 0.1)
+    batch.advantages = torch.tensor([1.0, 0.0, -1.0, 0.0]).repeat_interleave(3)
+    batch.entropy[-3:] = 5.0  # the one that is not certain
+    (update,) = batch.updates
+    method.prepare_update(batch, update, ParallelGroups.single())
+    weights = batch.of_update(update).extras["stapo/weight"]
+    assert weights[batch.loss_mask].tolist() == pytest.approx([0.0, 4 / 3, 4 / 3, 4 / 3])
+
+
 def test_who_needs_the_old_policys_statistics_before_the_loss():
     for name, options, needs in [
         *((name, {}, True) for name in SELECTING),

@@ -87,10 +87,10 @@ def test_groups_that_are_all_right_or_all_wrong(keeps):
 
 
 def test_a_response_that_nobody_could_judge_does_not_make_its_group_differ():
-    batch = _in_groups([1.0, 0.0, -1.0, 1.0])
-    batch.response_lengths[1] = 0
+    batch = _in_groups([1.0, 0.0, -1.0, 1.0, -1.0, 0.0])
+    batch.response_lengths[[1, 5]] = 0
     shaped, _ = _shape({"bonus_in_degenerate_groups": False}, batch)
-    assert (shaped != batch.rewards).tolist() == [False, False, True, True]
+    assert (shaped != batch.rewards).tolist() == [False, False, True, True, False, False]
 
 
 def test_a_groups_rewards_are_looked_at_on_every_rank():
