@@ -84,6 +84,17 @@ def test_a_peak_of_a_long_run_is_drawn(tmp_path):
     assert [max(line["values"]) for line in ratio["lines"]] == [5.0, 5.0]
 
 
+def test_a_line_goes_from_step_to_step_whichever_the_other_run_has(tmp_path):
+    folders = [
+        write_run(tmp_path / name, [step_row(step, **{"eval/pass@1": step / 100}) for step in steps])
+        for name, steps in (("one", (10, 20, 30)), ("two", (5, 10, 15)))
+    ]
+    html = build_comparison(folders, tmp_path / "comparison.html").read_text()
+    charts = map(json.loads, re.findall(r'id="data-[^"]*">(.*?)</script>', html))
+    lines = [line for chart in charts for line in chart["lines"]]
+    assert lines and {tuple(line["steps"]) for line in lines} == {(10, 20, 30), (5, 10, 15)}
+
+
 def test_runs_of_the_same_name_are_told_apart(tmp_path):
     folders = [write_run(_made(tmp_path / above / "run"), [step_row(1), step_row(2)]) for above in ("a", "b")]
     text = build_comparison(folders, tmp_path / "c.html").read_text()

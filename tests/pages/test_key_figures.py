@@ -40,6 +40,17 @@ def test_a_held_out_figure_compares_the_first_and_the_last_measured():
     assert key_figures(ramp(60))[1] == ("Held-out pass@1", "10.0% → 60.0%", "first and last, × 6.00")
 
 
+def test_what_key_figures_say_beside_the_ends():
+    rows = [{"step": 1, "reward/mean": -0.5, "rollout/log_prob_gap_max": 2e-6}]
+    rows += [{"step": 2, "reward/mean": 0.5, "rollout/log_prob_gap_max": 7e-6}]
+    rows += [{"step": 3, "reward/mean": 0.5, "rollout/log_prob_gap_max": 1e-6}]
+    found = {name: figure for name, *figure in key_figures(rows)}
+    assert found["Reward"] == ["-0.500 → 0.500", "first and last"]  # of what began below 0 there is no multiple
+    assert found["Log-prob gap"][0] == "7.0e-06"
+    held_out = [{"step": 1, "eval/pass@16": 0.6, "eval/pass@4": 0.4, "eval/pass@1": 0.1}]
+    assert [name for name, _, _ in key_figures(held_out)] == [f"Held-out pass@{k}" for k in (1, 4, 16)]
+
+
 def test_a_comparison_has_means_of_the_last_twenty_steps_and_the_held_out_figure_last_measured(tmp_path: Path):
     folders = [write_run(tmp_path / name, ramp(steps)) for name, steps in (("long", 55), ("short", 10))]
     html = build_comparison(folders, tmp_path / "comparison.html").read_text(encoding="utf-8")

@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from megatron_rlvr.pages import page, report_parts
 from megatron_rlvr.pages.rollout_page import build_rollout_page
 from megatron_rlvr.token_records import TokenWriter, read_record
 from megatron_rlvr.verdict import Verdict
@@ -56,6 +57,13 @@ def test_what_a_model_writes_ends_no_tag(html):
     shown = json.dumps(data(html), ensure_ascii=False)
     assert "␀␛" in shown and "‹U+202E›abc‹U+200F›" in shown
     assert not set("\x00\x1b\u202e\u200f") & set(html)
+    assert page.text("""' onclick="x\"""") == "&#x27; onclick=&quot;x&quot;"  # nor an attribute
+    assert all("&lt;b&gt;</td>" in report_parts.table(["name"], [[cell]]) for cell in ("<b>", ("<b>", 1)))
+
+
+def test_text_that_is_no_utf8_costs_no_page(tmp_path):
+    written = page.write(tmp_path / "page.html", page.document("a", page.pre("half a pair: \ud800"), ""))
+    assert "half a pair: \\ud800" in written.read_text(encoding="utf-8") and len(list(tmp_path.iterdir())) == 1
 
 
 def test_right_is_what_the_verdict_says_whatever_the_reward(tmp_path):
