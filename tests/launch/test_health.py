@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -40,6 +44,9 @@ def test_each_fault_names_its_node() -> None:
         },
         "node n0, rank 1: 1.0 GB left where the run writes, of 10.7": {"r1": {"free": 10**9}},
         "node n2, rank 5: torch 2.12.0, but 2.13.0 on most ranks": {"r5": {"versions": other}},
+        "node n0, rank 0: vllm none, but 0.32.0 on most ranks": {
+            "r0": {"versions": {name: version for name, version in VERSIONS.items() if name != "vllm"}}
+        },
         "node n2, rank 5: triton 3.7, but none on most ranks": {"r5": {"versions": VERSIONS | {"triton": "3.7"}}},
     }
     for fault, change in cases.items():
@@ -65,6 +72,7 @@ def test_a_clock_that_is_wrong_and_a_folder_that_is_not_shared() -> None:
     folder, skew = shared_faults(three)
     assert folder.startswith("node n1: the run's folder is not the one") and "run.dir" in folder
     assert skew == "node n1: its clock is +7.5 s from the others'"
+    assert shared_faults([beside("n0"), beside("n1", clock=992.5), beside("n2")]) == [skew.replace("+", "-")]
     assert shared_faults([beside("n0"), beside("n1", clock=1002.0)]) == []
 
 
@@ -121,3 +129,16 @@ def test_a_rank_sees_its_own_machine(tmp_path, monkeypatch) -> None:
     assert seen["disk"] == "" and seen["free"] > 0 and seen["versions"]["torch"]
     assert look(tmp_path / "absent")["disk"] == "No such file or directory"
     assert list(tmp_path.iterdir()) == []
+
+
+def test_the_check_of_a_job_that_is_unfit_fails_and_leaves_nothing(tmp_path: Path) -> None:
+    place = {"RANK": "0", "LOCAL_RANK": "99", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1"}
+    check = subprocess.run(
+        [sys.executable, "-m", "megatron_rlvr.launch.health", str(tmp_path)],
+        env=os.environ | place | {"MASTER_PORT": str(free_port())},
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert check.returncode == 1 and "rank 0: no GPU for local rank 99" in check.stdout, check.stderr
+    assert [path for path in tmp_path.rglob("*") if path.is_file()] == []

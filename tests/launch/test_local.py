@@ -41,7 +41,8 @@ def test_a_free_port_is_none_that_a_connection_gets_meanwhile(monkeypatch: pytes
 
 
 def test_every_rank_knows_its_place() -> None:
-    places = "assert (os.environ['WORLD_SIZE'], os.environ['EXTRA']) == ('3', 'yes') and rank in (0, 1, 2)"
+    places = "assert (os.environ['WORLD_SIZE'], os.environ['EXTRA']) == ('3', 'yes') and rank in (0, 1, 2)\n"
+    places += "assert os.environ['LOCAL_RANK'] == os.environ['RANK']"
     assert (
         run_ranks(
             [sys.executable, "-c", f"import os\nrank = int(os.environ['RANK'])\n{places}"], 3, 0, {"EXTRA": "yes"}
