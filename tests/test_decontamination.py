@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 from collections import Counter
+from dataclasses import replace
 from datetime import datetime
 from pathlib import Path
 
@@ -73,6 +74,26 @@ def test_the_share_is_that_of_the_problems_ngrams() -> None:
     assert words("三角形 abc") == ("三", "角", "形", "abc")
     both = [Match("p/1", False, 1.0)]
     assert index.matches("now one two three four five six again one two three", 0.5) == both
+
+
+def test_matches_come_worst_first() -> None:
+    index = Index(n=2)
+    index.add("a/1", "one two three four five")
+    index.add("b/1", "one two three")
+    index.add("c/1", "zero one two three four")
+    assert index.matches("zero one two three four", 0.5) == [
+        *(Match("c/1", True, 1.0), Match("b/1", False, 1.0), Match("a/1", False, 0.75))
+    ]
+
+
+def test_texts_that_must_not_be_shown_are_not_handed_out(tmp_path: Path) -> None:
+    """GPQA's authors ask for it: its problems are looked for, and named by their numbers alone."""
+    path = tmp_path / "own.jsonl"
+    path.write_text(json.dumps({"problem": PROBLEM, "answer": "1"}) + "\n")
+    own = find(str(path))
+    for shown, texts in ((True, {"own/1": PROBLEM}), (False, {})):
+        index, found = index_benchmarks([replace(own, shown=shown)], "", 5)
+        assert found == texts and index.matches(PROBLEM, 0.5) == [Match("own/1", True, 1.0)]
 
 
 def run(*arguments: str) -> subprocess.CompletedProcess:

@@ -12,7 +12,15 @@ from megatron_rlvr.distributed.groups import ParallelGroups
 from megatron_rlvr.distributed.vocab import TokenStatistics
 from megatron_rlvr.packing import pack
 from megatron_rlvr.recorder import FlightRecorder
-from megatron_rlvr.token_records import MOST_TOKENS, Recording, TokenWriter, read_record, record_path, recorded_steps
+from megatron_rlvr.token_records import (
+    MOST_TOKENS,
+    Recording,
+    TokenWriter,
+    page_path,
+    read_record,
+    record_path,
+    recorded_steps,
+)
 from megatron_rlvr.types import Batch, RolloutGroup
 from megatron_rlvr.verdict import Verdict
 from tests.ranks import run_ranks
@@ -130,6 +138,15 @@ def test_a_step_in_which_only_the_critic_learns_is_recorded_without_a_loss(tmp_p
     assert recording.columns["log_prob"].any()
 
 
+def test_a_step_holds_nothing_of_the_one_before() -> None:
+    recorder, groups = FlightRecorder(3, True, ParallelGroups.single()), ParallelGroups.single()
+    step(recorder, groups, old_pass=True)
+    again, _ = step(recorder, groups, old_pass=True, learns=False)  # no loss: no ratio, nothing clipped
+    fresh, _ = one_rank(3, learns=False)
+    assert again.columns.keys() == fresh.columns.keys()
+    assert all(torch.equal(again.columns[name], fresh.columns[name]) for name in fresh.columns)
+
+
 def test_without_a_threshold_nothing_is_kept_or_filtered() -> None:
     """As in a run without Lp-Reg, or where its proxy is the engine's: "kept" would be true everywhere."""
     columns = one_rank(3, thresholded=False)[0].columns
@@ -161,8 +178,12 @@ def test_a_resumed_run_drops_what_came_after(tmp_path):
     writer = TokenWriter(tmp_path, str)
     for number in (1, 2, 3):
         writer.write(number, recording)
+    for number in (1, 2):
+        page_path(tmp_path, number).write_text("a page")
+    (tmp_path / "tokens/step_4.new").write_text("what a kill left of a file")
     TokenWriter(tmp_path, str, resume_step=1)
     assert recorded_steps(tmp_path) == [1]
+    assert sorted(path.name for path in (tmp_path / "tokens").iterdir()) == ["step_1.html", "step_1.safetensors"]
 
 
 def test_errors_name_the_file_and_what_there_is(tmp_path):
