@@ -17,7 +17,7 @@ from megatron_rlvr.config import ConfigError
 from megatron_rlvr.prompt_files import read_rows
 from megatron_rlvr.verifiers import code, sandbox
 from megatron_rlvr.verifiers.pool import VerifierPool
-from megatron_rlvr.verifiers.sandbox import Limits, NoIsolation, run
+from megatron_rlvr.verifiers.sandbox import Limits, NoIsolation, Outcome, run
 
 DATA = os.environ.get("MEGATRON_RLVR_DATA", "")
 TIGHT = Limits(cpu_seconds=1.0)
@@ -53,6 +53,32 @@ HOSTILE = {
     "    except OSError:\n        pass\nos._exit(0)",
     "no syntax": "def f(:",
 }  # fmt: skip
+
+
+WALLS = """
+import ctypes, os, resource
+def f(name):
+    library = ctypes.CDLL(None, use_errno=True)
+    library.syscall(0x40000000 + 41, 2, 1, 0)  # x32's socket, which the list of refused ones does not name
+    return {
+        "x32": ctypes.get_errno(),
+        "root": sorted(os.listdir("/")), "etc": os.listdir("/etc"), "secret": os.environ.get("SECRET"),
+        "read-only": [bool(os.statvfs(path).f_flag & os.ST_RDONLY) for path in ("/", "/usr", os.__file__, "/box")],
+        "most": [resource.getrlimit(getattr(resource, "RLIMIT_" + of)) for of in ("NOFILE", "FSIZE", "NPROC", "AS")],
+    }[name]
+"""
+
+
+def test_the_walls_of_the_sandbox(monkeypatch):
+    """What HOSTILE runs into; one wall behind another is not seen by what meets the first."""
+    monkeypatch.setenv("SECRET", "a token of the user's")
+    top = {"bin", "box", "dev", "etc", "lib", "lib64", "usr", sys.base_prefix.split("/")[1]}
+    top = [name for name in sorted(top) if name == "box" or os.path.lexists(f"/{name}")]
+    most = [(value, value) for value in (64, 16 << 20, 16, 1024 << 20)]
+    found = {"x32": 1, "root": top, "etc": ["ld.so.cache"], "secret": None}
+    found |= {"read-only": [True, True, True, False], "most": most}
+    for name, wanted in found.items():
+        assert run(WALLS, f"assert f({name!r}) == {wanted!r}, f({name!r})", "", TIGHT) == Outcome(True, ""), name
 
 
 @pytest.mark.timeout(120)
