@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -9,8 +11,10 @@ from megatron_rlvr import platform
 from megatron_rlvr.distributed import vocab_linear
 from megatron_rlvr.models.attention import PackedSequences
 from megatron_rlvr.planner import memory
-from megatron_rlvr.planner.activations import MOST_PADDING, layer_bytes
+from megatron_rlvr.planner.activations import MOST_PADDING, in_flight, layer_bytes
 from megatron_rlvr.planner.devices import DEVICES
+from megatron_rlvr.planner.memory import Item, Memory
+from megatron_rlvr.planner.shapes import SHAPES
 from megatron_rlvr.planner.text import as_text
 from megatron_rlvr.planner.workload import Workload
 from megatron_rlvr.rollout import vllm_settings
@@ -63,6 +67,9 @@ def test_the_host_memory_of_a_node_has_room_for_every_sleeping_matrix_and_a_chec
     assert checkpoint.bytes == 8 * (held["policy weights"] + held["policy optimizer"])
     assert "host memory of a node, at most 351 GiB" in as_text(found)
     assert found.to_dict()["host_memory"][0]["bytes"] == engines.bytes
+    found.config.parallel.pp = 4  # the last stage has the final norm too
+    first, *_, last = [memory.checkpoint_copy(found.config, found.workload, stage) for stage in range(4)]
+    assert found.host_memory[1].bytes == 8 * last > 8 * first
 
 
 def test_a_cpu_holds_a_checkpoint_on_its_way_beside_the_step() -> None:
@@ -76,6 +83,57 @@ def test_a_cpu_holds_a_checkpoint_on_its_way_beside_the_step() -> None:
     held = {item.name: item.bytes for item in memory.state_items(config, workload, 0)}
     assert (copied(0), copied(10)) == (0, held["policy weights"] + held["policy optimizer"])
     assert memory.host_memory(config, workload, cpu, 8) == ()
+
+
+def test_an_engine_that_stays_is_there_while_the_policy_trains() -> None:
+    parts = [(Item("", size, ""),) for size in (1, 20, 300, 4000)]
+    asleep, awake = (Memory(0, *parts, engine_stays=stays) for stays in (False, True))
+    assert (asleep.training_peak, asleep.generation_peak) == (321, 4021)
+    assert (awake.training_peak, awake.generation_peak) == (4321, 4021)
+    assert memory.fullest([asleep, awake, asleep]) is awake
+    config = plan(QWEN32).config
+    for name, stays in (("cpu", True), ("h100", False)):
+        assert memory.predict(config, Workload.of(config), DEVICES[name])[0].engine_stays is stays
+
+
+def test_what_makes_a_rank_hold_more() -> None:
+    found = plan(QWEN32)
+    config, workload, gpu = found.config, found.workload, found.machine.device
+
+    def training(workload: Workload) -> dict[str, int]:
+        return {item.name: item.bytes for item in memory.training_items(config, workload, gpu, 0)}
+
+    frozen = memory.state_items(config, replace(workload, reference=True), 0)
+    held = {item.name: item.bytes for item in frozen}
+    assert frozen[:-1] == memory.state_items(config, workload, 0)
+    assert held["reference weights"] == held["policy weights"]
+
+    tokens = 256 * 8 * 10_240 // 8  # of the longest responses of a step, over 8 replicas
+    plain, kept = (training(replace(workload, old_top=top))["batch"] for top in (0, 128))
+    assert kept - plain == tokens * 128 * (8 + 4)  # an id and its log-prob
+
+    small, large = (training(replace(workload, critic=SHAPES[name])) for name in ("Qwen2.5-1.5B", "Qwen2.5-72B"))
+    assert small == training(workload)  # the policy's backward is the heaviest moment
+    assert "activations" not in large and large["critic activations"] > small["activations"]
+
+    before = memory.kv_cache(config, workload, gpu)
+    config.rollout.max_running += 100  # fp32 logits of each, and their sorted copy
+    assert before - memory.kv_cache(config, workload, gpu) == 100 * 152_064 * 4 * 2
+
+    assert memory.microbatch(config) == config.trainer.microbatch_tokens
+    config.rollout.prompts_per_step = 1  # eight responses, one a rank
+    assert memory.microbatch(config) == 10_240
+
+
+def test_microbatches_in_flight_are_those_of_megatrons_schedules() -> None:
+    """Its warm-up and the one that runs: by stage; of interleaved stages chunks, 2 (p - s - 1) + (v - 1) p of them."""
+    config = plan(QWEN32).config
+    config.parallel.pp = 4
+    assert [in_flight(config, 99, stage) for stage in range(4)] == [(4, 4), (3, 4), (2, 4), (1, 4)]
+    assert in_flight(config, 2, 0) == (2, 4)
+    config.parallel.vpp = 2
+    assert [in_flight(config, 99, stage) for stage in range(4)] == [(11, 8), (9, 8), (7, 8), (5, 8)]
+    assert in_flight(config, 4, 0) == (8, 8)
 
 
 def test_ranks_of_cp_hold_their_tokens_of_a_microbatch_and_their_share_of_the_optimizer() -> None:

@@ -41,6 +41,16 @@ INVALID = {
         "2 key-value heads",
         {"parallel.tp", "parallel.dp"},
     ),
+    "a critic's key-value heads": (
+        ("cde/ppo", "critic.path=Qwen2.5-1.5B parallel.tp=4 parallel.dp=2", 8),
+        "2 key-value heads",
+        {"parallel.tp", "parallel.dp"},
+    ),
+    "no sequence parallelism left": (
+        (CDE, "model.path=Qwen2.5-0.5B parallel.tp=3 parallel.dp=1", 3),
+        "14 attention heads",
+        {"parallel.sequence_parallel"},
+    ),
     "context": (
         (CDE, "parallel.tp=1 parallel.cp=3 parallel.dp=2 parallel.sequence_parallel=false", 8),
         "parallel.tp=1 x parallel.cp=3 must divide the model's 32 attention heads",

@@ -67,13 +67,16 @@ def test_passes_are_those_of_the_trainer(path: Path) -> None:
         {"lp_reg": {"target_share": 0.002}},
         {"lp_reg": {"proxy_source": "reference", "divergence": "k3_sampled"}},
         {"lp_reg": {"proxy_source": "current"}},
+        {"lp_reg": {"divergence": None, "proxy_source": None}},
         {"lp_reg": {"proxy_source": "rollout", "divergence": "k3_sampled", "target_share": 0.002}},
         {"sim_hash": {}},
         {"rollout_correction": {"form": "mis", "renormalise": True}},
         {"lp_reg": {}, "cde": {}, "clip_cov": {}},
     ],
 )
-@pytest.mark.parametrize("override", ["seed=1", "trainer.updates_per_rollout=4", "model.dropout=0.1"])
+@pytest.mark.parametrize(
+    "override", ["seed=1", "trainer.updates_per_rollout=4", "model.dropout=0.1", "algorithm.kl.coefficient=0.1"]
+)
 def test_passes_of_methods_with_options(exploration: dict, override: str) -> None:
     config = load_config(ROOT / "examples/lp_reg/qwen3_14b/grpo_on.yaml", [override])
     config.exploration = exploration
