@@ -5,13 +5,16 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
-from megatron_rlvr.planner.devices import DEVICES
+from megatron_rlvr.planner.devices import DEVICES, GIB
+from megatron_rlvr.planner.fixes import suggestions
 from megatron_rlvr.planner.memory import predict
 from megatron_rlvr.planner.plan import Plan, make_plan
+from megatron_rlvr.planner.problems import Machine, problems
 from megatron_rlvr.planner.text import as_overrides, as_text
 from megatron_rlvr.planner.workload import Workload
 from tests.test_examples import CONFIGS
@@ -131,8 +134,14 @@ def test_context_parallelism_is_kept_and_never_the_first_thing_to_try() -> None:
     found = plan(CDE, "parallel.tp=1 parallel.cp=2 parallel.dp=4 parallel.sequence_parallel=false", 8)
     assert found.fits and all(item.change.get("parallel.cp", 2) == 2 for item in found.suggestions)
     assert "tp 1 x cp 2 x pp 1 x dp 4" in as_text(found)
-    fix = plan(QWEN32, "parallel.tp=4 parallel.dp=16 model.recompute=none").fix
-    assert fix and "parallel.cp" not in fix
+    tight = plan(CDE, "model.path=Qwen2.5-1.5B model.recompute=none trainer.microbatch_tokens=81920", 8)
+    assert tight.fix == {"model.recompute": "full"}  # though cp=2 would do, and layouts are tried before
+
+
+def test_ranks_that_compute_a_microbatch_together_are_of_one_node() -> None:
+    found = plan(QWEN32, "model.path=Qwen3-32B parallel.tp=4 parallel.cp=2 parallel.dp=8")
+    fitting = suggestions(found.config, found.workload, found.machine, found.lengths, most=100)
+    assert {item.change["parallel.tp"] for item in fitting} == {1, 2, 4}  # x cp=2
 
 
 @pytest.mark.parametrize(
@@ -182,3 +191,29 @@ def test_the_stage_that_decides_is_looked_at() -> None:
     found = predict(config, Workload.of(config), DEVICES["h100"])
     assert found[0].training_peak > found[1].training_peak > found[2].training_peak
     assert max(found, key=lambda stage: stage.generation_peak).stage == 3
+
+
+def test_training_leaves_the_allocator_three_percent() -> None:
+    found = plan(QWEN32)
+    assert found.memory is not None
+    peak, gpu = found.memory.training_peak, found.machine.device
+    for share, is_refused in ((0.965, False), (0.975, True)):
+        machine = Machine(replace(gpu, memory=int(peak / share)), 64)
+        said = problems(found.config, found.workload, machine)
+        assert any(problem.startswith("training is predicted to take") for problem in said) == is_refused, said
+
+
+def test_an_engine_holds_one_sequence_or_is_refused() -> None:
+    """Of Qwen2.5-32B over 4 ranks: keys and values of 64 layers, 2 heads of 128 and 10,240 tokens in bf16."""
+    found = plan(QWEN32, "rollout.tp=4")
+    machine = Machine(replace(DEVICES["cpu"], memory=1 << 50), 64)
+    least = 2 * 64 * 2 * 128 * 2 * 10_240 // 2**20
+    for mib, said in ((least, []), (least - 1, ["the engine's keys and values have 0.62 GiB"])):
+        found.config.rollout.kv_cache_mib = mib
+        refused = problems(found.config, found.workload, machine)
+        assert [problem.partition(",")[0] for problem in refused] == said
+
+
+def test_the_ranks_of_a_cpu_share_its_memory() -> None:
+    assert Machine(replace(DEVICES["cpu"], memory=64 * GIB), 8).memory == 8 * GIB
+    assert Machine(DEVICES["h100"], 8).memory == DEVICES["h100"].memory
