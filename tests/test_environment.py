@@ -31,9 +31,18 @@ def test_each_start_is_a_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     assert environment.last_start(tmp_path / "absent") == {}
 
 
-def test_the_commit_is_gits_own_and_empty_without_git(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_commit_is_gits_own_and_empty_without_git(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     head = subprocess.run(["git", "rev-parse", "HEAD"], cwd=Path(__file__).parent, capture_output=True, text=True)
     if head.returncode == 0:
         assert head.stdout.startswith(environment.commit().removesuffix("+"))
+        checkout, git = tmp_path / "checkout", ["git", "-c", "user.name=a", "-c", "user.email=a@example.org"]
+        checkout.mkdir()
+        (checkout / "code.py").write_text("1")
+        for command in (["init", "-q"], ["add", "."], ["commit", "-qm", "first"]):
+            subprocess.run([*git, *command], cwd=checkout, check=True)
+        monkeypatch.setattr(environment, "__file__", str(checkout / "code.py"))
+        clean = environment.commit()
+        (checkout / "code.py").write_text("two")
+        assert len(clean) == 12 and environment.commit() == f"{clean}+"
     monkeypatch.setenv("PATH", "")
     assert environment.commit() == ""

@@ -84,6 +84,8 @@ def test_metrics_are_one_valid_line_per_step(tmp_path, caplog):
         writer.write(1, {"reward/mean": torch.tensor(0.5), "sync/verified": True, "policy/loss": math.nan})
         assert len(read_rows(tmp_path / "metrics.jsonl")) == 1  # flushed before the next step
         writer.write(2, {"reward/mean": 0.25, "sync/verified": False, "policy/loss": -math.inf, "policy/kl": math.inf})
+        writer.write(3, {"policy/kl": math.inf})
+        writer.write(4, {"policy/loss": math.nan})
     lines = (tmp_path / "metrics.jsonl").read_text().splitlines()
     rows = [json.loads(line, parse_constant=lambda name: pytest.fail(f"{name} is not JSON")) for line in lines]
     assert rows[0] == {"step": 1, "reward/mean": 0.5, "sync/verified": True, "policy/loss": None}

@@ -96,6 +96,8 @@ def test_parts_are_mixed() -> None:
     order = Order.weighted([500, 500], [1.0, 1.0])
     first = sum(prompt < 500 for prompt in sequence(order, 0, 200))
     assert 70 < first < 130  # about 3 standard deviations either side
+    halves = sequence(Order.weighted([40, 40], [0.5, 0.5]), 0, 40)
+    assert {prompt for prompt in halves if prompt < 40} != {prompt - 40 for prompt in halves if prompt >= 40}
 
 
 class Words:
