@@ -59,7 +59,7 @@ def phases(config: Config, workload: Workload, device: Device, lengths: Lengths)
 
     def one_pass(name: str, model: Architecture, forwards: int, why: str, output: bool = True) -> PhaseTime:
         flops = forwards * forward_flops(model, tokens, lengths.whole / 2, output)
-        moved = _moved(config, model, device, tokens, forwards)
+        moved = _moved(config, model, device, tokens, forwards, output)
         busy = 1 - bubble(config)
         compute = flops / (config.world_size * device.flops)
         return PhaseTime(
@@ -86,7 +86,7 @@ def phases(config: Config, workload: Workload, device: Device, lengths: Lengths)
     return [*found, weight_sync(config, workload, device)]
 
 
-def _moved(config: Config, model: Architecture, device: Device, tokens: float, forwards: int) -> float:
+def _moved(config: Config, model: Architecture, device: Device, tokens: float, forwards: int, output: bool) -> float:
     """Seconds in which a rank moves bytes: activations between tensor-parallel ranks, gradients between replicas.
 
     Two all-reduces a layer in a forward and two in a backward (arXiv 1909.08053 Sec 3); sequence parallelism splits
@@ -105,7 +105,7 @@ def _moved(config: Config, model: Architecture, device: Device, tokens: float, f
     exchanged = max(1, forwards - 1) * (cp - 1) / cp * token_layers * widths / tp * size
     seconds += exchanged / (device.link if tp * cp <= device.per_node else device.network)
     if forwards > 1:
-        held = whole_parameters(model) / (tp * pp)
+        held = whole_parameters(model, output) / (tp * pp)
         near = device.link if tp * replicas <= device.per_node else device.network
         seconds += config.trainer.updates_per_rollout * (4 + size) * held * (replicas - 1) / replicas / near
     return seconds

@@ -31,10 +31,10 @@ def stage_parameters(architecture: Architecture, tp: int, pp: int, stage: int, h
     return total
 
 
-def whole_parameters(architecture: Architecture) -> int:
-    """Of the model as its folder holds it: no padding, a tied embedding once."""
+def whole_parameters(architecture: Architecture, output: bool = True) -> int:
+    """Of the model as its folder holds it: no padding, a tied embedding once; ``output``: with the output layer."""
     h, vocabulary = architecture.hidden_size, architecture.vocab_size * architecture.hidden_size
-    ends = vocabulary if architecture.tied else 2 * vocabulary
+    ends = vocabulary if architecture.tied or not output else 2 * vocabulary
     return architecture.num_layers * layer_parameters(architecture, 1) + h + ends
 
 

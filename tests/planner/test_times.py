@@ -35,6 +35,18 @@ def test_every_update_reduces_gradients_and_gathers_weights_anew() -> None:
     assert seconds(8) - seconds(1) == pytest.approx(7 * once, rel=1e-3)
 
 
+def test_a_critic_moves_no_output_layer() -> None:
+    found = plan("cde/ppo_both")
+
+    def seconds(name: str, updates: int) -> float:
+        found.config.trainer.updates_per_rollout = updates
+        phases = times.phases(found.config, found.workload, found.machine.device, found.lengths)
+        return next(phase.expected for phase in phases if phase.name == name)
+
+    once = [seconds(name, 2) - seconds(name, 1) for name in ("critic update", "update")]
+    assert found.workload.policy.tied and once[0] == pytest.approx(once[1], rel=1e-3)  # an embedding, once, in both
+
+
 def test_stages_of_several_nodes_sync_over_the_network() -> None:
     found = plan(QWEN32, "parallel.tp=4 parallel.pp=2 parallel.dp=8")
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import platform
 import random
 import re
 import subprocess
@@ -75,7 +76,8 @@ def test_the_walls_of_the_sandbox(monkeypatch):
     top = {"bin", "box", "dev", "etc", "lib", "lib64", "usr", sys.base_prefix.split("/")[1]}
     top = [name for name in sorted(top) if name == "box" or os.path.lexists(f"/{name}")]
     most = [(value, value) for value in (64, 16 << 20, 16, 1024 << 20)]
-    found = {"x32": 1, "root": top, "etc": ["ld.so.cache"], "secret": None}
+    found: dict[str, object] = {"x32": 1} if platform.machine() == "x86_64" else {}
+    found |= {"root": top, "etc": ["ld.so.cache"], "secret": None}
     found |= {"read-only": [True, True, True, False], "most": most}
     for name, wanted in found.items():
         assert run(WALLS, f"assert f({name!r}) == {wanted!r}, f({name!r})", "", TIGHT) == Outcome(True, ""), name
