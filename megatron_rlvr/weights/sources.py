@@ -195,10 +195,12 @@ class MegatronWeights(Source):
     def layout(self, name: str) -> tuple[tuple[int, ...], torch.dtype]:
         entry, stored = self._entries[name], self.files[name]
         shape, whole = self.megatron.shape(stored), mapping.stored_shape(entry, self.architecture, 1)
-        padded = entry.kind == "vocab" and shape[0] >= self.architecture.vocab_size and shape[1:] == whole[1:]
+        if is_vocab := entry.kind == "vocab":
+            whole = (self.architecture.vocab_size, *whole[1:])
         rule(
-            padded or shape == whole,
-            f"{self.folder}: tensor {stored} has shape {list(shape)}, config.json asks for {list(whole)}",
+            shape == whole or (is_vocab and shape[0] > whole[0] and shape[1:] == whole[1:]),
+            f"{self.folder}: tensor {stored} has shape {list(shape)}, config.json asks for {list(whole)}"
+            + " or more rows" * is_vocab,
         )
         return mapping.hf_shape(self.architecture, name), self.megatron.tensors[stored].properties.dtype
 

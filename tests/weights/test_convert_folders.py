@@ -150,7 +150,7 @@ def test_damaged_megatron_folders_are_named(tmp_path: Path) -> None:
         r"__0_0.distcp is missing": lambda at: (at / "__0_0.distcp").unlink(),
         "experts.linear_fc1.weight has shape .* config.json asks for .4, 4, 48, 64.": reshape,
         "has shape .4, .* config.json asks for .3, ": other_depth,
-        "embedding.word_embeddings.weight has shape .*, config.json asks for .10112, 64.": more_words,
+        "embedding.word_embeddings.weight has shape .*, config.json asks for .9999, 64. or more rows": more_words,
         "tensor decoder.layers.self_attention.[qk]_layernorm.weight is not part of the model": without_norms,
         "holds no .metadata": lambda at: (at / ".metadata").unlink(),
     }
