@@ -25,6 +25,7 @@ class EvaluationCritic:
     """The K values of each state, from a critic's Hugging Face folder. Raises ConfigError for a damaged one."""
 
     def __init__(self, folder: Path) -> None:
+        platform.spare_attention_plans()
         with Checkpoint(folder) as checkpoint:
             head = {name: tensor.float().to(platform.device()) for name, tensor in checkpoint.value_head().items()}
         self._weight, self._bias = head["weight"], head["bias"]

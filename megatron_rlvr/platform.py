@@ -48,6 +48,17 @@ def has_transformer_engine() -> bool:
     return has_gpu() and importlib.util.find_spec("transformer_engine") is not None
 
 
+def has_packed_attention(dtype: torch.dtype) -> bool:
+    """Whether Transformer Engine computes packed responses without a matrix of all tokens by all tokens.
+
+    Its fused kernels do from Hopper on (common/fused_attn/fused_attn.cpp:420), flash-attn elsewhere, neither of them in
+    float32 (pytorch/attention/dot_product_attention/utils.py:599).
+    """
+    if not has_transformer_engine() or dtype == torch.float32:
+        return False
+    return torch.cuda.get_device_capability() >= (9, 0) or importlib.util.find_spec("flash_attn") is not None
+
+
 def has_apex_weight_gradient_kernel() -> bool:
     """Whether NVIDIA apex's fused weight-gradient extension is there (megatron/core/tensor_parallel/layers.py:924)."""
     return has_gpu() and importlib.util.find_spec("fused_weight_gradient_mlp_cuda") is not None
@@ -111,6 +122,10 @@ def set_cuda_environment() -> None:
 def start_rank() -> None:
     """Settings of a rank's process, before any tensor is made. Raises ConfigError: a rank without a GPU of its own."""
     set_cuda_environment()
+    spare_attention_plans()
+    # Each group of ranks is a mesh of sockets: of a hundred ranks more than the 1,024 files that are usually allowed.
+    _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
     if has_gpu():
         place = device().index
         rule(
@@ -125,6 +140,14 @@ def start_rank() -> None:
         # torch caches the constructors that `with torch.device(...)` covers at the first use. Were that use inside
         # megatron_calls(), transformers would later build its rotary table from uninitialised memory.
         torch.utils._device._device_constructors()
+
+
+def spare_attention_plans() -> None:
+    """Keep torch's attention from cuDNN, its first choice from Hopper on (transformers/cuda/sdp_utils.cpp).
+
+    It builds a plan for each shape of padded responses, which hardly ever comes again, and keeps them all.
+    """
+    torch.backends.cuda.enable_cudnn_sdp(False)
 
 
 class EngineStream:

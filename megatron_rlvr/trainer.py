@@ -30,6 +30,7 @@ from megatron_rlvr.exploration.base import build as build_exploration
 from megatron_rlvr.group_advantages import group_advantages
 from megatron_rlvr.losses import LOSSES, Clip, clipped_value_loss, kl_penalty, record, reduction_weights
 from megatron_rlvr.metrics import Meter
+from megatron_rlvr.models import sharded_state
 from megatron_rlvr.models.build import initialize_parallel
 from megatron_rlvr.models.critic import Critic
 from megatron_rlvr.models.policy import Policy, Reference
@@ -77,6 +78,8 @@ class Trainer:
         self.models = {"policy": self.policy} | ({"critic": self.critic} if self.critic else {})
         is_compared = config.algorithm.kl.coefficient > 0 or needs.reference
         self.reference = Reference(config, self.architecture, self.groups) if is_compared else None
+        for model in self.models.values():
+            sharded_state.allocate(model)  # before the engine asks how much memory is free
         self.engine = VllmEngine(config, self.groups, needs.rollout_top)
         self.weight_sync = WeightSync(self.engine, self.architecture, self.groups)
         self.collector = RolloutCollector(config, self.engine, self.tokenizer, self._start_verifiers(), self.groups)

@@ -40,7 +40,8 @@ fi
 
 SMOKE=(
     prepare=examples/countdown_cpu/prepare.py verifier=countdown
-    model.path=examples/countdown_cpu/build/model model.dtype=float32
+    model.path=examples/countdown_cpu/build/model
+    model.dtype="$([ "$GPU_TYPE" = cpu ] && echo float32 || echo bfloat16)" # a GPU has other kernels for float32
     data.path=examples/countdown_cpu/build/train.jsonl data.sources=[] data.eval_path= data.eval_sources=[]
     data.prompt_field= data.answer_field= critic.path= trainer.keep_best=0 data.template=raw data.max_prompt_length=16
     parallel.tp=2 parallel.cp=1 parallel.pp=1 parallel.vpp=1 parallel.dp=2

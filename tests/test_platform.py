@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
+import resource
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +14,7 @@ from transformers import AutoModelForCausalLM
 
 from megatron_rlvr import platform
 from megatron_rlvr.config import ConfigError
-from megatron_rlvr.models import random_streams
+from megatron_rlvr.models import build, random_streams
 from megatron_rlvr.planner.shapes import SHAPES
 from megatron_rlvr.rollout.vllm_settings import key_value_bytes, memory_settings
 from tests.ranks import run_ranks
@@ -178,6 +180,39 @@ def test_a_rank_without_a_gpu_of_its_own_is_told_so(monkeypatch: pytest.MonkeyPa
     monkeypatch.setenv("LOCAL_RANK", "1")
     platform.start_rank()
     assert taken.__self__ == [1]
+
+
+def test_a_rank_may_open_as_many_files_as_the_machine_allows_and_makes_no_plans_of_attention() -> None:
+    def work() -> tuple[tuple[int, int], bool]:
+        most = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
+        resource.setrlimit(resource.RLIMIT_NOFILE, (256, most))
+        torch.backends.cuda.enable_cudnn_sdp(True)
+        platform.start_rank()
+        return resource.getrlimit(resource.RLIMIT_NOFILE), torch.backends.cuda.cudnn_sdp_enabled()
+
+    ((soft, hard), makes_plans) = run_ranks(1, work)[0]
+    assert soft == hard > 256 and not makes_plans
+
+
+@pytest.mark.parametrize(
+    ("engine", "capability", "flash", "dtype", "packed"),
+    [
+        (True, (9, 0), False, torch.bfloat16, True),
+        (True, (8, 0), False, torch.bfloat16, False),
+        (True, (8, 0), True, torch.bfloat16, True),
+        (True, (10, 0), True, torch.float32, False),
+        (False, (9, 0), True, torch.bfloat16, False),
+    ],
+)
+def test_where_transformer_engine_takes_packed_responses(
+    engine: bool, capability: tuple, flash: bool, dtype: torch.dtype, packed: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    there = {"transformer_engine": engine, "flash_attn": flash}
+    monkeypatch.setattr(platform, "has_gpu", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: capability)
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: there[name] or None)
+    assert platform.has_packed_attention(dtype) is packed
+    assert build.own_attention(1, dtype) is not packed and build.own_attention(2, dtype)
 
 
 def test_a_machine_without_gpu() -> None:

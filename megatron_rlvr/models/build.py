@@ -130,9 +130,10 @@ def layer_spec(
         spec = get_gpt_layer_with_transformer_engine_spec(
             num_experts=config.num_moe_experts, qk_layernorm=architecture.qk_norm
         )
-        if own_attention(cp):
+        if own := own_attention(cp, config.params_dtype):
             spec.submodules.self_attention.submodules.core_attention = core
-        _log_spec_once("Transformer Engine" + ", core attention: local (parallel.cp)" * own_attention(cp))
+        why = "parallel.cp" if cp > 1 else "Transformer Engine has none for packed responses here"
+        _log_spec_once("Transformer Engine" + f", core attention: local ({why})" * own)
         return spec
     _log_spec_once("local (no Transformer Engine on this machine)")
     spec = get_gpt_layer_local_spec(
@@ -148,9 +149,9 @@ def layer_spec(
     return TransformerBlockSubmodules(layer_specs=[spec] * layers, layer_norm=RMSNorm)
 
 
-def own_attention(cp: int) -> bool:
+def own_attention(cp: int, dtype: torch.dtype) -> bool:
     """Whether attention is models/attention.py's: Transformer Engine's cuts tokens for cp in a way of its own."""
-    return cp > 1 or not platform.has_transformer_engine()
+    return cp > 1 or not platform.has_packed_attention(dtype)
 
 
 def build_chunks(config: Config, architecture: Architecture, groups: ParallelGroups) -> list[GPTModel]:
@@ -164,7 +165,8 @@ def _build_chunk(
     config: Config, architecture: Architecture, groups: ParallelGroups, megatron: TransformerConfig, stage: int
 ) -> GPTModel:
     vp_stage = stage if config.parallel.vpp > 1 else None
-    rotates = not own_attention(config.parallel.cp)  # Megatron, before the attention; else that itself
+    # Queries and keys are rotated by Megatron before the attention, or by that itself.
+    rotates = not own_attention(config.parallel.cp, megatron.params_dtype)
     chunk = GPTModel(
         config=megatron,
         transformer_layer_spec=layer_spec(megatron, architecture, vp_stage, config.parallel.cp),

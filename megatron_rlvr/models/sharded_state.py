@@ -85,6 +85,12 @@ def set_updates(model: Trainable, updates: int) -> None:
             _group_of(held)["step"] = updates
 
 
+def allocate(model: Trainable) -> None:
+    """Make the optimizer's state now, as its first update would."""
+    for held in _slices(model).values():
+        allocated(held)
+
+
 def allocated(held: Slice) -> dict[str, Any]:
     """The optimizer's state of one parameter, made as its first update would make it where there was none yet."""
     state = held.optimizer.state[held.main]

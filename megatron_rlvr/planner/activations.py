@@ -9,18 +9,21 @@ from __future__ import annotations
 
 from megatron_rlvr.architecture import Architecture
 from megatron_rlvr.config import Config
+from megatron_rlvr.planner.devices import Device
 
 MOST_PADDING = 2**0.5  # places per token of models/attention.py's views
 
 
-def layer_bytes(config: Config, architecture: Architecture, tokens: int, local: bool, selective: bool = False) -> int:
-    """One layer's; ``local``: without Transformer Engine; ``selective``: its core attention is computed again."""
-    tp, size = config.parallel.tp, config.model.itemsize
+def layer_bytes(
+    config: Config, architecture: Architecture, tokens: int, device: Device, selective: bool = False
+) -> int:
+    """One layer's; a CPU's is without Transformer Engine; ``selective``: its core attention is computed again."""
+    tp, size, local = config.parallel.tp, config.model.itemsize, device.is_cpu
     outside = 2 * norm_bytes(config, architecture, local)
     if local:
         inside = (_local_attention(architecture, size, selective) + 5 * architecture.ffn_size * size) // tp
-    elif config.parallel.cp > 1:
-        inside = int(_exchanged_attention(architecture, size, selective) + 3 * architecture.ffn_size * size) // tp
+    elif config.parallel.cp > 1 or not device.packed_attention or config.model.dtype == "float32":
+        inside = int(_engine_layer_attention(architecture, size, selective) + 3 * architecture.ffn_size * size) // tp
     else:
         # Queries, keys and values before and after norm and rotation, the output; flash attention keeps no more, so
         # that computing it again saves nothing. Both halves of the MLP's first product, and the second one's input.
@@ -42,8 +45,8 @@ def _local_attention(architecture: Architecture, size: int, selective: bool) -> 
     return kept + 4 * q * size + 4 * architecture.num_heads
 
 
-def _exchanged_attention(architecture: Architecture, size: int, selective: bool) -> float:
-    """Per token under cp on a GPU: Transformer Engine's norms keep their input, the core is the local one.
+def _engine_layer_attention(architecture: Architecture, size: int, selective: bool) -> float:
+    """Per token where only the core is the local one (models/build.py): Transformer Engine's norms keep their input.
 
     Of the core the worst case is counted, in which the padding of its views is as much as it may be.
     """

@@ -20,6 +20,7 @@ class Device:
     network: float  # to another node, per GPU
     per_node: int
     source: str
+    packed_attention: bool = True  # Transformer Engine's, without flash-attn
 
     @property
     def is_cpu(self) -> bool:
@@ -29,7 +30,9 @@ class Device:
 def _nvidia(
     name: str, gib: float, tflops: float, tb_per_s: float, nvlink: float, network: float, source: str
 ) -> Device:
-    return Device(name, int(gib * GIB), tflops * 1e12, tb_per_s * 1e12, nvlink * 1e9, network * 1e9, 8, source)
+    """``nvlink`` and ``network`` in GB/s."""
+    memory, packed = int(gib * GIB), not name.startswith("a100")
+    return Device(name, memory, tflops * 1e12, tb_per_s * 1e12, nvlink * 1e9, network * 1e9, 8, source, packed)
 
 
 # Network: one ConnectX port per GPU as NVIDIA's DGX systems have it, 400 Gb/s (Hopper) or 200 Gb/s (Ampere).

@@ -151,12 +151,12 @@ def _backward(config: Config, architecture: Architecture, device: Device, stage:
     tokens, local = microbatch(config), device.is_cpu
     held, cut = in_flight(config, config.most_microbatches, stage)
     layers = held * architecture.num_layers // cut
-    full = layer_bytes(config, architecture, tokens, local)
+    full = layer_bytes(config, architecture, tokens, device)
     if config.model.recompute == "full":
         kept = layers * recomputed_bytes(config, architecture, tokens) + full
         why = f"{layers} layer inputs and one whole layer"
     else:
-        each = layer_bytes(config, architecture, tokens, local, config.model.recompute == "selective")
+        each = layer_bytes(config, architecture, tokens, device, config.model.recompute == "selective")
         kept, why = layers * each + (full - each), f"{layers} layers x {each / MIB:.0f} MiB"
     is_last = stage == config.parallel.pp - 1
     if is_last:

@@ -61,6 +61,7 @@ class VllmEngine:
         self._modules = dict(self._model.named_modules())
         self._can_sleep = self._llm.llm_engine.model_config.enable_sleep_mode
         self._asleep: set[str] = set()  # of WEIGHTS and CACHE, those that give their memory to the training phases
+        self._sleep()  # a run that goes on loads its checkpoint first
 
     def generate(self, requests: list[Request], ended: Callable[[int], Any] = lambda count: None) -> list[Sample]:
         """One sample per request, in order; collective within the replica. Raises EngineNotReady."""
