@@ -13,7 +13,7 @@ from megatron_rlvr.processes import leave
 from megatron_rlvr.rollout.vllm_engine import VllmEngine
 from megatron_rlvr.verifiers.pool import VerifierPool
 
-PLACES = {"engine": (VllmEngine, "generate"), "verifiers": (VerifierPool, "score"), "collective": (Policy, "update")}
+PLACES = {"engine": (VllmEngine, "generate"), "verifiers": (VerifierPool, "stream"), "collective": (Policy, "update")}
 
 
 def stand_still(*args: object, **options: object) -> NoReturn:
