@@ -82,10 +82,11 @@ def centred_products(a: Tensor, b: Tensor, mask: Tensor, group: ProcessGroup | N
 
     0 outside the mask. One collective; in fp64 inside, so that how ranks share the tokens cannot show.
     """
-    a, b = (torch.where(mask, values.detach(), 0.0) for values in (a, b))
+    dtype = a.dtype
+    a, b = (torch.where(mask, values.detach().double(), 0.0) for values in (a, b))
     count, *sums = all_sum(torch.stack([values.double().sum() for values in (mask, a, b)]), group)
     mean_a, mean_b = (total / count.clamp(min=1) for total in sums)
-    return torch.where(mask, (a - mean_a) * (b - mean_b), 0.0).to(a.dtype)
+    return torch.where(mask, (a - mean_a) * (b - mean_b), 0.0).to(dtype)
 
 
 def kth_smallest(values: Tensor, mask: Tensor, k: int, group: ProcessGroup | None) -> Tensor:

@@ -151,6 +151,14 @@ def test_alone_every_reduction_is_the_value_itself():
     assert torch.equal(reduce.broadcast_from_last_stage(values, (2,), values.dtype, single), values)
 
 
+def test_parts_of_a_covariance_that_are_equal_tie() -> None:
+    """Two tokens' always are, each half the differences multiplied; computed in fp32 they mostly come out apart."""
+    pairs = torch.randn(100, 2, 2, generator=torch.Generator().manual_seed(0))
+    for a, b in pairs:
+        first, second = reduce.centred_products(a, b, torch.ones(2, dtype=torch.bool), None)
+        assert first == second == pytest.approx(float((a[0] - a[1]) * (b[0] - b[1])) / 4, rel=1e-5)
+
+
 def test_the_last_stage_speaks_to_all():
     def work():
         groups = ParallelGroups.from_grid(pp=2, dp=2)
