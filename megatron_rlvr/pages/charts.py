@@ -51,6 +51,7 @@ class Chart:
     percent: bool = False
     log: bool = False
     whole: str = ""
+    cut: bool = False  # of trend and smooth: rare peaks leave the picture instead of flattening the rest
 
 
 @dataclass(frozen=True)
@@ -161,6 +162,11 @@ def running_mean(values: np.ndarray, reach: int) -> np.ndarray:
     return (total[end] - total[start]) / (end - start)
 
 
+def running_median(values: np.ndarray, reach: int) -> np.ndarray:
+    """[n] -> [n]: as running_mean, and blind to rare peaks."""
+    return np.array([np.median(values[max(0, place - reach) : place + reach + 1]) for place in range(len(values))])
+
+
 def thin(values: np.ndarray, reduce: Callable[[np.ndarray], float] = np.mean) -> np.ndarray:
     """[n] -> [min(n, MOST_POINTS)]: each of equal spans reduced to one value, so that a long run's page stays small."""
     if len(values) <= MOST_POINTS:
@@ -171,10 +177,12 @@ def thin(values: np.ndarray, reduce: Callable[[np.ndarray], float] = np.mean) ->
 def _trend(axes: Axes, lines: list[Line], chart: Chart, rows: Sequence[dict]) -> list[tuple[str, str]]:
     faint = 0.45 if len(lines) == 1 else 0.2
     for line in lines:
-        smooth = running_mean(line.values, min(REACH, len(line.values) // 10))
+        smooth = (running_median if chart.cut else running_mean)(line.values, min(REACH, len(line.values) // 10))
         values = thin(line.values, line.peak)
-        axes.plot(thin(line.steps), values, color=line.colour, linewidth=0.9, alpha=faint, clip_on=False)
-        axes.plot(thin(line.steps), thin(smooth), color=line.colour, linewidth=1.9, clip_on=False)
+        axes.plot(thin(line.steps), values, color=line.colour, linewidth=0.9, alpha=faint, clip_on=chart.cut)
+        axes.plot(thin(line.steps), thin(smooth), color=line.colour, linewidth=1.9, clip_on=chart.cut)
+    if chart.cut:
+        axes.set_ylim(0, 1.2 * max(float(np.percentile(line.values, 95)) for line in lines))
     return _legend(chart, [(line.label, line.colour) for line in lines])
 
 

@@ -50,8 +50,8 @@ def build_report(run_dir: str | Path) -> Path:
 <dl class="figures">{"".join(_figure(*item) for item in key_figures(rows))}</dl>
 <section aria-label="Warnings"><h2>Warnings</h2>{report_parts.warnings(found, is_named=False)}</section>
 <section class="charts" aria-label="Charts">{report_parts.charts(drawn, charted)}</section>
-<p class="note">A bold line over a faint one is the mean of up to {REACH} values before and after each. Point at a
-chart, or focus it and use the arrow keys, to read it.</p>
+<p class="note">A bold line over a faint one is the mean of up to {REACH} values before and after each; where peaks
+are cut the median. Point at a chart, or focus it and use the arrow keys, to read it.</p>
 {_examples(rollouts)}
 {_recorded(run_dir, recorded_steps(run_dir))}
 {_configuration(_read(run_dir / "config.yaml"))}

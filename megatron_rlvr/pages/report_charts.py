@@ -41,9 +41,10 @@ CHARTS = [
     Chart("Response length", "tokens, mean over the step's responses", "trend", {"tokens/response_mean": ""}),
     Chart(
         "Calibration",
-        "perplexity of right and wrong responses; where both meet, calibration has collapsed",
+        "perplexity of right and wrong responses; where both meet, calibration has collapsed (rare peaks are cut)",
         "smooth",
         {"rollout/perplexity_right": "right", "rollout/perplexity_wrong": "wrong"},
+        cut=True,
     ),
     Chart(
         "Words that explore",

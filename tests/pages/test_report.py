@@ -412,6 +412,20 @@ def test_more_lines_than_colours_and_phases_that_come_later():
     assert [max(of) - min(of) for of in heights] == [0.0, 6.0]  # at first there was no such phase
 
 
+def test_rare_peaks_leave_the_picture_of_a_chart_that_says_so():
+    rows = [{"step": step, "low": 1.0, "high": 166.0 if step == 87 else 2.0} for step in range(1, 201)]
+    tops = []
+    for cut in (False, True):
+        axes = Figure().subplots()
+        chart = Chart("T", "", "smooth", {"low": "low", "high": "high"}, cut=cut)
+        charts._trend(axes, read_lines(chart, rows), chart, rows)
+        tops.append(axes.get_ylim()[1])
+    assert tops[0] > 166 and tops[1] == pytest.approx(1.2 * 2)
+    bold = [line.get_ydata() for line in axes.get_lines()[1::2]]
+    assert [set(values) for values in bold] == [{1.0}, {2.0}]
+    assert [chart.title for chart in CHARTS if chart.cut] == ["Calibration"]
+
+
 def test_lines_keep_their_colour_whatever_is_missing():
     chart = Chart("T", "", "stack", {"time/a": "a", "time/b": "b"}, whole="time/step")
     rows = [{"step": step, "time/a": 1.0, "time/b": 2.0, "time/step": 4.0} for step in (1, 2)]
