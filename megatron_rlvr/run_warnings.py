@@ -7,7 +7,7 @@ the first ones, and speaks only where a fault has lasted SUSTAINED steps, so tha
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -15,6 +15,8 @@ from megatron_rlvr.pages.charts import is_number
 
 WINDOW = 20  # steps of a mean, of the first ones and of the last ones up to a step
 SUSTAINED = 10  # steps that a fault must last
+# Of n normal values: the median's standard error is sqrt(pi / 2) sigma / sqrt(n), sigma 1.4826 median deviations.
+MEDIAN_ERROR = 1.4826 * np.sqrt(np.pi / 2)
 # Metrics that say how much a method does; at 0 it does nothing. CDE's bonus may be switched off by its own schedule.
 ACTIVITY = {
     "lp_reg/share": "",
@@ -95,10 +97,19 @@ def entropy_explosion(rows: Sequence[dict]) -> RunWarning | None:
 
 
 def calibration_collapse(rows: Sequence[dict]) -> RunWarning | None:
-    """Wrong answers used to surprise the policy more than right ones, and no longer do."""
+    """Wrong answers used to surprise the policy more than right ones, and no longer do.
+
+    By medians, and their standard error from the median deviation: one response can have a perplexity of hundreds.
+    """
     gap = trend(rows, "rollout/calibration_gap")
     start = gap.values[:WINDOW]
-    clear = len(start) == WINDOW and gap.first > 3 * start.std(ddof=1) / np.sqrt(WINDOW)
+    if len(start) < WINDOW:
+        return None
+    first = float(np.median(start))
+    clear = first > 3 * MEDIAN_ERROR * np.median(np.abs(start - first)) / np.sqrt(WINDOW)
+    ends = range(1, len(gap.values) + 1)
+    recent = np.array([np.median(gap.values[max(0, end - WINDOW) : end]) for end in ends])
+    gap = replace(gap, first=first, recent=recent)
     return _warn(
         gap,
         (gap.recent < 0.1 * gap.first) & clear,

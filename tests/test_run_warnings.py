@@ -145,12 +145,21 @@ def test_errors_and_timeouts_of_the_verifier_add_up():
     assert [found.title for found in warnings([row | both for row in healthy()])] == ["Verifier errors"]
 
 
-@pytest.mark.parametrize(("spread", "is_clear"), [(0.0, True), (1.45, True), (1.46, False)])
+@pytest.mark.parametrize(("spread", "is_clear"), [(0.0, True), (0.80, True), (0.81, False)])
 def test_a_calibration_collapses_only_from_a_gap_that_was_clear(spread, is_clear):
-    """A first mean of 1 over values of 1 +- spread: three standard errors are 3 spread / sqrt(19), as 20 hold 19."""
+    """A first median of 1 over values of 1 +- spread: three standard errors are 3 * 1.858 spread / sqrt(20)."""
     gaps = [1 + spread * (-1) ** step for step in range(20)] + [0.0] * 40
     rows = [{"step": step, "rollout/calibration_gap": gap} for step, gap in enumerate(gaps, start=1)]
     assert (run_warnings.calibration_collapse(rows) is not None) == is_clear
+
+
+def test_responses_of_rare_perplexity_hide_no_collapse_of_calibration():
+    gaps = [1.0] * 20 + [0.02] * 40
+    for peak in (3, 11, 25, 33, 41, 49, 57):  # one in eight steps has one
+        gaps[peak] = 160.0
+    rows = [{"step": step, "rollout/calibration_gap": gap} for step, gap in enumerate(gaps, start=1)]
+    found = run_warnings.calibration_collapse(rows)
+    assert found is not None and found.step == 32 and "1.000 at first, 0.020 now" in found.found
 
 
 def test_a_fault_that_has_passed_is_told_as_it_was():

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from statistics import median
 from typing import Any, Literal
 
 from megatron_rlvr.config import flat
@@ -20,7 +21,7 @@ from megatron_rlvr.run_warnings import warnings
 
 MOST_RUNS = 6
 
-# Metric -> (title, format): the columns of the table, means over the last WINDOW steps; eval/* the last measured one.
+# Metric -> (title, format): the columns of the table, over the last WINDOW steps; eval/* the last measured one.
 COLUMNS = {
     "reward/mean": ("reward", ".3f"),
     "policy/entropy": ("entropy", ".3f"),
@@ -30,6 +31,7 @@ COLUMNS = {
     "time/step": ("s per step", ".2f"),
     "tokens/per_second": ("tokens/s", ",.0f"),
 }
+MEDIANS = ("rollout/calibration_gap",)  # one response can have a perplexity of hundreds; the others are means
 
 
 @dataclass(frozen=True)
@@ -59,7 +61,8 @@ def build_comparison(run_dirs: Sequence[str | Path], target: Path) -> Path:
 </header>
 <main>
 <section><h2>Figures</h2>{_table(runs)}
-<p class="note">Means over the last {WINDOW} steps; held-out figures as last measured.</p></section>
+<p class="note">Means over the last {WINDOW} steps (of the calibration gap the median); held-out
+figures as last measured.</p></section>
 <section><h2>Warnings</h2>{report_parts.warnings(found, is_named=True)}</section>
 <section class="charts" aria-label="Charts">{_charts(runs)}</section>
 <section><h2>What their configurations differ in</h2>{_differences(runs)}</section>
@@ -87,7 +90,8 @@ def _table(runs: list[RunRecord]) -> str:
         cells: list[object] = [run.name, (f"{steps:,}", steps)]
         for metric, (_, form, window) in columns.items():
             found = values(run.rows, metric)[-window:]
-            cells.append((f"{mean(found):{form}}", mean(found)) if found else ("–", ""))
+            middle = (median if metric in MEDIANS else mean)(found) if found else 0.0
+            cells.append((f"{middle:{form}}", middle) if found else ("–", ""))
         table.append(cells)
     return report_parts.table(["Run", "steps", *(title for title, _, _ in columns.values())], table)
 

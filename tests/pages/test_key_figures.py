@@ -52,10 +52,14 @@ def test_what_key_figures_say_beside_the_ends():
 
 
 def test_a_comparison_has_means_of_the_last_twenty_steps_and_the_held_out_figure_last_measured(tmp_path: Path):
-    folders = [write_run(tmp_path / name, ramp(steps)) for name, steps in (("long", 55), ("short", 10))]
+    folders = []
+    for name, steps in (("long", 55), ("short", 10)):
+        gaps = [{"rollout/calibration_gap": 160.0 if step % 7 == 0 else 0.2} for step in range(steps)]
+        folders.append(write_run(tmp_path / name, [row | gap for row, gap in zip(ramp(steps), gaps, strict=True)]))
     html = build_comparison(folders, tmp_path / "comparison.html").read_text(encoding="utf-8")
     head, long, short = re.findall(r"<tr.*?</tr>", html.partition("Figures")[2].partition("Warnings")[0])
     names = re.findall(r"<th[^>]*>(.*?)</th>", head)
     for row, reward, held_out in ((long, "45.500", "50.0%"), (short, "5.500", "10.0%")):  # 36 .. 55, and 1 .. 10
         cells = dict(zip(names, re.findall(r"<td[^>]*>(.*?)</td>", row), strict=True))
         assert (cells["reward"], cells["pass@1"]) == (reward, held_out)
+        assert cells["calibration gap"] == "0.200"  # the median: some responses have a perplexity of hundreds
