@@ -1,4 +1,4 @@
-"""``run_ranks``: a function on several forked gloo ranks, with a deadline that always ends them.
+"""``run_ranks``: a function on several forked ranks, with a deadline that always ends them.
 
 Forking shares what is already imported: four ranks cost a second or two instead of four imports of torch.
 """
@@ -22,9 +22,11 @@ from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import Any, cast
 
+import pytest
 import torch
 import torch.distributed as dist
 
+from megatron_rlvr import platform
 from megatron_rlvr.processes import free_port
 
 _PR_SET_PDEATHSIG = 1  # <linux/prctl.h>
@@ -35,12 +37,16 @@ class RankFailed(Exception):
 
 
 def run_ranks(world_size: int, fn: Callable[..., Any], *args: Any, timeout: float = 120) -> list[Any]:
-    """``fn(*args)`` on each of ``world_size`` ranks in one gloo group -> what each rank returned, by rank.
+    """``fn(*args)`` on each of ``world_size`` ranks in one process group -> what each rank returned, by rank.
 
     Inside, ``torch.distributed`` is initialised and the RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT of
     torchrun are set. The first exception of a rank is raised again here; TimeoutError after ``timeout`` seconds says
     where each rank stood. In every case no process is left.
+
+    On a GPU one rank is this process, without a deadline of its own: CUDA and forks do not get on.
     """
+    if platform.has_gpu() and world_size == 1:
+        return [_as_this_process(fn, args)]
     folder = Path(tempfile.mkdtemp(prefix="ranks-"))
     context = multiprocessing.get_context("fork")
     deadline, port = time.monotonic() + timeout, free_port()
@@ -62,6 +68,18 @@ def run_ranks(world_size: int, fn: Callable[..., Any], *args: Any, timeout: floa
         for pipe in pipes:
             pipe.close()
         shutil.rmtree(folder)
+
+
+def _as_this_process(fn: Callable[..., Any], args: tuple) -> Any:
+    with tempfile.TemporaryDirectory(prefix="ranks-") as folder, pytest.MonkeyPatch.context() as patch:
+        for name, value in {"RANK": 0, "LOCAL_RANK": 0, "WORLD_SIZE": 1}.items():
+            patch.setenv(name, str(value))
+        store = dist.FileStore(f"{folder}/store", 1)
+        dist.init_process_group(platform.backend(), store=store, rank=0, world_size=1)
+        try:
+            return fn(*args)
+        finally:
+            dist.destroy_process_group()
 
 
 def _collect(pipes: dict[Connection, int], deadline: float, folder: Path) -> list[Any]:
@@ -121,7 +139,7 @@ def _rank_main(
             # a file and not a port: two test runs can never take each other's place
             store = dist.FileStore(str(folder / "store"), world_size)
             limit = timedelta(seconds=timeout)
-            dist.init_process_group("gloo", store=store, rank=rank, world_size=world_size, timeout=limit)
+            dist.init_process_group(platform.backend(), store=store, rank=rank, world_size=world_size, timeout=limit)
             result = fn(*args)
             message = pickle.dumps((True, time.monotonic(), result))
         except BaseException as error:

@@ -5,10 +5,10 @@ three), plain PyTorch over whole logits (the same three; with one rank), megatro
 which give the log-prob alone, with --peers slime's, verl's and NeMo-RL's log-prob and entropy, and a copy of the
 logits. Then from hidden states [tokens, --hidden] and the output layer's weight: ours without logits, also with float32
 blocks of them, beside the four matrix products that it cannot do without. One JSON line each: median seconds per pass
-of the slowest rank (of CPU time, or until a GPU is done), rounds interleaved; peak memory beside the inputs in bytes,
-and in bytes per logits element (gradients included, save where they are written over the logits or into a buffer that
-is there); collectives in forward and backward. Ratios come last, with the share of a copy's bytes per second that ours
-reaches.
+of the slowest rank, of CPU time or of the GPU's own (which a host that is ahead keeps busy, as in training) beside the
+host's to start that work, rounds interleaved; peak memory beside the inputs in bytes, and in bytes per logits element
+(gradients included, save where they are written over the logits or into a buffer that is there); collectives in forward
+and backward. Ratios come last, with the share of a copy's bytes per second that ours reaches.
 """
 
 from __future__ import annotations
@@ -29,6 +29,8 @@ import bench_peers
 import bench_ranks
 
 NAIVE_BYTES = 28  # per logits element, forward and backward (float32)
+
+HEAD_START = 10**8  # cycles, some 50 ms, in which the host starts what a GPU is timed with
 
 TRAFFIC = 4  # matrices of logits: ours reads them three times and writes them once; a copy moves two
 
@@ -79,23 +81,24 @@ def compare(
     import torch.distributed as dist
 
     figures: dict[str, dict[str, Any]] = {}
-    seconds: dict[str, list[float]] = {name: [] for name in passes}
+    times: dict[str, list[dict[str, float]]] = {name: [] for name in passes}
     last = options.rounds + 1
     for number in range(last + 1):
         for name, run in passes.items():
-            figures[name] = measure(run, source, targets, options.tokens * columns, of_memory=number == last)
+            spent, figures[name] = measure(run, source, targets, options.tokens * columns, of_memory=number == last)
             if 0 < number < last:  # the first one compiles
-                seconds[name].append(figures[name]["seconds"])
-    slowest = torch.tensor([median(seconds[name]) for name in passes])
+                times[name].append(spent)
+    kinds = list(times[next(iter(passes))][0])
+    slowest = torch.tensor([[median(spent[kind] for spent in times[name]) for kind in kinds] for name in passes])
     dist.all_reduce(slowest, dist.ReduceOp.MAX)
-    medians = dict(zip(passes, slowest.tolist(), strict=True))
+    medians = {name: dict(zip(kinds, row, strict=True)) for name, row in zip(passes, slowest.tolist(), strict=True)}
     if groups.rank == 0:
         case = {name: getattr(options, name) for name in ("tokens", "vocab", "tp", "dtype")}
         for name, row in figures.items():
-            row["seconds"] = round(medians[name], 6)
-            print(json.dumps({"implementation": name, **case, **row}), flush=True)
+            spent = {kind: round(value, 6) for kind, value in medians[name].items()}
+            print(json.dumps({"implementation": name, **case, **spent, **row}), flush=True)
     ours, *others = passes
-    return {f"{ours} / {name}": round(medians[ours] / medians[name], 3) for name in others}
+    return {f"{ours} / {name}": round(medians[ours]["seconds"] / medians[name]["seconds"], 3) for name in others}
 
 
 def with_logits(options: argparse.Namespace, groups: Any, like: Any) -> dict[str, Run]:
@@ -183,8 +186,10 @@ def without_logits(groups: Any, weight: Any) -> dict[str, Run]:
     }
 
 
-def measure(run: Run, source: Any, targets: Any, elements: int, of_memory: bool) -> dict[str, Any]:
-    """One forward and backward over a copy of ``source``, whose logits have so many elements.
+def measure(
+    run: Run, source: Any, targets: Any, elements: int, of_memory: bool
+) -> tuple[dict[str, float], dict[str, Any]]:
+    """(times, other figures) of a forward and backward over a copy of ``source``, whose logits have so many elements.
 
     What was freed before is used again without being seen: ``of_memory`` gives it back first, which takes time after.
     """
@@ -202,31 +207,45 @@ def measure(run: Run, source: Any, targets: Any, elements: int, of_memory: bool)
         ctypes.CDLL(None).malloc_trim(0)
     dist.barrier()
     before = memory(reset=True)
-    started = clock()
+    stop = start_clock()
     with platform.megatron_calls():
         total = run(copy, targets)
         forward = calls["count"]
         (gradient,) = torch.autograd.grad(total, leaf)
-    spent = clock() - started
+    spent = stop()
     peak = memory() - before
     assert gradient.shape == source.shape and gradient.isfinite().all()
     calls["restore"]()
-    return {
-        "seconds": spent,
+    return spent, {
         "bytes": peak,
         "bytes_per_element": round(peak / elements, 2),
         "collectives": [forward, calls["count"] - forward],
     }
 
 
-def clock() -> float:
-    """Seconds of this process on the CPU, which other work does not add to; or the time when the GPU is done so far."""
+def start_clock() -> Callable[[], dict[str, float]]:
+    """What stops it and tells the seconds: of this process on the CPU, which other work does not add to, or of the GPU.
+
+    The GPU is made to wait until the host has started all work: its own time is then what the work takes, without the
+    host's, which is ``host_seconds``. Work that makes the host wait for the GPU has all of it in both.
+    """
     import torch
 
     if not torch.cuda.is_available():
-        return time.process_time()
-    torch.cuda.synchronize()
-    return time.perf_counter()
+        began = time.process_time()
+        return lambda: {"seconds": time.process_time() - began}
+    first, last = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    torch.cuda._sleep(HEAD_START)
+    first.record()
+    began = time.perf_counter()
+
+    def stop() -> dict[str, float]:
+        last.record()
+        host = time.perf_counter() - began
+        last.synchronize()
+        return {"seconds": first.elapsed_time(last) / 1e3, "host_seconds": host}
+
+    return stop
 
 
 def count_collectives() -> dict[str, Any]:

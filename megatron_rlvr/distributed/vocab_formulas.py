@@ -110,7 +110,9 @@ class Measured(NamedTuple):
     largest: Tensor  # [T] logit over all ranks
     target_gap: Tensor  # [T] target's logit less the largest
     floor: Tensor  # [T] least gap to the largest logit that the threshold keeps
-    sums: Tensor  # [6, T] over this rank's columns: e kept, e dropped, e t, e^2, [z > target], q_old (t - ln q_old)
+    # [5, T] over this rank's columns: e kept, e dropped, e t, e^2, [z > target]; and with an old policy's kept set a
+    # sixth, of q_old (t - ln q_old)
+    sums: Tensor
     top_ids: Tensor  # [top + 1, T], or [0, T]
     top_gaps: Tensor  # [top + 1, T] or [0, T]: their logits less the largest
 
@@ -141,21 +143,19 @@ def passes_for(logits: Tensor) -> ModuleType:
 
 def measure(real: Tensor, tokens: Tokens, shard: Shard, options: StatisticsOptions) -> Measured:
     """``real`` [T, n]: logits of this rank's real columns. One collective, one more for ``tau``, one for ``top``."""
-    local = torch.stack([passes_for(real).maximum(real), _logits_at(real, tokens.targets[:, None], shard.start)[:, 0]])
-    largest, target = all_max(local, shard.group)
-    scale = vocab_passes.inverse(options.temperature, largest)
+    passes = passes_for(real)
+    largest, target = all_max(passes.maximum(real, tokens.targets, shard.start), shard.group)
     if options.tau is not None:
-        threshold_scale = vocab_passes.inverse(options.threshold_temperature, largest)
-        normaliser = all_sum(passes_for(real).threshold_sum(real, largest, threshold_scale), shard.group)[0]
-        least = math.log(options.tau) + normaliser.log()
+        normaliser = all_sum(passes.threshold_sum(real, largest, options.threshold_temperature), shard.group)[0]
+        floor = (math.log(options.tau) + normaliser.log()) * options.threshold_temperature
     else:
         # no threshold at all is a floor that nothing falls below
-        least = torch.full_like(largest, math.log(options.min_p) if options.min_p is not None else -torch.inf)
-    floor = least * options.threshold_temperature
-    cross = _cross(real, tokens, largest, scale, shard)
-    sums = torch.cat([passes_for(real).sums(real, largest, floor, target, scale), cross])
-    top_ids, top = _top(real, options.top + 1 if options.top else 0, shard)
-    return Measured(largest, target - largest, floor, sums, top_ids.t(), (top - largest[:, None]).t())
+        least = -math.inf if options.min_p is None else math.log(options.min_p)
+        floor = torch.full_like(largest, least * options.threshold_temperature)
+    sums = passes.sums(real, largest, floor, target, options.temperature)
+    if tokens.old_ids.shape[1]:
+        sums = torch.cat([sums, _cross(real, tokens, largest, options.temperature, shard)])
+    return Measured(largest, target - largest, floor, sums, *_top(real, largest, options, shard))
 
 
 def derive(
@@ -173,7 +173,7 @@ def derive(
 def _fields(
     measured: Measured, totals: Tensor, tokens: Tokens, scale: Tensor
 ) -> tuple[tuple[Tensor | None, ...], State]:
-    kept, dropped, h, squares, larger, cross = totals
+    kept, dropped, h, squares, larger = totals[:5]
     s = kept + dropped
     log_s = s.log()
     log_prob, entropy = measured.target_gap * scale - log_s, log_s - h / s
@@ -181,7 +181,7 @@ def _fields(
     log_kept_mass = torch.where(kept > 0, -torch.log1p(dropped / kept), 0.0)
     is_kept = measured.target_gap >= measured.floor
     proxy_log_prob = torch.where(is_kept, log_prob - log_kept_mass, -torch.inf)
-    old_kl = torch.where(tokens.old_q.sum(1) > 0, log_s - cross, 0.0) if tokens.old_ids.shape[1] else None
+    old_kl = torch.where(tokens.old_q.sum(1) > 0, log_s - totals[5], 0.0) if len(totals) > 5 else None
     values = (log_prob, entropy, -log_s, squares / s.square(), log_kept_mass, proxy_log_prob, larger + 1, old_kl)
     return values, State(measured.largest, measured.floor, s, kept, entropy)
 
@@ -203,14 +203,21 @@ def overwrite_with_gradient(
     if not real.numel():
         return
     scale = vocab_passes.inverse(options.temperature, state.s)
-    factors, more = _factors(tokens, state, upstream, scale)
-    columns, entries = _entries(real, tokens, state, factors, more, scale, shard.start)
-    passes_for(real).overwrite_with_gradient(real, state.largest, state.floor, factors, scale)
-    # not scatter_: on a CPU that one copies a whole bf16 matrix
-    real[torch.arange(len(real), device=real.device)[:, None], columns] = entries
+    factors, columns, entries = _gradient(real, tokens, state, upstream, scale, shard.start)
+    passes_for(real).overwrite_with_gradient(
+        real, state.largest, state.floor, factors, options.temperature, columns, entries
+    )
 
 
 @vocab_passes.fused_on_gpu
+def _gradient(
+    real: Tensor, tokens: Tokens, state: State, upstream: tuple[Tensor | None, ...], scale: Tensor, start: int
+) -> tuple[tuple[Tensor, Tensor, Tensor], Tensor, Tensor]:
+    """((a, b, c) [T], columns and the gradients there [T, 1 + K]); ``start`` is the id of the first column."""
+    factors, more = _factors(tokens, state, upstream, scale)
+    return factors, *_entries(real, tokens, state, factors, more, scale, start)
+
+
 def _factors(
     tokens: Tokens, state: State, upstream: tuple[Tensor | None, ...], scale: Tensor
 ) -> tuple[tuple[Tensor, Tensor, Tensor], Tensor]:
@@ -229,7 +236,6 @@ def _factors(
     return (a, b, c), (g_log_prob[:, None] * is_target - g_kl[:, None] * old_q) * scale
 
 
-@vocab_passes.fused_on_gpu
 def _entries(
     real: Tensor,
     tokens: Tokens,
@@ -244,7 +250,7 @@ def _entries(
     They are computed whole and not added to: a sum in bf16 would round twice. An id of another rank stands for one of
     its row that is here, and where none is, for a column that gets nothing more: to leave it out is to wait for a GPU.
     """
-    owned, column = _own(tokens.ids(), start, real.shape[1])
+    owned, column = vocab_passes.own(tokens.ids(), start, real.shape[1])
     here = owned.int().argmax(1, keepdim=True)
     column = torch.where(owned, column, column.gather(1, here))
     more = torch.where(owned, more, torch.where(owned.gather(1, here), more.gather(1, here), 0.0))
@@ -259,48 +265,34 @@ def _or_zero(gradient: Tensor | None, like: Tensor) -> Tensor:
     return torch.zeros_like(like) if gradient is None else gradient
 
 
-def _own(ids: Tensor, start: int, columns: int) -> tuple[Tensor, Tensor]:
-    """Whether each id is one of so many from ``start`` on, and which one it is (any, where it is not)."""
-    column = ids - start
-    return (column >= 0) & (column < columns), column.clamp(0, max(0, columns - 1))
-
-
-def _cross(real: Tensor, tokens: Tokens, largest: Tensor, scale: Tensor, shard: Shard) -> Tensor:
+def _cross(real: Tensor, tokens: Tokens, largest: Tensor, temperature: float, shard: Shard) -> Tensor:
     """[1, T] sum of q_old (t - ln q_old) over those of the old policy's tokens that are here."""
-    if tokens.old_ids.shape[1] == 0:
-        return torch.zeros_like(largest)[None]
-    t = (_logits_at(real, tokens.old_ids, shard.start) - largest[:, None]) * scale
-    here = _own(tokens.old_ids, shard.start, shard.real)[0] & (tokens.old_q > 0)
+    t = (vocab_passes.logits_at(real, tokens.old_ids, shard.start) - largest[:, None]) / temperature
+    here = vocab_passes.own(tokens.old_ids, shard.start, shard.real)[0] & (tokens.old_q > 0)
     return torch.where(here, tokens.old_q * (t - tokens.old_q.log()), 0.0).sum(1)[None]
 
 
-@vocab_passes.fused_on_gpu
-def _logits_at(real: Tensor, ids: Tensor, start: int) -> Tensor:
-    """[T, k] ids -> [T, k]: the logit where the id is this rank's, -inf elsewhere, in the dtype of the maths."""
-    maths = vocab_passes.maths(real.dtype)
-    if real.shape[1] == 0:
-        return real.new_full(ids.shape, -torch.inf, dtype=maths)
-    owned, column = _own(ids, start, real.shape[1])
-    return torch.where(owned, real.gather(1, column), -torch.inf).to(maths)
+def _top(real: Tensor, largest: Tensor, options: StatisticsOptions, shard: Shard) -> tuple[Tensor, Tensor]:
+    """(ids, logits less the largest) of one token more than ``top``, over all ranks, largest first, each [top + 1, T].
 
-
-def _top(real: Tensor, count: int, shard: Shard) -> tuple[Tensor, Tensor]:
-    """(ids, logits) of the ``count`` largest over all ranks, largest first, [T, count]; one collective, 0 for none.
-
-    Every one of them is among the ``count`` largest of its own rank. Where there are fewer, -1 at -inf.
+    One collective. Every one of them is among as many largest of its own rank. Where there are fewer, -1 at -inf.
+    Without ``top`` none, [0, T].
     """
-    local = min(count, real.shape[1])
+    if options.top == 0:
+        none = largest.new_empty(0, len(largest))
+        return none, none
+    count, local = options.top + 1, min(options.top + 1, real.shape[1])
     logits, columns = real.topk(local, dim=1)
-    logits = F.pad(logits.to(vocab_passes.maths(real.dtype)), (0, count - local), value=-torch.inf)
+    logits = F.pad(logits.to(largest.dtype), (0, count - local), value=-torch.inf)
     ids = F.pad(columns + shard.start, (0, count - local), value=-1)
-    if count == 0 or shard.group is None:
-        return ids, logits
-    # ids travel as floats beside the logits: fp32 holds each whole number up to 16 million
-    sent = torch.stack([logits, ids.to(logits.dtype)])
-    received = all_gather_flat(sent.flatten(), shard.group)
-    received = received.view(group_size(shard.group), *sent.shape).movedim(0, 2).flatten(2)
-    logits, places = received[0].topk(count, dim=1)
-    return received[1].gather(1, places).long(), logits
+    if shard.group is not None:
+        # ids travel as floats beside the logits: fp32 holds each whole number up to 16 million
+        sent = torch.stack([logits, ids.to(logits.dtype)])
+        received = all_gather_flat(sent.flatten(), shard.group)
+        received = received.view(group_size(shard.group), *sent.shape).movedim(0, 2).flatten(2)
+        logits, places = received[0].topk(count, dim=1)
+        ids = received[1].gather(1, places).long()
+    return ids.t(), (logits - largest[:, None]).t()
 
 
 def _kept_top(

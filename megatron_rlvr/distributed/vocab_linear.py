@@ -28,7 +28,7 @@ from megatron_rlvr.distributed.vocab import TokenStatistics, mark_detached
 from megatron_rlvr.distributed.vocab_formulas import Measured, Shard, StatisticsOptions, Tokens
 
 LEAST_ROWS = 64  # of a block, however large the vocabulary: fewer would read the weight from memory for nothing
-PRODUCT_ROWS = 2048  # of a gradient that is made in bf16 before it joins the fp32 one
+PRODUCT_ROWS = 2048  # of a matrix that a CPU makes in another dtype before it joins its own
 
 
 def linear_token_statistics(
@@ -150,8 +150,8 @@ def _blocks(
     block = min(max(1, tokens), max(LEAST_ROWS, platform.logits_block_elements() // max(1, len(weight))))
     real = weight[: shard.real]
     buffer = hidden.new_empty(block, shard.real, dtype=dtype)
-    for start in range(0, max(1, tokens), block):
-        rows = slice(start, min(start + block, tokens))
+    for part in even_parts(max(1, tokens), block):
+        rows = slice(part.start, min(part.stop, tokens))
         logits = buffer[: rows.stop - rows.start]
         _multiply(hidden[rows], real, logits)
         yield rows, logits
@@ -184,10 +184,14 @@ def even_parts(total: int, most: int) -> Iterator[slice]:
 
 
 def _add_product(total: Tensor, left: Tensor, right: Tensor) -> None:
-    """total [n, H] += left [n, m] @ right [m, H]; a product in bf16 is rounded once and added in fp32."""
+    """total [n, H] += left [n, m] @ right [m, H], in the dtype of ``total``.
+
+    On a CPU, whose products have the dtype of their factors, one in bf16 is rounded before it is added.
+    """
     if total.dtype == right.dtype:
         total.addmm_(left, right)
-        return
-    for start in range(0, len(total), PRODUCT_ROWS):
-        rows = slice(start, start + PRODUCT_ROWS)
-        total[rows].add_(left[rows] @ right)
+    elif right.is_cuda:
+        torch.addmm(total, left, right, out_dtype=total.dtype, out=total)
+    else:
+        for rows in even_parts(len(total), PRODUCT_ROWS):
+            total[rows].add_(left[rows] @ right)

@@ -34,11 +34,29 @@ def maths(dtype: torch.dtype) -> torch.dtype:
     return torch.promote_types(dtype, torch.float32)
 
 
-def maximum(logits: Tensor) -> Tensor:
-    """[T, n] -> [T] largest local logit in the dtype of the maths; -inf where there is no column."""
+def maximum(logits: Tensor, targets: Tensor, start: int) -> Tensor:
+    """[T, n] -> [2, T] in the dtype of the maths: the largest local logit, and the target's.
+
+    -inf where there is no column, and where the target is none of those from id ``start`` on.
+    """
+    at_target = logits_at(logits, targets[:, None], start)[:, 0]
     if logits.shape[1] == 0:
-        return logits.new_full(logits.shape[:1], -torch.inf, dtype=maths(logits.dtype))
-    return logits.amax(dim=1).to(maths(logits.dtype))
+        return torch.stack([at_target, at_target])
+    return torch.stack([logits.amax(dim=1).to(at_target.dtype), at_target])
+
+
+def logits_at(logits: Tensor, ids: Tensor, start: int) -> Tensor:
+    """[T, k] ids -> [T, k]: the logit where the id is this rank's, -inf elsewhere, in the dtype of the maths."""
+    if logits.shape[1] == 0:
+        return logits.new_full(ids.shape, -torch.inf, dtype=maths(logits.dtype))
+    owned, column = own(ids, start, logits.shape[1])
+    return torch.where(owned, logits.gather(1, column), -torch.inf).to(maths(logits.dtype))
+
+
+def own(ids: Tensor, start: int, columns: int) -> tuple[Tensor, Tensor]:
+    """Whether each id is one of so many from ``start`` on, and which one it is (any, where it is not)."""
+    column = ids - start
+    return (column >= 0) & (column < columns), column.clamp(0, max(0, columns - 1))
 
 
 def inverse(temperature: float, like: Tensor) -> Tensor:
@@ -46,24 +64,35 @@ def inverse(temperature: float, like: Tensor) -> Tensor:
     return like.new_full((), 1.0 / temperature)
 
 
-def sums(logits: Tensor, top: Tensor, floor: Tensor, target: Tensor, scale: Tensor) -> Tensor:
-    """[5, T] local sums, with t = (z - top) * scale and e = exp t: e kept, e dropped, e t, e^2, [z > target].
+def sums(logits: Tensor, top: Tensor, floor: Tensor, target: Tensor, temperature: float) -> Tensor:
+    """[5, T] local sums, with t = (z - top) / temperature and e = exp t: e kept, e dropped, e t, e^2, [z > target].
 
-    top, floor, target: [T] maximum over all ranks, least z - top that is kept, target's logit; scale: [] an inverse.
+    top, floor, target: [T] maximum over all ranks, least z - top that is kept, target's logit.
     """
-    return _over_spans(_sums, logits, (top, floor, target), scale)
+    return _over_spans(_sums, logits, (top, floor, target), inverse(temperature, top))
 
 
-def threshold_sum(logits: Tensor, top: Tensor, scale: Tensor) -> Tensor:
-    """[1, T] local sum of exp((z - top) * scale), what a fixed threshold is measured against at its temperature."""
-    return _over_spans(_threshold_sum, logits, (top,), scale)
+def threshold_sum(logits: Tensor, top: Tensor, temperature: float) -> Tensor:
+    """[1, T] local sum of exp((z - top) / temperature), what a fixed threshold is measured against."""
+    return _over_spans(_threshold_sum, logits, (top,), inverse(temperature, top))
 
 
 def overwrite_with_gradient(
-    logits: Tensor, top: Tensor, floor: Tensor, factors: tuple[Tensor, Tensor, Tensor], scale: Tensor
+    logits: Tensor,
+    top: Tensor,
+    floor: Tensor,
+    factors: tuple[Tensor, Tensor, Tensor],
+    temperature: float,
+    columns: Tensor,
+    entries: Tensor,
 ) -> None:
-    """Put e (a + b t + c [kept]) in the place of each logit; ``factors`` a, b, c are [T]."""
-    _by_rows(_overwrite, logits, (top, floor, *factors), scale)
+    """Put e (a + b t + c [kept]) in the place of each logit; ``factors`` a, b, c are [T].
+
+    Then ``entries`` [T, k] into these ``columns`` [T, k] of their rows, where equal columns have equal entries.
+    """
+    _by_rows(_overwrite, logits, (top, floor, *factors), inverse(temperature, top))
+    # not scatter_: on a CPU that one copies a whole bf16 matrix
+    logits[torch.arange(len(logits), device=logits.device)[:, None], columns] = entries
 
 
 def _sums(logits: Tensor, top: Tensor, floor: Tensor, target: Tensor, scale: Tensor) -> Tensor:

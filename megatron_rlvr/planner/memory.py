@@ -190,7 +190,7 @@ def head_bytes(config: Config, architecture: Architecture, device: Device) -> in
         block, width = LOGITS_BLOCK[device.is_cpu], 4 if form == "fused_float32" else size
         forward = min(tokens, max(LEAST_ROWS, block // columns)) * columns * width
         height = min(tokens, max(math.isqrt(block), block // columns))  # of a tile, whose hidden gradient is fp32
-        products = 2 * PRODUCT_ROWS * h * size if size == 2 else 0
+        products = 2 * PRODUCT_ROWS * h * size if size == 2 and device.is_cpu else 0  # a GPU adds as it multiplies
         copied = size if width > size else 0  # a tile's gradient, for the products with it
         backward = height * min(columns, block // height) * (width + copied) + height * h * 4 + products
         return max(forward, backward) + hidden_gradient

@@ -42,14 +42,14 @@ def test_the_suite_of_the_statistics_passes_on_the_kernels() -> None:
 
 
 def make(rows: int, columns: int, dtype: torch.dtype, device: str) -> tuple[Tensor, ...]:
-    """Some columns of a wider matrix, -inf among them, then vectors top, floor, target, and the scale."""
+    """Some columns of a wider matrix, -inf among them, then vectors top, floor and target."""
     generator = torch.Generator().manual_seed(rows + columns)
     wide = torch.randn(rows, columns + 5, generator=generator) * 4
     wide[torch.rand(wide.shape, generator=generator) < 0.1] = -torch.inf
     logits = wide.to(dtype).to(device)[:, :columns]
-    top = vocab_passes.maximum(logits).clamp(min=-9.0) + 0.5  # another rank may hold the largest
-    floor, target = top.new_full((rows,), -4.03), top - 2.7
-    return logits, top, floor, target, torch.tensor(1.25, device=device)
+    nothing = torch.zeros(rows, dtype=torch.int64, device=device)
+    top = vocab_passes.maximum(logits, nothing, 0)[0].clamp(min=-9.0) + 0.5  # another rank may hold the largest
+    return logits, top, top.new_full((rows,), -4.03), top - 2.7
 
 
 @pytest.mark.parametrize("device", DEVICES)
@@ -59,24 +59,29 @@ def test_kernels_equal_passes(
     rows: int, columns: int, dtype: torch.dtype, device: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(vocab_passes, "FUSE_FROM", 10**6)  # compiling the passes would take longer than they do
-    logits, top, floor, target, scale = make(rows, columns, dtype, device)
+    logits, top, floor, target = make(rows, columns, dtype, device)
     kernels = passes_for(logits)
     assert kernels is not vocab_passes
     whole = logits.double()  # of the same rounded logits
     wide = [vector.double() for vector in (top, floor, target)]
-    assert kernels.maximum(logits).equal(vocab_passes.maximum(logits))
+    generator = torch.Generator().manual_seed(2)
+    ids = torch.randint(3, 6 + columns, (rows,), generator=generator).to(device)  # of other ranks too
+    assert kernels.maximum(logits, ids, 4).equal(vocab_passes.maximum(logits, ids, 4))
     pairs = [
-        (kernels.sums(logits, top, floor, target, scale), vocab_passes.sums(whole, *wide, scale.double())),
-        (kernels.threshold_sum(logits, top, scale), vocab_passes.threshold_sum(whole, wide[0], scale.double())),
+        (kernels.sums(logits, top, floor, target, 0.8), vocab_passes.sums(whole, *wide, 0.8)),
+        (kernels.threshold_sum(logits, top, 0.8), vocab_passes.threshold_sum(whole, wide[0], 0.8)),
     ]
     for found, exact in pairs:
         assert found.dtype == torch.float32
         torch.testing.assert_close(found.double(), exact, rtol=2e-6, atol=2e-6)
 
-    factors = tuple(torch.randn(3, rows, generator=torch.Generator().manual_seed(1)).to(device))
+    factors = tuple(torch.randn(3, rows, generator=generator).to(device))
     behind = logits._base[:, columns:].clone()
-    vocab_passes.overwrite_with_gradient(whole, *wide[:2], tuple(each.double() for each in factors), scale.double())
-    kernels.overwrite_with_gradient(logits, top, floor, factors, scale)
+    places = torch.randint(max(1, columns), (rows, 2 if columns else 0), generator=generator).to(device)
+    entries = places.to(dtype)  # equal columns, equal entries
+    doubles = tuple(each.double() for each in factors)
+    vocab_passes.overwrite_with_gradient(whole, *wide[:2], doubles, 0.8, places, entries.double())
+    kernels.overwrite_with_gradient(logits, top, floor, factors, 0.8, places, entries)
     close = 2e-6 if dtype == torch.float32 else 2**-7  # a whole step of bf16: the interpreter does not round
     torch.testing.assert_close(logits.double(), whole, rtol=close, atol=2e-6)
     assert logits._base[:, columns:].equal(behind)  # and nothing else was written
@@ -87,7 +92,7 @@ def test_kernels_leave_fp64_to_the_passes(device: str) -> None:
     assert passes_for(torch.zeros(1, 1, dtype=torch.float64, device=device)) is vocab_passes
     transposed = torch.zeros(3, 2, device=device).t()
     with pytest.raises(ValueError, match="columns follow each other"):
-        passes_for(transposed).maximum(transposed)
+        passes_for(transposed).maximum(transposed, torch.zeros(2, dtype=torch.int64, device=device), 0)
 
 
 def test_without_gpu_and_interpreter_the_passes_are_taken() -> None:

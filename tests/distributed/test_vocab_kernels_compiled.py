@@ -30,6 +30,9 @@ BYTES = {"bf16": 2, "fp32": 4}
 # Instructions of the loop for each logit. An H100 issues 132 x 128 x 1.75 GHz = 29.6e12 a second, the memory of an H200
 # copies 4.2e12 bytes in it: at 80 % of that rate there is time for 17 where a logit of two bytes is read.
 AT_MOST = {"_maximum": 4.0, "_sums": 15.5, "_threshold_sum": 8.5, "_overwrite": 13.5}
+SHAPES = {"_maximum": vocab_kernels.LONG, "_overwrite": vocab_kernels.LONG}
+TYPES = {"logits": "*{}", "entries": "*{}", "targets": "*i64", "ids": "*i64", "scale": "fp32", "BLOCK": "constexpr"}
+TYPES |= dict.fromkeys(("stride", "rows", "columns", "start", "count"), "i32")
 
 
 class Compiled(NamedTuple):
@@ -40,13 +43,13 @@ class Compiled(NamedTuple):
 
 def build(name: str, dtype: str, capability: int) -> bytes:
     """The kernel as the launcher has it compiled, for a matrix whose rows all start at a multiple of 16 bytes."""
-    kernel = getattr(vocab_kernels, name)
-    types = {"logits": f"*{dtype}", "stride": "i32", "rows": "i32", "columns": "i32", "BLOCK": "constexpr"}
-    signature = {argument: types.get(argument, "*fp32") for argument in kernel.arg_names}
+    kernel, shape = getattr(vocab_kernels, name), SHAPES.get(name, vocab_kernels.SHORT)
+    signature = {argument: TYPES.get(argument, "*fp32").format(dtype) for argument in kernel.arg_names}
     places = {argument: (place,) for place, argument in enumerate(kernel.arg_names)}
-    aligned = {place: [["tt.divisibility", 16]] for argument, place in places.items() if argument != "BLOCK"}
-    source = ASTSource(kernel, signature, {places["BLOCK"]: vocab_kernels.BLOCK}, aligned)
-    options = {"num_warps": vocab_kernels.WARPS, "enable_fp_fusion": True}
+    unknown = ("BLOCK", "scale", "count")
+    aligned = {place: [["tt.divisibility", 16]] for argument, place in places.items() if argument not in unknown}
+    source = ASTSource(kernel, signature, {places["BLOCK"]: shape["BLOCK"]}, aligned)
+    options = {"num_warps": shape["num_warps"], "enable_fp_fusion": True}
     return triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options).asm["cubin"]
 
 
@@ -88,7 +91,7 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_hopper_gpu_reads_each_logit_once_and_has_time_for_it(name: str, dtype: str, tmp_path: Path) -> None:
     found = read(build(name, dtype, HOPPER), tmp_path)
     assert found.spilled == 0
-    assert found.registers <= 64  # of 65,536 for 2,048 threads: half of the warps that fit otherwise
+    assert found.registers <= (64 if name == "_sums" else 32)  # of 65,536 for 2,048 threads: half of them, or all
     loads = count(found.loop, "LDG.E.128")
     assert loads and count(found.loop, "LDG.E") == 0  # what is loaded in the loop are whole pieces of a row
     assert count(found.loop, "STG.E.128") == (loads if name == "_overwrite" else 0)

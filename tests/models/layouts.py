@@ -13,6 +13,7 @@ import torch
 from megatron.core import parallel_state
 from torch import Tensor
 
+from megatron_rlvr import platform
 from megatron_rlvr.architecture import Architecture
 from megatron_rlvr.distributed.groups import ParallelGroups
 from megatron_rlvr.distributed.vocab import StatisticsOptions, TokenStatistics
@@ -88,7 +89,7 @@ def make_batch(
     microbatch_tokens: int,
     updates: int = 1,
 ) -> Batch:
-    """This rank's batch; a response without a sample counts as not scored."""
+    """This rank's batch, on its device; a response without a sample counts as not scored."""
     size = len(groups[0].rollouts)
     rewards = [
         [1.0 if row * size + column in samples else None for column in range(size)] for row in range(len(groups))
@@ -109,7 +110,7 @@ def make_batch(
             mask = batch.loss_mask & (batch.response_index == place)
             batch.old_log_probs[mask] = samples[identity].old_log_probs
             batch.advantages[mask] = samples[identity].advantages
-    return batch
+    return batch.to(platform.device())
 
 
 def loss(update: Update, micro: Microbatch, current: TokenStatistics, meter: Meter) -> Tensor:
@@ -147,5 +148,5 @@ def distance(policy: Policy, found: dict[str, Tensor], expected: dict[str, Tenso
         wholes = [expected[source].double() for source in entry.hf]
         shard = mapping.to_megatron(entry, wholes, policy.architecture, policy.groups.tp_rank, policy.groups.tp_size)
         scale = max(float(whole.abs().max()) for whole in wholes)
-        worst = max(worst, (float((tensor.double() - shard).abs().max()) / scale, name))
+        worst = max(worst, (float((tensor.cpu().double() - shard).abs().max()) / scale, name))
     return worst

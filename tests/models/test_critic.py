@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from megatron_rlvr import platform
 from megatron_rlvr.distributed.groups import ParallelGroups
 from megatron_rlvr.losses import clipped_value_loss
 from megatron_rlvr.models.critic import HEAD, Critic, ValueHead
@@ -122,7 +123,7 @@ def _measure(layout: Layout, cases: dict[str, Case], expected: dict[str, Expecte
 
 def _head(critic: Critic) -> Any:
     """The head's weights as they are now, on the last stage."""
-    return critic.chunks[-1].output_layer.weight.detach().clone().numpy() if critic.groups.is_last_stage else None
+    return critic.chunks[-1].output_layer.weight.detach().cpu().clone().numpy() if critic.groups.is_last_stage else None
 
 
 def _measure_one(critic: Critic, case: Case, wanted: Expected, layout: Layout, tokens: int) -> dict[str, Any]:
@@ -132,14 +133,15 @@ def _measure_one(critic: Critic, case: Case, wanted: Expected, layout: Layout, t
         head.bias.data.copy_(wanted.bias)
     batch = make_batch(case.groups, case.samples, layout, critic.groups, tokens)
     critic.fill_values(batch)
+    batch = batch.to(torch.device("cpu"))
     gap = float(batch.values[~batch.loss_mask].abs().max())
     for place, identity in enumerate(batch.response_ids.tolist()):
         if identity in wanted.values:
             mask = batch.loss_mask & (batch.response_index == place)
             gap = max(gap, float((batch.values[mask] - wanted.values[identity]).abs().max()))
     _fill(batch, wanted)
-    metrics = critic.update(batch, batch.updates[0], _loss).means()
-    found = gradients(critic)
+    metrics = critic.update(batch.to(platform.device()), batch.updates[0], _loss).means()
+    found = {name: gradient.cpu() for name, gradient in gradients(critic).items()}
     head_gap = max(
         [0.0]
         + [

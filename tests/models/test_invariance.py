@@ -66,12 +66,13 @@ def _measure(layout: Layout, cases: dict[str, Case], sizes: dict, logits: str) -
 
 def _measure_one(policy: Any, case: Case, layout: Layout, tokens: int) -> dict[str, Any]:
     batch = make_batch(case.groups, case.samples, layout, policy.groups, tokens)
-    statistics = policy.fill_log_probs(batch, OPTIONS)
+    found = policy.fill_log_probs(batch, OPTIONS).log_prob.cpu()
+    batch = batch.to(torch.device("cpu"))
     log_prob = entropy = 0.0
     for place, identity in enumerate(batch.response_ids.tolist()):
         mask = batch.loss_mask & (batch.response_index == place)
         if identity in case.samples:
-            log_prob = max(log_prob, float((statistics.log_prob[mask] - case.log_probs[identity]).abs().max()))
+            log_prob = max(log_prob, float((found[mask] - case.log_probs[identity]).abs().max()))
             entropy = max(entropy, float((batch.entropy[mask] - case.entropies[identity]).abs().max()))
     # fill_log_probs has overwritten the samples' old log-probs, which are to differ from the policy's
     batch = make_batch(case.groups, case.samples, layout, policy.groups, tokens)

@@ -43,7 +43,7 @@ def _logits(policy: Policy, case: Case) -> list[tuple[list[int], Tensor]]:
     batch = _batch(policy, case)
     (logits,) = policy.forward(batch.microbatches(), lambda output, micro: output[:, :VOCAB].clone())
     bounds = batch.cu_seqlens.tolist()
-    return [(batch.token_ids[low:high].tolist(), logits[low:high].numpy()) for low, high in pairwise(bounds)]
+    return [(batch.token_ids[low:high].tolist(), logits[low:high].cpu().numpy()) for low, high in pairwise(bounds)]
 
 
 def test_packed_logits_equal_transformers(cases: dict[str, Case]) -> None:
