@@ -164,14 +164,14 @@ def derive(
     """(the fields of TokenStatistics in their order, what the backward needs). One collective."""
     totals = all_sum(measured.sums, shard.group)
     scale = vocab_passes.inverse(options.temperature, totals)
-    values, state = _fields(measured, totals, tokens, scale)
+    values, state = _fields(scale, measured, totals, tokens)
     most_probable = _kept_top(measured, tokens.targets, state.s.log(), options) if options.top else (None, None, None)
     return values + most_probable, state
 
 
 @vocab_passes.fused_on_gpu
 def _fields(
-    measured: Measured, totals: Tensor, tokens: Tokens, scale: Tensor
+    scale: Tensor, measured: Measured, totals: Tensor, tokens: Tokens
 ) -> tuple[tuple[Tensor | None, ...], State]:
     kept, dropped, h, squares, larger = totals[:5]
     s = kept + dropped
@@ -203,7 +203,7 @@ def overwrite_with_gradient(
     if not real.numel():
         return
     scale = vocab_passes.inverse(options.temperature, state.s)
-    factors, columns, entries = _gradient(real, tokens, state, upstream, scale, shard.start)
+    factors, columns, entries = _gradient(scale, real, tokens, state, upstream, shard.start)
     passes_for(real).overwrite_with_gradient(
         real, state.largest, state.floor, factors, options.temperature, columns, entries
     )
@@ -211,15 +211,15 @@ def overwrite_with_gradient(
 
 @vocab_passes.fused_on_gpu
 def _gradient(
-    real: Tensor, tokens: Tokens, state: State, upstream: tuple[Tensor | None, ...], scale: Tensor, start: int
+    scale: Tensor, real: Tensor, tokens: Tokens, state: State, upstream: tuple[Tensor | None, ...], start: int
 ) -> tuple[tuple[Tensor, Tensor, Tensor], Tensor, Tensor]:
     """((a, b, c) [T], columns and the gradients there [T, 1 + K]); ``start`` is the id of the first column."""
-    factors, more = _factors(tokens, state, upstream, scale)
-    return factors, *_entries(real, tokens, state, factors, more, scale, start)
+    factors, more = _factors(scale, tokens, state, upstream)
+    return factors, *_entries(scale, real, tokens, state, factors, more, start)
 
 
 def _factors(
-    tokens: Tokens, state: State, upstream: tuple[Tensor | None, ...], scale: Tensor
+    scale: Tensor, tokens: Tokens, state: State, upstream: tuple[Tensor | None, ...]
 ) -> tuple[tuple[Tensor, Tensor, Tensor], Tensor]:
     """((a, b, c), what is added for the target and each of the old policy's tokens [T, 1 + K])."""
     _, _, s, kept, entropy = state
@@ -237,12 +237,12 @@ def _factors(
 
 
 def _entries(
+    scale: Tensor,
     real: Tensor,
     tokens: Tokens,
     state: State,
     factors: tuple[Tensor, Tensor, Tensor],
     more: Tensor,
-    scale: Tensor,
     start: int,
 ) -> tuple[Tensor, Tensor]:
     """(columns, gradients there) [T, 1 + K] where ``more`` comes in; ``start`` is the id of the first column.

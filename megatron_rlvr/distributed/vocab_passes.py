@@ -155,13 +155,18 @@ def _fused(expression: Callable) -> Callable:
 
 
 def fused_on_gpu(function: Callable[..., R]) -> Callable[..., R]:
-    """``function`` of row vectors, as one kernel or two where there is a GPU: a launch takes longer than they do."""
+    """``function`` of row vectors, as one kernel or two where the first is on a GPU: to launch one takes longer."""
 
     @functools.wraps(function)
-    def run(*arguments: Any) -> R:
-        return (_fused(function) if platform.has_triton() else function)(*arguments)
+    def run(first: Tensor, *others: Any) -> R:
+        return (_fused(function) if launches(first) else function)(first, *others)
 
     return run
+
+
+def launches(tensor: Tensor) -> bool:
+    """Whether each operation on it is a kernel to launch, and there is a compiler for another."""
+    return tensor.is_cuda and platform.has_triton()
 
 
 @functools.cache

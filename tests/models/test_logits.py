@@ -23,7 +23,7 @@ from tests.models.layouts import EVERYTHING, OPTIONS, Layout, make_batch, make_p
 from tests.ranks import run_ranks
 from tests.tiny import VOCAB
 
-LOGITS = 2e-5  # absolute, of logits up to about 6; transformers' own attention kernels differ by 1e-5
+LOGITS = 4e-5  # absolute, of logits up to about 6; transformers' own attention kernels differ by 1e-5, a GPU's by 2e-5
 
 
 def _on_policy(check: Callable[[Policy, Case], object], cases: dict[str, Case], layout: Layout) -> list[object]:
