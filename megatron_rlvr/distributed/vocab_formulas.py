@@ -75,8 +75,9 @@ class Shard:
         return Shard(start, min(columns, max(0, (total if vocab_size is None else vocab_size) - start)), group)
 
     def part(self, columns: slice) -> Shard:
-        """These of the real columns alone."""
-        return Shard(self.start + columns.start, columns.stop - columns.start, self.group)
+        """These of the columns alone."""
+        real = max(0, min(columns.stop, self.real) - columns.start)
+        return Shard(self.start + columns.start, real, self.group)
 
 
 class Tokens(NamedTuple):

@@ -22,9 +22,11 @@ import triton.language as tl
 from torch import Tensor
 
 # Columns and warps of a program, eight columns to a thread: 16 bytes of bf16 in one load. Of those tried on an H100 the
-# fastest: fewer rows at a time are easier on its memory, but shorter programs wait less for one another's sums.
+# fastest: for sums the short one, for the others the long one where rows are long, too. (Of 4,752 columns its second
+# round has only 656.)
 LONG = {"BLOCK": 4096, "num_warps": 16}
 SHORT = {"BLOCK": 1024, "num_warps": 4}
+LONG_FROM = 4 * LONG["BLOCK"]  # columns
 LOG2_E = tl.constexpr(math.log2(math.e))
 LN_2 = tl.constexpr(math.log(2.0))
 UNDERFLOW = tl.constexpr(-200.0)  # 2 to it is 0 in fp32; -inf times that 0 would be NaN where the limit of p ln p is 0
@@ -33,7 +35,7 @@ UNDERFLOW = tl.constexpr(-200.0)  # 2 to it is 0 in fp32; -inf times that 0 woul
 def maximum(logits: Tensor, targets: Tensor, start: int) -> Tensor:
     """[T, n] -> [2, T]: the largest local logit, and the target's; -inf as in vocab_passes.maximum."""
     result = logits.new_empty(2, logits.shape[0], dtype=torch.float32)
-    _launch(_maximum, LONG, logits, targets.contiguous(), start, result)
+    _launch(_maximum, _shape(logits), logits, targets.contiguous(), start, result)
     return result
 
 
@@ -64,7 +66,11 @@ def overwrite_with_gradient(
     """Put e (a + b t + c [kept]) in the place of each logit, ``factors`` a, b, c are [T]; then ``entries`` [T, k]."""
     vectors = (vector.contiguous() for vector in (top, floor, *factors))
     more = (columns.contiguous(), entries.contiguous(), columns.shape[1])
-    _launch(_overwrite, LONG, logits, *vectors, 1.0 / temperature, *more)
+    _launch(_overwrite, _shape(logits), logits, *vectors, 1.0 / temperature, *more)
+
+
+def _shape(logits: Tensor) -> dict[str, int]:
+    return LONG if logits.shape[1] >= LONG_FROM else SHORT
 
 
 def _launch(kernel: Any, shape: dict[str, int], logits: Tensor, *arguments: Tensor | float) -> None:

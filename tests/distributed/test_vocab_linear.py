@@ -225,6 +225,7 @@ def test_tiles_are_within_a_block_and_wide_enough_to_be_fused(tokens: int, colum
     assert [part.start for part in parts] == [0, *(part.stop for part in parts[:-1])] and parts[-1].stop == columns
     widths = [part.stop - part.start for part in parts]
     assert width >= max(widths) and min(widths) >= min(columns, vocab_passes.FUSE_FROM)
+    assert not any(width % vocab_linear.ALIGNED for width in widths[:-1])  # the last one ends where the padding does
 
 
 def test_one_reduction_of_the_hidden_gradient() -> None:
