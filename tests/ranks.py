@@ -1,4 +1,4 @@
-"""``run_ranks``: a function on several forked ranks, with a deadline that always ends them.
+"""``run_ranks``: a function on several forked gloo ranks, with a deadline that always ends them.
 
 Forking shares what is already imported: four ranks cost a second or two instead of four imports of torch.
 """
@@ -37,13 +37,13 @@ class RankFailed(Exception):
 
 
 def run_ranks(world_size: int, fn: Callable[..., Any], *args: Any, timeout: float = 120) -> list[Any]:
-    """``fn(*args)`` on each of ``world_size`` ranks in one process group -> what each rank returned, by rank.
+    """``fn(*args)`` on each of ``world_size`` ranks in one gloo group -> what each rank returned, by rank.
 
     Inside, ``torch.distributed`` is initialised and the RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT of
     torchrun are set. The first exception of a rank is raised again here; TimeoutError after ``timeout`` seconds says
     where each rank stood. In every case no process is left.
 
-    On a GPU one rank is this process, without a deadline of its own: CUDA and forks do not get on.
+    On a GPU one rank is this process, with NCCL and without a deadline of its own: CUDA and forks do not get on.
     """
     if platform.has_gpu() and world_size == 1:
         return [_as_this_process(fn, args)]
@@ -72,8 +72,8 @@ def run_ranks(world_size: int, fn: Callable[..., Any], *args: Any, timeout: floa
 
 def _as_this_process(fn: Callable[..., Any], args: tuple) -> Any:
     with tempfile.TemporaryDirectory(prefix="ranks-") as folder, pytest.MonkeyPatch.context() as patch:
-        for name, value in {"RANK": 0, "LOCAL_RANK": 0, "WORLD_SIZE": 1}.items():
-            patch.setenv(name, str(value))
+        for name, value in _environment(0, 1, free_port()).items():
+            patch.setenv(name, value)
         store = dist.FileStore(f"{folder}/store", 1)
         dist.init_process_group(platform.backend(), store=store, rank=0, world_size=1)
         try:
@@ -130,16 +130,14 @@ def _rank_main(
     os.setsid()  # a session of its own, so that what the rank starts can be ended with it
     ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
     torch.set_num_threads(1)  # a thread pool that was used before the fork would hang
-    address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "GLOO_SOCKET_IFNAME": "lo"}
-    ids = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world_size}
-    os.environ.update({name: str(value) for name, value in (address | ids).items()})
+    os.environ.update(_environment(rank, world_size, port))
     with open(folder / f"stack-{rank}", "w") as stack:
         faulthandler.dump_traceback_later(0.9 * timeout, file=stack)
         try:
             # a file and not a port: two test runs can never take each other's place
             store = dist.FileStore(str(folder / "store"), world_size)
             limit = timedelta(seconds=timeout)
-            dist.init_process_group(platform.backend(), store=store, rank=rank, world_size=world_size, timeout=limit)
+            dist.init_process_group("gloo", store=store, rank=rank, world_size=world_size, timeout=limit)
             result = fn(*args)
             message = pickle.dumps((True, time.monotonic(), result))
         except BaseException as error:
@@ -147,6 +145,12 @@ def _rank_main(
         pipe.send_bytes(message)
         faulthandler.cancel_dump_traceback_later()
         signal.pause()  # until all are killed: a rank that leaves closes connections that others still read
+
+
+def _environment(rank: int, world_size: int, port: int) -> dict[str, str]:
+    address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "GLOO_SOCKET_IFNAME": "lo"}
+    ids = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world_size}
+    return {name: str(value) for name, value in (address | ids).items()}
 
 
 def _failure(error: BaseException) -> bytes:

@@ -227,7 +227,8 @@ def start_clock() -> Callable[[], dict[str, float]]:
     """What stops it and tells the seconds: of this process on the CPU, which other work does not add to, or of the GPU.
 
     The GPU is made to wait until the host has started all work: its own time is then what the work takes, without the
-    host's, which is ``host_seconds``. Work that makes the host wait for the GPU has all of it in both.
+    host's, which is ``host_seconds``. Where that is more than HEAD_START, or the work makes the host wait for the GPU,
+    the GPU's time has some of it.
     """
     import torch
 

@@ -3,8 +3,9 @@
 One forward gives, per token: log-prob of the target and its rank, entropy, largest log-prob, sum of squared
 probabilities, kept mass and proxy log-prob of Lp-Reg (arXiv 2510.03222v2, Eq 5); where asked, the most probable tokens,
 and the KL divergence of an older policy's. Rank r holds columns [r * V/tp, (r + 1) * V/tp). Two collectives with a
-min-p threshold or none, three with a fixed one, 32 bytes per token and 4 more for a fixed threshold, and none in the
-backward: every rank turns the (equal) upstream gradients into the gradient of its own columns.
+min-p threshold or none, three with a fixed one, 28 bytes per token, 4 more for a fixed threshold and 4 for an older
+policy's KL, and none in the backward: every rank turns the (equal) upstream gradients into the gradient of its own
+columns.
 
 vocab_formulas.py has the formulas, vocab_passes.py the loops over the logits; vocab_linear.py gives the same statistics
 where there are no logits, but hidden states and the output layer.

@@ -134,7 +134,7 @@ class State(NamedTuple):
 
 def passes_for(logits: Tensor) -> ModuleType:
     """vocab_kernels for logits on a GPU, or where Triton is interpreted; vocab_passes for others, and for fp64."""
-    runs_kernels = platform.interprets_triton() or (logits.is_cuda and platform.has_triton())
+    runs_kernels = platform.interprets_triton() or vocab_passes.on_triton(logits)
     if logits.dtype == torch.float64 or not runs_kernels:
         return vocab_passes
     from megatron_rlvr.distributed import vocab_kernels  # Triton is not everywhere
@@ -145,7 +145,7 @@ def passes_for(logits: Tensor) -> ModuleType:
 def measure(real: Tensor, tokens: Tokens, shard: Shard, options: StatisticsOptions) -> Measured:
     """``real`` [T, n]: logits of this rank's real columns. One collective, one more for ``tau``, one for ``top``."""
     passes = passes_for(real)
-    largest, target = all_max(passes.maximum(real, tokens.targets, shard.start), shard.group)
+    largest, target = all_max(passes.largest_and_target(real, tokens.targets, shard.start), shard.group)
     if options.tau is not None:
         normaliser = all_sum(passes.threshold_sum(real, largest, options.threshold_temperature), shard.group)[0]
         floor = (math.log(options.tau) + normaliser.log()) * options.threshold_temperature
@@ -283,7 +283,11 @@ def _top(real: Tensor, largest: Tensor, options: StatisticsOptions, shard: Shard
         none = largest.new_empty(0, len(largest))
         return none, none
     count, local = options.top + 1, min(options.top + 1, real.shape[1])
-    logits, columns = real.topk(local, dim=1)
+    block = max(
+        1, platform.block_elements() // max(1, real.shape[1])
+    )  # of rows: a GPU copies them where padding follows
+    parts = [real[start : start + block].topk(local, dim=1) for start in range(0, max(1, len(real)), block)]
+    logits, columns = (torch.cat(each) for each in zip(*parts, strict=True))
     logits = F.pad(logits.to(largest.dtype), (0, count - local), value=-torch.inf)
     ids = F.pad(columns + shard.start, (0, count - local), value=-1)
     if shard.group is not None:

@@ -22,8 +22,8 @@ import triton.language as tl
 from torch import Tensor
 
 # Columns and warps of a program, eight columns to a thread: 16 bytes of bf16 in one load. Of those tried on an H100 the
-# fastest: for sums the short one, for the others the long one where rows are long, too. (Of 4,752 columns its second
-# round has only 656.)
+# fastest: for sums the short one, for the others the long one, unless it would be idle for much of a row. (The last of
+# its two rounds over 4,752 columns has only 656.)
 LONG = {"BLOCK": 4096, "num_warps": 16}
 SHORT = {"BLOCK": 1024, "num_warps": 4}
 LONG_FROM = 4 * LONG["BLOCK"]  # columns
@@ -32,10 +32,10 @@ LN_2 = tl.constexpr(math.log(2.0))
 UNDERFLOW = tl.constexpr(-200.0)  # 2 to it is 0 in fp32; -inf times that 0 would be NaN where the limit of p ln p is 0
 
 
-def maximum(logits: Tensor, targets: Tensor, start: int) -> Tensor:
-    """[T, n] -> [2, T]: the largest local logit, and the target's; -inf as in vocab_passes.maximum."""
+def largest_and_target(logits: Tensor, targets: Tensor, start: int) -> Tensor:
+    """[T, n] -> [2, T]: the largest local logit, and the target's; -inf as in vocab_passes.largest_and_target."""
     result = logits.new_empty(2, logits.shape[0], dtype=torch.float32)
-    _launch(_maximum, _shape(logits), logits, targets.contiguous(), start, result)
+    _launch(_largest_and_target, _shape(logits), logits, targets.contiguous(), start, result)
     return result
 
 
@@ -103,7 +103,7 @@ def _exponent(gap, scale):
 
 
 @triton.jit
-def _maximum(logits, stride, rows, columns, targets, start, result, BLOCK: tl.constexpr):
+def _largest_and_target(logits, stride, rows, columns, targets, start, result, BLOCK: tl.constexpr):
     row, place = _row(logits, stride), tl.program_id(0)
     column = tl.load(targets + place) - start
     here = (column >= 0) & (column < columns)

@@ -28,9 +28,9 @@ from megatron_rlvr.distributed.vocab import TokenStatistics, mark_detached
 from megatron_rlvr.distributed.vocab_formulas import Measured, Shard, StatisticsOptions, Tokens
 
 LEAST_ROWS = 64  # of a block, however large the vocabulary: fewer would read the weight from memory for nothing
-# Columns of a tile come in multiples of so many. Where rows do not begin at multiples of 16 bytes cuBLAS falls back to
-# kernels of older GPUs (cutlass_75_..._align1): in a tile of 7,997 columns they took 42 % of an H100's step.
-ALIGNED = 64
+# Columns of a tile come in multiples of so many: 16 bytes of bf16. For rows that begin elsewhere cuBLAS takes kernels
+# of older GPUs (cutlass_75_..._align1): with tiles of 7,997 columns they were 42 % of an H100's step.
+ALIGNED = 8
 PRODUCT_ROWS = 2048  # of a matrix that a CPU makes in another dtype before it joins its own
 
 
@@ -52,7 +52,7 @@ def linear_token_statistics(
 ) -> TokenStatistics:
     """token_statistics of the logits ``hidden @ weight.T``, whose options these are, at ``targets`` [T] int64.
 
-    ``weight`` [V/tp, H] is this rank's shard. ``hidden`` [T', H] is the same on every rank, or with
+    ``weight`` [V/tp, H] is this rank's shard, its padding finite. ``hidden`` [T', H] is the same on every rank, or with
     ``sequence_parallel`` this rank's T'/tp rows of it; T' >= T, and rows behind the targets take no part. The gradient
     of ``weight`` is summed in fp32: in its ``main_grad`` (Megatron's gradient buffer) where it has one, and then
     ``weight.grad`` stays as it is; else it comes back in the dtype of the weight.
@@ -128,7 +128,9 @@ class _LinearTokenStatistics(torch.autograd.Function):
                 gradient = logits.to(part.dtype)
                 _add_product(total, gradient, part)
                 _add_product(weight_gradient[columns], gradient.t(), whole[rows])
+                del gradient  # before the next one is made: of float32 logits it is a copy
             hidden_gradient[rows] = total
+            del total
         if ctx.sequence_parallel:
             hidden_gradient = sum_scatter(hidden_gradient, shard.group)
         else:

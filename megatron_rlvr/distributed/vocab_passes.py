@@ -24,7 +24,7 @@ log = logging.getLogger(__name__)
 R = TypeVar("R")
 
 # Local columns; compiling takes seconds, which a smaller vocabulary never earns back. vocab_linear.py cuts a larger one
-# into tiles that are not narrower than this.
+# into tiles that are hardly narrower than this.
 FUSE_FROM = 2048
 SPAN = 16384  # columns summed in one go: fp32 loses a digit over the 150,000 of a whole vocabulary
 
@@ -34,7 +34,7 @@ def maths(dtype: torch.dtype) -> torch.dtype:
     return torch.promote_types(dtype, torch.float32)
 
 
-def maximum(logits: Tensor, targets: Tensor, start: int) -> Tensor:
+def largest_and_target(logits: Tensor, targets: Tensor, start: int) -> Tensor:
     """[T, n] -> [2, T] in the dtype of the maths: the largest local logit, and the target's.
 
     -inf where there is no column, and where the target is none of those from id ``start`` on.
@@ -155,17 +155,20 @@ def _fused(expression: Callable) -> Callable:
 
 
 def fused_on_gpu(function: Callable[..., R]) -> Callable[..., R]:
-    """``function`` of row vectors, as one kernel or two where the first is on a GPU: to launch one takes longer."""
+    """``function`` of row vectors; where the first of them is on a GPU, compiled to a kernel or two.
+
+    Some dozens of operations would take longer to launch than to run.
+    """
 
     @functools.wraps(function)
     def run(first: Tensor, *others: Any) -> R:
-        return (_fused(function) if launches(first) else function)(first, *others)
+        return (_fused(function) if on_triton(first) else function)(first, *others)
 
     return run
 
 
-def launches(tensor: Tensor) -> bool:
-    """Whether each operation on it is a kernel to launch, and there is a compiler for another."""
+def on_triton(tensor: Tensor) -> bool:
+    """Whether it is on a GPU for which Triton makes kernels."""
     return tensor.is_cuda and platform.has_triton()
 
 

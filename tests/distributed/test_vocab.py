@@ -15,8 +15,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from megatron_rlvr import platform
 from megatron_rlvr.config import ConfigError
-from megatron_rlvr.distributed import vocab_passes
+from megatron_rlvr.distributed import vocab_formulas, vocab_passes
 from megatron_rlvr.distributed.vocab import StatisticsOptions, TokenStatistics, token_statistics
 from tests.ranks import run_ranks
 
@@ -419,7 +420,8 @@ def test_fused_passes_of_a_real_vocabulary(dtype: torch.dtype, options: Statisti
 @pytest.mark.skipif(not vocab_passes.can_fuse(), reason="needs a C++ compiler")
 def test_what_a_gpu_fuses_gives_the_same_fused(monkeypatch: pytest.MonkeyPatch):
     """The formulas of row vectors, compiled for the CPU; in this process, for compilers and forks do not get on."""
-    monkeypatch.setattr(vocab_passes, "launches", lambda tensor: True)
+    monkeypatch.setattr(vocab_passes, "on_triton", lambda tensor: True)
+    monkeypatch.setattr(vocab_formulas, "passes_for", lambda logits: vocab_passes)
     case = make_case(7, 14, 37, 37, StatisticsOptions(min_p=0.1, temperature=0.7), holes=True, top=5)
     options = vars(case.options)
     before = token_statistics(case.old.float(), case.targets, **options | {"top": case.top})
@@ -432,6 +434,13 @@ def test_what_a_gpu_fuses_gives_the_same_fused(monkeypatch: pytest.MonkeyPatch):
     for name in case.fields:
         torch.testing.assert_close(found_values[name].detach().double(), values[name], rtol=2e-6, atol=2e-6)
     assert (logits.grad.double() - gradient).norm() < 1e-6 * (gradient.norm() + case.upstream.norm())
+
+
+def test_on_a_cpu_they_stay_as_they_are_beside_a_gpu(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(platform, "has_triton", lambda: True)
+    monkeypatch.setattr(vocab_passes, "_fused", lambda function: pytest.fail(f"{function} was compiled"))
+    logits = torch.randn(3, 5, requires_grad=True)
+    token_statistics(logits, torch.arange(3), min_p=0.1).log_prob.sum().backward()
 
 
 def test_overwriting_puts_the_gradient_where_the_logits_were():

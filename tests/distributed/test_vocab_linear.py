@@ -216,7 +216,7 @@ def test_memory_does_not_grow_with_tokens_times_vocabulary(monkeypatch: pytest.M
         assert 4 * block <= largest.bytes <= 4 * max(block, 10 * tokens), largest.bytes
 
 
-@pytest.mark.parametrize("columns", [1, 320, 18_992, 75_968, 151_936])
+@pytest.mark.parametrize("columns", [1, 320, 18_992, 75_968, 151_936, 197_632])
 @pytest.mark.parametrize("tokens", [1, 1000, 4096, 40_000])
 def test_tiles_are_within_a_block_and_wide_enough_to_be_fused(tokens: int, columns: int) -> None:
     height, width = vocab_linear.tile(tokens, columns)
