@@ -283,9 +283,8 @@ def _top(real: Tensor, largest: Tensor, options: StatisticsOptions, shard: Shard
         none = largest.new_empty(0, len(largest))
         return none, none
     count, local = options.top + 1, min(options.top + 1, real.shape[1])
-    block = max(
-        1, platform.block_elements() // max(1, real.shape[1])
-    )  # of rows: a GPU copies them where padding follows
+    # rows at a time: a GPU copies those behind which padding follows
+    block = max(1, platform.logits_block_elements() // max(1, real.shape[1]))
     parts = [real[start : start + block].topk(local, dim=1) for start in range(0, max(1, len(real)), block)]
     logits, columns = (torch.cat(each) for each in zip(*parts, strict=True))
     logits = F.pad(logits.to(largest.dtype), (0, count - local), value=-torch.inf)
